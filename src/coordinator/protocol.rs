@@ -1,0 +1,131 @@
+//! The control protocol: what clients and the coordinator say to each other over the Unix seqpacket socket.
+//!
+//! One packet is one [`Request`] or one [`Answer`], encoded with postcard; descriptors ride along as SCM_RIGHTS in the
+//! order the answer's [`SegmentRef`]s give. A client has at most one request open at a time, so answers need no
+//! number; [`Answer::ArenaAdded`] may come at any time, before the answer that is waited for.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Refusal;
+use crate::shm::layout::Geometry;
+use crate::topic::{Schema, TopicOptions};
+
+/// Bumped with every change of this file or of anything it refers to.
+pub(crate) const PROTOCOL_VERSION: u32 = 1;
+
+/// Largest packet in bytes, either way.
+pub(crate) const MAX_PACKET_BYTES: usize = 64 << 10;
+
+/// Most descriptors in one packet.
+pub(crate) const MAX_PACKET_FDS: usize = 128;
+
+/// From a client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// First packet of a connection. A returning participant names its incarnation and what it still holds;
+    /// handles it does not name are released.
+    Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
+    /// Creates a topic. With `exist_ok` an existing topic with the same options is fine.
+    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool },
+    /// Removes a topic; `force` also while it is in use.
+    RemoveTopic { topic: String, force: bool },
+    /// Opens a publisher; `create` holds the options to create the topic with where it does not exist.
+    OpenPublisher { topic: String, schema: Option<Schema>, create: Option<TopicOptions> },
+    /// Opens a subscriber on an existing topic.
+    OpenSubscriber { topic: String, schema: Option<Schema>, start: StartAt, droppable: bool },
+    /// Gives handles back.
+    Close { handles: Vec<HandleRef> },
+    /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
+    Status { topic: Option<String>, after: Option<String> },
+    /// Ends the bus.
+    Stop,
+}
+
+/// Where a subscriber starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum StartAt {
+    Latest,
+    Oldest,
+    Last(u64),
+    Sequence(u64),
+}
+
+/// A handle as both sides name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) enum HandleRef {
+    Publisher { topic: u64, slot: u32 },
+    Subscriber { topic: u64, cursor: u32 },
+}
+
+/// A segment whose descriptor rides along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum SegmentRef {
+    Log,
+    Cursors,
+    /// The arena of this publisher slot.
+    Arena(u32),
+    Channel,
+}
+
+/// What a handle must know of its topic; trusted, unlike anything in the segments.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TopicInfo {
+    pub(crate) id: u64,
+    pub(crate) bus: u64,
+    pub(crate) name: String,
+    pub(crate) generation: u32,
+    pub(crate) options: TopicOptions,
+    pub(crate) geometry: Geometry,
+}
+
+/// From the coordinator.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// To `Hello`.
+    Welcome { protocol: u32, incarnation: u64, bus: u64 },
+    /// To `CreateTopic`.
+    Created { existed: bool },
+    /// To `RemoveTopic`, `Close`, `Stop`.
+    Done,
+    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone).
+    PublisherOpened { info: TopicInfo, slot: u32, publisher: u64, tenancy: u32, segments: Vec<SegmentRef> },
+    /// To `OpenSubscriber`. Segments: log, cursors, every arena there is (a channel: the channel segment alone).
+    SubscriberOpened { info: TopicInfo, cursor: u32, position: u64, sequence: u64, segments: Vec<SegmentRef> },
+    /// To `Status`, in the order of names. `more`: ask again `after` the last one.
+    Status { topics: Vec<TopicStatus>, more: bool },
+    /// The request was declined; nothing changed.
+    Refused(Refusal),
+    /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
+    ArenaAdded { topic: u64, slot: u32 },
+}
+
+/// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TopicStatus {
+    pub(crate) id: u64,
+    pub(crate) name: String,
+    pub(crate) options: TopicOptions,
+    pub(crate) oldest_sequence: u64,
+    pub(crate) tail_sequence: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) publishers: Vec<PublisherStatus>,
+    pub(crate) subscribers: Vec<SubscriberStatus>,
+}
+
+/// One attached publisher.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PublisherStatus {
+    pub(crate) slot: u32,
+    pub(crate) publisher: u64,
+    pub(crate) pid: u32,
+}
+
+/// One attached subscriber.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SubscriberStatus {
+    pub(crate) cursor: u32,
+    pub(crate) pid: u32,
+    pub(crate) sequence: u64,
+    pub(crate) lag: u64,
+    pub(crate) droppable: bool,
+}

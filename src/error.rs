@@ -1,0 +1,404 @@
+//! Errors: one enum an operation, each with what was expected, what was found and what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ring::sequence::Sequence;
+use crate::topic::Schema;
+
+/// A topic or bus name that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum NameError {
+    /// Nothing was given.
+    #[error("the name is empty; use letters, digits, '-', '_' and dots, as in md.ticks")]
+    Empty,
+    /// More bytes than allowed.
+    #[error("the name has {found} bytes; at most {max} are allowed")]
+    TooLong {
+        /// Bytes given.
+        found: usize,
+        /// Bytes allowed.
+        max: usize,
+    },
+    /// A character outside the allowed set.
+    #[error("the name contains {character:?}; use letters, digits, '-', '_' and dots, as in md.ticks")]
+    Character {
+        /// The first such character.
+        character: char,
+    },
+    /// A dot at the start or end, or two in a row.
+    #[error("the name has an empty part between dots; write it as in md.ticks")]
+    EmptyToken,
+}
+
+/// Why the bus could not be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The bus name cannot be used.
+    #[error("bus name {name:?}: {source}")]
+    Name {
+        /// The name given.
+        name: String,
+        /// What is wrong with it.
+        source: NameError,
+    },
+    /// No coordinator runs and none may be started.
+    #[error("no coordinator serves bus {bus:?} at {path}; start one with `shmbus serve` or allow spawning")]
+    NotRunning {
+        /// The bus.
+        bus: String,
+        /// Its socket.
+        path: PathBuf,
+    },
+    /// The socket or its directory may not be used.
+    #[error("{path}: {problem}; {mend}")]
+    Refused {
+        /// Socket or directory.
+        path: PathBuf,
+        /// What was found.
+        problem: String,
+        /// What to do.
+        mend: &'static str,
+    },
+    /// A coordinator was started but did not answer.
+    #[error("bus {bus:?}: the coordinator did not answer within {waited_ms} ms; look at `shmbus doctor`")]
+    Timeout {
+        /// The bus.
+        bus: String,
+        /// How long was waited.
+        waited_ms: u64,
+    },
+    /// The coordinator speaks another version.
+    #[error("the coordinator speaks protocol {found}, this program {expected}; run the same shmbus version on both sides")]
+    Version {
+        /// Ours.
+        expected: u32,
+        /// Theirs.
+        found: u32,
+    },
+    /// The other side broke the control protocol.
+    #[error("the control connection is garbled: {0}")]
+    Garbled(String),
+    /// An operating system error.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was tried.
+        context: String,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl ConnectError {
+    /// Wraps an operating system error with what was being done.
+    pub(crate) fn io(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        ConnectError::Io { context: context.into(), source: source.into() }
+    }
+}
+
+/// A request the coordinator understood and declined.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The name cannot be used.
+    #[error("topic {name:?}: {source}")]
+    Name {
+        /// As given (shortened where longer than allowed).
+        name: String,
+        /// What is wrong.
+        source: NameError,
+    },
+    /// No such topic.
+    #[error("unknown topic {topic:?}; create it with `shmbus create {topic}` or publish to it")]
+    UnknownTopic {
+        /// The name asked for.
+        topic: String,
+    },
+    /// The topic exists already, with other options.
+    #[error("topic {topic:?} exists with other options: {difference}; remove it with `shmbus rm {topic}` or use it as it is")]
+    Exists {
+        /// The topic.
+        topic: String,
+        /// The first difference, as "messages is 4096, asked for 16".
+        difference: String,
+    },
+    /// Options that cannot work.
+    #[error("topic {topic:?}: {problem}")]
+    Options {
+        /// The topic.
+        topic: String,
+        /// What is wrong and what would work.
+        problem: String,
+    },
+    /// The topic carries another type.
+    #[error("topic {topic:?} carries {expected}, this handle {found}")]
+    Schema {
+        /// The topic.
+        topic: String,
+        /// What it was created with, or "raw bytes".
+        expected: String,
+        /// What the caller opened it with.
+        found: String,
+    },
+    /// An exclusive topic or channel has its publisher, or a channel its subscriber.
+    #[error("topic {topic:?} is {mode} and has its {role} (process {pid}); wait for it to end, or create the topic for many")]
+    Taken {
+        /// The topic.
+        topic: String,
+        /// "exclusive" or "a channel".
+        mode: String,
+        /// "publisher" or "subscriber".
+        role: String,
+        /// Who holds it (as seen by the coordinator).
+        pid: u32,
+    },
+    /// A limit is reached.
+    #[error("limit reached: {what} is {limit}; {mend}")]
+    Limit {
+        /// Which limit, as "subscribers of topic \"a\"".
+        what: String,
+        /// Its value.
+        limit: u64,
+        /// What to do.
+        mend: String,
+    },
+    /// The byte budget does not allow it.
+    #[error("topic {topic:?} needs {needed} bytes of memory and {available} of the budget of {budget} are left; \
+             create it with fewer --bytes, remove topics, or raise SHMBUS_BUDGET")]
+    Budget {
+        /// The topic.
+        topic: String,
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes left.
+        available: u64,
+        /// The whole budget.
+        budget: u64,
+    },
+    /// The topic is in use.
+    #[error("topic {topic:?} has {publishers} publishers and {subscribers} subscribers; end them or use --force")]
+    InUse {
+        /// The topic.
+        topic: String,
+        /// Attached publishers.
+        publishers: u32,
+        /// Attached subscribers.
+        subscribers: u32,
+    },
+    /// The start position lies outside what is there.
+    #[error("topic {topic:?} has no sequence {asked} yet; its next is {tail}")]
+    BeyondTail {
+        /// The topic.
+        topic: String,
+        /// Asked for.
+        asked: u64,
+        /// The topic's next sequence.
+        tail: u64,
+    },
+    /// A shared segment holds values that no correct process writes.
+    #[error("topic {topic:?} is corrupt: {problem}; remove it with `shmbus rm --force {topic}`")]
+    Corrupt {
+        /// The topic.
+        topic: String,
+        /// What was found.
+        problem: String,
+    },
+    /// The coordinator is going away; the client library tries again by itself.
+    #[error("the coordinator is leaving; try again")]
+    Leaving,
+    /// The operating system refused.
+    #[error("{context}: {problem}")]
+    System {
+        /// What was tried.
+        context: String,
+        /// What the system said.
+        problem: String,
+    },
+}
+
+/// A segment that is not what it was promised to be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The descriptor is smaller than the smallest segment.
+    #[error("segment of {found} bytes; at least {min} expected")]
+    TooSmall {
+        /// Bytes found.
+        found: u64,
+        /// Smallest possible.
+        min: u64,
+    },
+    /// Not a segment of this project.
+    #[error("not a shmbus segment: magic {found:#018x}, expected {expected:#018x}")]
+    Magic {
+        /// Found.
+        found: u64,
+        /// Expected.
+        expected: u64,
+    },
+    /// Written by another version.
+    #[error("segment layout version {found}, this program reads {expected}; run the same shmbus version on both sides")]
+    Version {
+        /// Found.
+        found: u32,
+        /// Expected.
+        expected: u32,
+    },
+    /// A header field differs from what was promised.
+    #[error("segment field `{field}` is {found}, expected {expected}")]
+    Field {
+        /// Which field.
+        field: &'static str,
+        /// Found.
+        found: u64,
+        /// Expected.
+        expected: u64,
+    },
+    /// The segment could shrink under its readers.
+    #[error("the segment is not sealed against resizing (seals {found:#x}, expected at least {expected:#x})")]
+    NotSealed {
+        /// Found.
+        found: u32,
+        /// Expected.
+        expected: u32,
+    },
+    /// An operating system error.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was tried.
+        context: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Why a handle could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The coordinator could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The coordinator declined.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// What it handed out is not what it promised.
+    #[error("cannot attach: {0}")]
+    Attach(#[from] AttachError),
+}
+
+/// Why a message was not published. Whatever the error, no reader will see the message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// The ring is full and a reader holds it.
+    #[error("the ring is full: {holder} holds sequence {held}")]
+    Full {
+        /// Who holds it back.
+        holder: Holder,
+        /// The oldest sequence (position, on topics with many publishers) it has not released.
+        held: u64,
+    },
+    /// The message can never fit.
+    #[error("message of {found} bytes; the topic takes at most {max} (create it with --bytes to take more)")]
+    TooLarge {
+        /// Bytes given.
+        found: u64,
+        /// Most the topic takes.
+        max: u64,
+    },
+    /// Raw bytes on a typed topic, of the wrong size.
+    #[error("message of {found} bytes; the topic carries {expected}")]
+    WrongSize {
+        /// Bytes given.
+        found: u64,
+        /// What the topic carries.
+        expected: Schema,
+    },
+    /// More messages in one batch than a batch may have, or none.
+    #[error("batch of {found} messages; 1 to {max} are allowed")]
+    BatchSize {
+        /// Messages given.
+        found: usize,
+        /// Most allowed.
+        max: usize,
+    },
+    /// The topic was removed or the bus stopped.
+    #[error("the topic is gone: {0}")]
+    Gone(GoneReason),
+    /// Shared memory holds values that no correct process writes.
+    #[error("the topic's shared memory is corrupt: {0}")]
+    Corrupt(&'static str),
+    /// A `publish_timeout` ran out.
+    #[error("timed out: {holder} holds sequence {held}")]
+    TimedOut {
+        /// Who holds the ring.
+        holder: Holder,
+        /// The oldest sequence (position, on topics with many publishers) it has not released.
+        held: u64,
+    },
+}
+
+/// Who holds a full ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Holder {
+    /// A subscriber: its cursor's number on the topic (as `shmbus show` prints it).
+    Subscriber(u32),
+    /// Nobody reads, and the topic was created with `hold`.
+    Hold,
+    /// The publisher's own messages fill its arena and a reader still needs them.
+    Receiver,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Holder::Subscriber(n) => write!(f, "subscriber {n}"),
+            Holder::Hold => f.write_str("the topic's hold option"),
+            Holder::Receiver => f.write_str("the channel's receiver"),
+        }
+    }
+}
+
+/// How a topic went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GoneReason {
+    /// `shmbus rm`.
+    #[error("it was removed")]
+    Removed,
+    /// `shmbus stop`.
+    #[error("the bus was stopped")]
+    Stopped,
+    /// A channel's other end was dropped.
+    #[error("the other end is closed")]
+    Closed,
+}
+
+/// Why nothing was received.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecvError {
+    /// Messages were overwritten before they were read. The next receive continues at `to`.
+    #[error("lost sequences {from}..{to}: the ring had overwritten them")]
+    Lagged {
+        /// First lost sequence.
+        from: Sequence,
+        /// First sequence that is still there.
+        to: Sequence,
+    },
+    /// The timeout ran out.
+    #[error("nothing came within the time given")]
+    TimedOut,
+    /// The topic was removed or the bus stopped, and everything readable has been read.
+    #[error("the topic is gone: {0}")]
+    Gone(GoneReason),
+    /// Shared memory holds values that no correct process writes.
+    #[error("the topic's shared memory is corrupt: {0}")]
+    Corrupt(&'static str),
+}

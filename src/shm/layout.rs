@@ -1,0 +1,156 @@
+//! Sizes and offsets of everything in a segment (ARCHITECTURE.md §3), derived from a topic's options.
+
+use serde::{Deserialize, Serialize};
+
+use crate::topic::{Mode, TopicOptions};
+
+/// Bumped with every change of a byte in any segment.
+pub(crate) const LAYOUT_VERSION: u32 = 1;
+
+/// Where a segment's body starts; the header has the first page to itself.
+pub(crate) const BODY_OFFSET: u64 = 4096;
+
+/// Where the ring starts in a log's body.
+pub(crate) const RING_OFFSET: u64 = 16_384;
+
+/// Where the slots start in a channel's body (after its two doorbells).
+pub(crate) const CHANNEL_RING_OFFSET: u64 = 4096;
+
+/// Every record and every payload in an arena starts at a multiple of this.
+pub(crate) const ARENA_ALIGN: u64 = 64;
+
+/// Bytes of a record's header (topics with many publishers).
+pub(crate) const RECORD_HEADER_BYTES: u64 = 32;
+
+/// Most messages in one batch.
+pub(crate) const MAX_BATCH: usize = 1024;
+
+/// Most publishers of one topic.
+pub(crate) const MAX_PUBLISHERS: u32 = 64;
+
+/// Most subscribers of one topic.
+pub(crate) const MAX_SUBSCRIBERS: u32 = 1024;
+
+/// Most messages a ring may be asked to hold.
+pub(crate) const MAX_MESSAGES: u64 = 1 << 30;
+
+/// Most payload bytes a topic may be asked to hold, and the largest message.
+pub(crate) const MAX_BYTES: u64 = (1 << 32) - 4096;
+
+/// Bits of an entry word that say where its record is.
+pub(crate) const UNIT_BITS: u32 = 26;
+
+/// Fewest entries of a ring for many publishers: keeps the lap from coming round too soon (I-6).
+const MIN_ENTRIES: u64 = 1024;
+
+/// The sizes a topic's segments are built with. A pure function of the options; sent along so that both sides agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Geometry {
+    /// Ring length, a power of two.
+    pub(crate) slots: u64,
+    /// 64 or 16 (slots), 8 (entries).
+    pub(crate) slot_bytes: u32,
+    /// Granularity of arena offsets in entry words.
+    pub(crate) unit_bytes: u32,
+    /// Body length of each arena.
+    pub(crate) arena_bytes: u64,
+}
+
+impl Geometry {
+    /// The geometry for these options, or what is wrong with them.
+    pub(crate) fn from_options(options: &TopicOptions) -> Result<Geometry, String> {
+        check("--messages", options.messages, 1, MAX_MESSAGES)?;
+        check("--bytes", options.bytes, 1, MAX_BYTES)?;
+        check("the number of publishers", options.max_publishers.into(), 1, MAX_PUBLISHERS.into())?;
+        check("the number of subscribers", options.max_subscribers.into(), 1, MAX_SUBSCRIBERS.into())?;
+        if let Some(schema) = &options.schema {
+            if schema.size_bytes > options.bytes {
+                return Err(format!("a {schema} does not fit in {} bytes; raise --bytes", options.bytes));
+            }
+            if !schema.align_bytes.is_power_of_two() || schema.align_bytes > crate::topic::MAX_PAYLOAD_ALIGN as u32 {
+                return Err(format!("the alignment of {schema} must be 1, 2, 4, 8, 16 or 32"));
+            }
+        }
+        let slots = (options.messages + slack_for(options.messages)).next_power_of_two();
+        let slots = if options.mode == Mode::Many { slots.max(MIN_ENTRIES) } else { slots.max(2) };
+        Ok(match options.mode {
+            Mode::Many => Self::many(options, slots),
+            Mode::Exclusive | Mode::Channel => Self::slotted(options, slots),
+        })
+    }
+
+    /// Small payloads in the slot, the others in one arena.
+    fn slotted(options: &TopicOptions, slots: u64) -> Geometry {
+        let small = options.schema.as_ref().is_some_and(|s| s.size_bytes <= 8 && s.align_bytes <= 8);
+        let slot_bytes: u32 = if small { 16 } else { 64 };
+        let inline_only = options.schema.as_ref().is_some_and(|s| s.size_bytes <= u64::from(slot_bytes) - 8);
+        let arena_bytes = if inline_only { ARENA_ALIGN } else { arena_bytes(options, 0, ARENA_ALIGN) };
+        Geometry { slots, slot_bytes, unit_bytes: ARENA_ALIGN as u32, arena_bytes }
+    }
+
+    /// Every payload in its publisher's arena.
+    fn many(options: &TopicOptions, slots: u64) -> Geometry {
+        let mut unit = ARENA_ALIGN;
+        loop {
+            let arena = arena_bytes(options, RECORD_HEADER_BYTES, unit);
+            if (arena / unit) * u64::from(options.max_publishers) <= 1 << UNIT_BITS {
+                return Geometry { slots, slot_bytes: 8, unit_bytes: unit as u32, arena_bytes: arena };
+            }
+            unit *= 2;
+        }
+    }
+
+    /// How far a publisher raises the floor ahead of its need; also how often a reader stores its cursor.
+    pub(crate) fn slack(&self) -> u64 {
+        slack_for(self.slots)
+    }
+
+    /// Length of the whole log segment.
+    pub(crate) fn log_len_bytes(&self) -> u64 {
+        page_up(BODY_OFFSET + RING_OFFSET + self.slots * u64::from(self.slot_bytes))
+    }
+
+    /// Length of one whole arena segment.
+    pub(crate) fn arena_len_bytes(&self) -> u64 {
+        page_up(BODY_OFFSET + self.arena_bytes)
+    }
+
+    /// Length of the whole channel segment.
+    pub(crate) fn channel_len_bytes(&self) -> u64 {
+        page_up(BODY_OFFSET + self.channel_arena_offset() + self.arena_bytes)
+    }
+
+    /// Where the arena starts in a channel's body.
+    pub(crate) fn channel_arena_offset(&self) -> u64 {
+        page_up(CHANNEL_RING_OFFSET + self.slots * u64::from(self.slot_bytes))
+    }
+}
+
+/// Length of the whole cursors segment.
+pub(crate) fn cursors_len_bytes(max_subscribers: u32) -> u64 {
+    page_up(BODY_OFFSET + 256 + u64::from(max_subscribers) * 128)
+}
+
+fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {
+    if (min..=max).contains(&found) {
+        return Ok(());
+    }
+    Err(format!("{what} is {found}; {min} to {max} are allowed"))
+}
+
+fn slack_for(slots: u64) -> u64 {
+    (slots / 16).clamp(1, 1024)
+}
+
+/// Room for the payloads, for what rounding up each record costs, and for the gap at the end of a lap.
+fn arena_bytes(options: &TopicOptions, header: u64, unit: u64) -> u64 {
+    let records = (options.messages + 1) * (header + unit - 1);
+    let gap = (options.bytes / 16).max(unit);
+    let one = header + options.bytes + unit;
+    (options.bytes + records + gap).max(one).next_multiple_of(unit)
+}
+
+/// Rounds up to whole pages.
+pub(crate) fn page_up(bytes: u64) -> u64 {
+    bytes.next_multiple_of(4096)
+}

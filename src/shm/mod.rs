@@ -1,0 +1,6 @@
+//! Shared memory: the only place where raw pointers are born.
+
+pub(crate) mod layout;
+#[cfg(not(loom))]
+pub(crate) mod segment;
+pub(crate) mod shared;
