@@ -1,16 +1,102 @@
-//! The one path to atomics: the standard library's, or loom's when the models run (`--cfg loom`).
+//! The one path to atomics, futexes and asymmetric barriers: the real ones, or loom's when the models run
+//! (`--cfg loom`). The rings are written against this module only, so the code that loom checks is the code that ships.
 
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use real::*;
 
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use model::*;
 
-/// One poll of a spin loop.
-#[inline]
-pub(crate) fn pause() {
-    #[cfg(not(loom))]
-    std::hint::spin_loop();
-    #[cfg(loom)]
-    loom::thread::yield_now();
+#[cfg(not(loom))]
+mod real {
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+    pub(crate) use crate::os::membarrier::{heavy_barrier, light_barrier};
+
+    use std::time::Duration;
+
+    /// One poll of a spin loop.
+    #[inline]
+    pub(crate) fn pause() {
+        std::hint::spin_loop();
+    }
+
+    /// A 32-bit word in shared memory that processes sleep on.
+    #[repr(transparent)]
+    pub struct FutexWord(AtomicU32);
+
+    impl FutexWord {
+        /// The word itself.
+        #[inline]
+        pub(crate) fn word(&self) -> &AtomicU32 {
+            &self.0
+        }
+
+        /// Sleeps while the word is `expected`, until woken or `limit` has passed. May wake for no reason.
+        pub(crate) fn wait(&self, expected: u32, limit: Duration) {
+            crate::os::futex::wait(&self.0, expected, limit);
+        }
+
+        /// Wakes everyone who sleeps on the word.
+        pub(crate) fn wake_all(&self) {
+            crate::os::futex::wake_all(&self.0);
+        }
+    }
+}
+
+#[cfg(loom)]
+mod model {
+    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+    use std::time::Duration;
+
+    /// Under loom a spinning thread lets the others run.
+    pub(crate) fn pause() {
+        loom::thread::yield_now();
+    }
+
+    /// The kernel's membarrier runs a full barrier on every other thread; loom gets both halves as fences.
+    pub(crate) fn heavy_barrier() -> bool {
+        fence(Ordering::SeqCst);
+        true
+    }
+
+    /// The other half of [`heavy_barrier`].
+    pub(crate) fn light_barrier() {
+        fence(Ordering::SeqCst);
+    }
+
+    /// A futex as the kernel defines it: compare and sleep are one step with respect to wake. The time limit is left
+    /// out on purpose, so that a lost wake-up is a deadlock that loom reports.
+    pub struct FutexWord {
+        word: AtomicU32,
+        queue: loom::sync::Mutex<()>,
+        woken: loom::sync::Condvar,
+    }
+
+    impl FutexWord {
+        pub(crate) fn new() -> Self {
+            FutexWord {
+                word: AtomicU32::new(0),
+                queue: loom::sync::Mutex::new(()),
+                woken: loom::sync::Condvar::new(),
+            }
+        }
+
+        pub(crate) fn word(&self) -> &AtomicU32 {
+            &self.word
+        }
+
+        pub(crate) fn wait(&self, expected: u32, _limit: Duration) {
+            let queue = self.queue.lock().unwrap();
+            if self.word.load(Ordering::Relaxed) == expected {
+                drop(self.woken.wait(queue).unwrap());
+            }
+        }
+
+        pub(crate) fn wake_all(&self) {
+            drop(self.queue.lock().unwrap());
+            self.woken.notify_all();
+        }
+    }
 }

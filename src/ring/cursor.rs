@@ -1,0 +1,132 @@
+//! Cursors: where each reader stands, one cache line each (ARCHITECTURE.md §3.3).
+
+use crate::ring::doorbell::Doorbell;
+use crate::sync::{AtomicU64, Ordering};
+
+/// Position of a cursor that is not in force.
+pub(crate) const NOT_IN_FORCE: u64 = u64::MAX;
+
+const GATING: u64 = 1;
+const DROPPABLE: u64 = 2;
+
+/// The head of a cursors segment's body.
+#[repr(C)]
+pub struct CursorsHeader {
+    /// Subscribers sleep here, publishers ring.
+    pub(crate) readers: Doorbell,
+    /// Blocked publishers sleep here, subscribers ring.
+    pub(crate) writers: Doorbell,
+    /// How many cursors, counted from the first, have ever been in force: what a scan must look at.
+    used: UsedCount,
+}
+
+#[repr(C, align(128))]
+struct UsedCount(AtomicU64);
+
+/// One reader's line.
+#[repr(C, align(128))]
+pub struct Cursor {
+    position: AtomicU64,
+    sequence: AtomicU64,
+    mode: AtomicU64,
+    owner: AtomicU64,
+}
+
+/// The lowest gating cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lowest {
+    pub(crate) position: u64,
+    pub(crate) cursor: u32,
+}
+
+impl CursorsHeader {
+    /// A head outside shared memory.
+    #[cfg(loom)]
+    pub fn new() -> Self {
+        CursorsHeader { readers: Doorbell::new(), writers: Doorbell::new(), used: UsedCount(AtomicU64::new(0)) }
+    }
+}
+
+impl Cursor {
+    /// A free cursor outside shared memory.
+    #[cfg(any(test, loom))]
+    pub fn new() -> Self {
+        Cursor {
+            position: AtomicU64::new(NOT_IN_FORCE),
+            sequence: AtomicU64::new(0),
+            mode: AtomicU64::new(0),
+            owner: AtomicU64::new(0),
+        }
+    }
+
+    /// Turns zeroed memory into a free cursor.
+    pub(crate) fn format(&self) {
+        self.position.store(NOT_IN_FORCE, Ordering::Relaxed);
+    }
+
+    /// Moves the cursor forward, after everything below `position` has been read for the last time.
+    #[inline]
+    pub(crate) fn advance(&self, position: u64, sequence: u64) {
+        // Relaxed: only shown to people.
+        self.sequence.store(sequence, Ordering::Relaxed);
+        // Release: R-CURSOR pairs with A-CURSOR (lowest): our reads are over before the publisher overwrites.
+        self.position.store(position, Ordering::Release);
+    }
+
+    /// Stores a position a joining reader would like; see `gate::join` for what must follow.
+    pub(crate) fn propose(&self, position: u64) {
+        // Release: R-CURSOR pairs with A-CURSOR (lowest): the mode is visible with the position.
+        self.position.store(position, Ordering::Release);
+    }
+
+    /// Prepares the cursor for its new owner, before [`Self::propose`].
+    pub(crate) fn occupy(&self, owner: u64, droppable: bool) {
+        // Relaxed: published by `propose`.
+        self.owner.store(owner, Ordering::Relaxed);
+        self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Relaxed);
+    }
+
+    /// Takes the cursor out of force.
+    pub(crate) fn vacate(&self) {
+        // Release: R-CURSOR pairs with A-CURSOR (lowest): a departing reader's reads are over.
+        self.position.store(NOT_IN_FORCE, Ordering::Release);
+        self.mode.store(0, Ordering::Relaxed);
+        self.owner.store(0, Ordering::Relaxed);
+    }
+
+    /// Sets the sequence people see, before the first [`Self::advance`].
+    pub(crate) fn set_sequence(&self, sequence: u64) {
+        // Relaxed: only shown to people.
+        self.sequence.store(sequence, Ordering::Relaxed);
+    }
+
+    /// The sequence people see. Stale the moment it is read.
+    pub(crate) fn sequence(&self) -> u64 {
+        // Relaxed: only shown to people.
+        self.sequence.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts `cursor` among those a scan looks at, before it comes into force.
+pub(crate) fn mark_used(header: &CursorsHeader, cursor: u32) {
+    // Relaxed: `gate::join` puts a SeqCst fence between this and the look at the intent, as for the position.
+    header.used.0.fetch_max(u64::from(cursor) + 1, Ordering::Relaxed);
+}
+
+/// The lowest gating cursor. Positions only grow while a cursor is in force, so an old answer is a careful one.
+pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowest> {
+    // Relaxed: ordered against a joiner's store by the fences in `gate` (I-4).
+    let used = (header.used.0.load(Ordering::Relaxed) as usize).min(cursors.len());
+    let mut lowest: Option<Lowest> = None;
+    for (index, cursor) in cursors[..used].iter().enumerate() {
+        // Acquire: A-CURSOR pairs with R-CURSOR (advance, propose, vacate).
+        let position = cursor.position.load(Ordering::Acquire);
+        if position == NOT_IN_FORCE || cursor.mode.load(Ordering::Relaxed) != GATING {
+            continue;
+        }
+        if lowest.is_none_or(|l| position < l.position) {
+            lowest = Some(Lowest { position, cursor: index as u32 });
+        }
+    }
+    lowest
+}

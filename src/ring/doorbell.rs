@@ -1,0 +1,108 @@
+//! The doorbell: an eventcount between whoever stores something and whoever sleeps until something is stored.
+//!
+//! ```text
+//! word:  31 ............ 2   1           0
+//!        epoch               attention   somebody waits
+//! ```
+//!
+//! The sleeper writes, then looks; so does the ringer:
+//!
+//! ```text
+//! sleeper: set WAITING ── heavy barrier ── look again ── futex wait (value unchanged)
+//! ringer:  store       ── light barrier ── WAITING? ── next epoch, clear WAITING ── futex wake
+//! ```
+//!
+//! The barriers make it impossible that both miss the other's store (I-7). A sleeper that dies leaves WAITING set:
+//! the next ringer clears it with one needless wake.
+
+use std::time::Duration;
+
+use crate::sync::{FutexWord, Ordering, heavy_barrier, light_barrier};
+
+const WAITING: u32 = 1;
+const ATTENTION: u32 = 2;
+const EPOCH: u32 = 4;
+
+/// Longest sleep in one go: belt and braces against garbled words, never needed for correctness.
+const LONGEST_SLEEP: Duration = Duration::from_millis(100);
+
+/// Longest sleep where the kernel gives no membarrier and a wake-up could be missed.
+const LONGEST_SLEEP_UNSURE: Duration = Duration::from_millis(1);
+
+/// See the module's documentation. Zeroed memory is a doorbell nobody waits on.
+#[repr(C, align(128))]
+pub struct Doorbell {
+    futex: FutexWord,
+}
+
+/// Proof that WAITING was set; says what to sleep on.
+pub(crate) struct Armed {
+    value: u32,
+    longest: Duration,
+}
+
+impl Doorbell {
+    /// A doorbell outside shared memory.
+    #[cfg(loom)]
+    pub fn new() -> Self {
+        Doorbell { futex: FutexWord::new() }
+    }
+
+    /// Tells whether the ringer may go on without looking closer. For the ringer, right after its store.
+    #[inline]
+    pub(crate) fn is_quiet(&self) -> bool {
+        light_barrier();
+        // Relaxed: I-7 orders this load after the ringer's store; the value itself carries nothing.
+        self.futex.word().load(Ordering::Relaxed) & (WAITING | ATTENTION) == 0
+    }
+
+    /// Tells whether somebody waits, without ordering anything: a hint that it is time to release space.
+    #[inline]
+    pub(crate) fn is_waited_on(&self) -> bool {
+        // Relaxed: a hint.
+        self.futex.word().load(Ordering::Relaxed) & WAITING != 0
+    }
+
+    /// Tells whether the handle should look at the topic's state.
+    pub(crate) fn wants_attention(&self) -> bool {
+        // Acquire: A-ATTENTION pairs with R-ATTENTION (call_attention): the state is visible then.
+        self.futex.word().load(Ordering::Acquire) & ATTENTION != 0
+    }
+
+    /// Wakes all sleepers, if there are any. For the ringer, after [`Self::is_quiet`] said no.
+    #[cold]
+    pub(crate) fn ring(&self) {
+        let word = self.futex.word();
+        // Relaxed: the barriers of I-7 do the ordering; the epoch only has to change.
+        let mut seen = word.load(Ordering::Relaxed);
+        while seen & WAITING != 0 {
+            let next = (seen & !WAITING).wrapping_add(EPOCH);
+            match word.compare_exchange_weak(seen, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return self.futex.wake_all(),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Announces a sleeper. Look again after this, then [`Self::sleep`].
+    pub(crate) fn arm(&self) -> Armed {
+        let value = self.futex.word().fetch_or(WAITING, Ordering::Relaxed) | WAITING;
+        let longest = if heavy_barrier() { LONGEST_SLEEP } else { LONGEST_SLEEP_UNSURE };
+        Armed { value, longest }
+    }
+
+    /// Sleeps until rung, for at most `limit`. May return for no reason.
+    pub(crate) fn sleep(&self, armed: Armed, limit: Option<Duration>) {
+        let limit = limit.map_or(armed.longest, |limit| limit.min(armed.longest));
+        self.futex.wait(armed.value, limit);
+    }
+
+    /// Sets the attention bit for good and wakes everyone. For the coordinator, after it stored the new state.
+    pub(crate) fn call_attention(&self) {
+        // Release: R-ATTENTION pairs with A-ATTENTION (wants_attention).
+        let word = self.futex.word();
+        word.fetch_or(ATTENTION, Ordering::Release);
+        word.fetch_add(EPOCH, Ordering::Relaxed);
+        self.futex.wake_all();
+    }
+}

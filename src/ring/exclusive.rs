@@ -1,0 +1,259 @@
+//! The log of an exclusive topic: one writer, any number of readers that map it read-only.
+//!
+//! The writer stores a payload, then the slot's word, whose position says for which lap it counts: the single-writer
+//! case of the sequence-per-slot rings (Vyukov's bounded queue, the Disruptor), with the sequence in the payload's own
+//! cache line so that one line moves, not two. A message is there when its word is, so a writer that dies or stops
+//! leaves nothing to wait for.
+
+use crate::ring::arena::Span;
+use crate::ring::cursor::{Cursor, CursorsHeader};
+use crate::ring::gate::{Gate, Policy, Stop, Want};
+use crate::ring::log::{LogHeader, Place};
+use crate::ring::slot::{Inline, Kind, Ring, Slot, Word};
+use crate::shm::shared::Shared;
+use crate::sync::Ordering;
+
+/// The memory of an exclusive log.
+pub struct ExclusiveLog<const W: usize> {
+    pub(crate) header: Shared<LogHeader>,
+    pub(crate) readers: Shared<CursorsHeader>,
+    pub(crate) cursors: Shared<[Cursor]>,
+    pub(crate) ring: Ring<Slot<W>>,
+}
+
+impl<const W: usize> Clone for ExclusiveLog<W> {
+    fn clone(&self) -> Self {
+        ExclusiveLog {
+            header: self.header.clone(),
+            readers: self.readers.clone(),
+            cursors: self.cursors.clone(),
+            ring: self.ring.clone(),
+        }
+    }
+}
+
+impl<const W: usize> ExclusiveLog<W> {
+    /// A log over this memory.
+    pub fn new(
+        header: Shared<LogHeader>,
+        readers: Shared<CursorsHeader>,
+        cursors: Shared<[Cursor]>,
+        ring: Ring<Slot<W>>,
+    ) -> Self {
+        ExclusiveLog { header, readers, cursors, ring }
+    }
+
+    pub(crate) fn gate(&self) -> Gate<'_> {
+        Gate { header: &self.header, readers: &self.readers, cursors: &self.cursors }
+    }
+
+    /// The next position: the first, from the newest checkpoint on, that is not committed. True at some moment during
+    /// the call. `None` where the checkpoints are garbage.
+    pub(crate) fn tail(&self) -> Option<u64> {
+        let mut position = self.header.newest_checkpoint()?.position;
+        for _ in 0..=self.ring.len() {
+            // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+            let word = Word(self.ring.at(position).word.load(Ordering::Acquire));
+            if !word.commits(position) {
+                // A writer that lapped us is far ahead: its newer checkpoint will be.
+                if word.kind() != Kind::Empty && word.distance_from(position) > 0 {
+                    position = self.header.newest_checkpoint()?.position.max(position + 1);
+                    continue;
+                }
+                return Some(position);
+            }
+            position += 1;
+        }
+        Some(position)
+    }
+
+    /// Clears what a batch that died half-way left above `tail`. Only while no writer lives (I-12). Idempotent.
+    pub(crate) fn clear_above(&self, tail: u64) {
+        for position in tail..tail + self.ring.len() {
+            let slot = self.ring.at(position);
+            let word = Word(slot.word.load(Ordering::Relaxed));
+            if word.kind() != Kind::Empty && word.distance_from(tail) >= 0 {
+                // Release: ordered before the checkpoint and the tenancy that let the next writer begin.
+                slot.word.store(0, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// What a message to be published is made of.
+#[derive(Clone, Copy)]
+pub(crate) enum Body<'a> {
+    Inline(&'a Inline, usize),
+    Span(Span),
+}
+
+/// The writing end.
+pub struct Writer<const W: usize> {
+    log: ExclusiveLog<W>,
+    policy: Policy,
+    tenancy: u8,
+    next: u64,
+    limit: u64,
+}
+
+impl<const W: usize> Writer<W> {
+    /// Goes on at `next`, the tail. The caller is the topic's only writer (I-12).
+    pub fn new(log: ExclusiveLog<W>, policy: Policy, tenancy: u8, next: u64) -> Self {
+        Writer { log, policy, tenancy, next, limit: next }
+    }
+
+    pub(crate) fn log(&self) -> &ExclusiveLog<W> {
+        &self.log
+    }
+
+    /// The position of the next message.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Makes sure that the next `count` positions may be written.
+    #[inline]
+    pub(crate) fn reserve(&mut self, count: u64) -> Result<(), Stop> {
+        if self.next + count <= self.limit {
+            return Ok(());
+        }
+        self.make_room(count, 0, self.policy.slack)
+    }
+
+    /// The same, and gives up what lies below `give_up_below`.
+    #[cold]
+    pub(crate) fn make_room(&mut self, count: u64, give_up_below: u64, slack: u64) -> Result<(), Stop> {
+        let at = Place { position: self.next, sequence: self.next };
+        let want = Want { slot: 0, at, count, give_up_below, slack };
+        self.limit = self.log.gate().make_room(&self.policy, want).map_err(Stop::Blocked)?;
+        Ok(())
+    }
+
+    /// Stores a payload `ahead` positions further on, uncommitted. The place is reserved.
+    #[inline]
+    pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
+        let slot = self.log.ring.at(self.next + ahead);
+        match body {
+            Body::Inline(inline, _) => slot.write(inline.words.first_chunk().expect("W <= 7")),
+            Body::Span(span) => slot.write_span(span),
+        }
+    }
+
+    /// Commits what was filled `ahead` positions further on.
+    #[inline]
+    pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
+        let position = self.next + ahead;
+        let word = match body {
+            Body::Inline(_, length) => Word::new(position, self.tenancy, Kind::Inline, length),
+            Body::Span(_) => Word::new(position, self.tenancy, Kind::Arena, 0),
+        };
+        // Release: R-COMMIT pairs with A-COMMIT (Reader::poll): payload before word. Crash points: before this store
+        // the message does not exist, after it it is whole.
+        self.log.ring.at(position).word.store(word.0, Ordering::Release);
+    }
+
+    /// Counts `count` committed messages.
+    #[inline]
+    pub(crate) fn advance(&mut self, count: u64) {
+        self.next += count;
+    }
+
+    /// Publishes one small message (models and tests; handles use the steps above).
+    pub fn publish_word(&mut self, value: u64) -> Result<u64, Stop> {
+        self.reserve(1)?;
+        let inline = Inline::copy_of(&value.to_ne_bytes());
+        self.fill(0, Body::Inline(&inline, 8));
+        self.commit(0, Body::Inline(&inline, 8));
+        self.advance(1);
+        Ok(self.next - 1)
+    }
+
+    /// Wakes readers that sleep.
+    #[inline]
+    pub fn notify(&self) {
+        if !self.log.readers.readers.is_quiet() {
+            self.log.readers.readers.ring();
+        }
+    }
+
+    /// Leaves a fresh checkpoint: for whoever comes next.
+    pub(crate) fn checkpoint(&self) {
+        self.log.header.store_checkpoint(0, Place { position: self.next, sequence: self.next });
+    }
+}
+
+/// What a reader finds at its position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Poll {
+    /// Nothing yet.
+    Empty,
+    /// A message with this word.
+    Ready(Word),
+    /// The writer has gone round; only readers that hold nothing back see this.
+    Lapped,
+}
+
+/// The reading end.
+pub struct Reader<const W: usize> {
+    log: ExclusiveLog<W>,
+    next: u64,
+}
+
+impl<const W: usize> Reader<W> {
+    /// Starts at `next`.
+    pub fn new(log: ExclusiveLog<W>, next: u64) -> Self {
+        Reader { log, next }
+    }
+
+    pub(crate) fn log(&self) -> &ExclusiveLog<W> {
+        &self.log
+    }
+
+    /// The position of the next message.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Looks at the next position.
+    #[inline]
+    pub(crate) fn poll(&self) -> Poll {
+        // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+        let word = Word(self.slot().word.load(Ordering::Acquire));
+        if word.commits(self.next) {
+            return Poll::Ready(word);
+        }
+        if word.kind() != Kind::Empty && word.distance_from(self.next) > 0 { Poll::Lapped } else { Poll::Empty }
+    }
+
+    /// The slot of the next position.
+    #[inline]
+    pub(crate) fn slot(&self) -> &Slot<W> {
+        self.log.ring.at(self.next)
+    }
+
+    /// Steps over the message just read.
+    #[inline]
+    pub(crate) fn step(&mut self) {
+        self.next += 1;
+    }
+
+    /// Continues at the oldest position that is retained for certain.
+    pub(crate) fn skip_to_retained(&mut self) {
+        // Acquire: as in `gate::join`; what is seen here is only a place to look at next.
+        self.next = self.log.header.intent.0.load(Ordering::Acquire).max(self.next + 1);
+    }
+
+    /// Receives one small message of a gated log (models and tests).
+    pub fn recv_word(&mut self, cursor: u32) -> Option<u64> {
+        let Poll::Ready(_) = self.poll() else { return None };
+        let value = self.slot().read().words[0];
+        self.step();
+        self.log.cursors[cursor as usize].advance(self.next, self.next);
+        if !self.log.readers.writers.is_quiet() {
+            self.log.readers.writers.ring();
+        }
+        Some(value)
+    }
+}

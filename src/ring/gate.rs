@@ -1,0 +1,151 @@
+//! The gate: what a publisher may overwrite (ARCHITECTURE.md §4.3).
+//!
+//! ```text
+//! publisher: intent := new ── fence ── scan cursors ── floor := min(new, lowest)
+//! joiner:    cursor := at  ── fence ── look at intent; above the cursor? move up and again
+//! ```
+
+use crate::ring::cursor::{Cursor, CursorsHeader, Lowest, lowest, mark_used};
+use crate::ring::log::{LogHeader, Place};
+use crate::sync::{Ordering, fence};
+
+/// What a topic's options say about overwriting.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// A publisher is stopped when the lowest gating reader is this many positions behind.
+    pub messages: u64,
+    /// Ring length in positions.
+    pub slots: u64,
+    /// Readers hold nothing back.
+    pub overwrite: bool,
+    /// Unread messages stay even without a reader.
+    pub hold: bool,
+    /// How far the floor is raised ahead of need.
+    pub slack: u64,
+}
+
+/// Why there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocked {
+    /// The reader; `None` where the topic is `hold` and has none.
+    pub cursor: Option<u32>,
+    /// The position that is held.
+    pub position: u64,
+}
+
+/// Why a publisher cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// A reader holds the ring.
+    Blocked(Blocked),
+    /// Shared memory holds what no correct process writes.
+    Corrupt(&'static str),
+}
+
+/// What a publisher asks of the gate.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Want {
+    /// The publisher's checkpoint slot.
+    pub(crate) slot: u32,
+    /// Where it will publish next.
+    pub(crate) at: Place,
+    /// How many positions it needs there.
+    pub(crate) count: u64,
+    /// Positions below this must be given up, because their arena space is needed.
+    pub(crate) give_up_below: u64,
+    /// How much further the floor may be raised, to be asked less often.
+    pub(crate) slack: u64,
+}
+
+/// The memory the gate looks at.
+#[derive(Clone, Copy)]
+pub(crate) struct Gate<'m> {
+    pub(crate) header: &'m LogHeader,
+    pub(crate) readers: &'m CursorsHeader,
+    pub(crate) cursors: &'m [Cursor],
+}
+
+impl Gate<'_> {
+    /// Makes room as wanted. Returns the position up to which the caller may write without asking again.
+    pub(crate) fn make_room(&self, policy: &Policy, want: Want) -> Result<u64, Blocked> {
+        // Before the floor may pass it: I-5.
+        self.header.store_checkpoint(want.slot, want.at);
+        let end = want.at.position + want.count;
+        // Acquire: A-FLOOR pairs with R-FLOOR (raise): readers of what lies below have finished.
+        let floor = self.header.floor.0.load(Ordering::Acquire);
+        let held = held_from(policy, self.lowest(), floor);
+        if let Some(blocked) = held
+            && end > blocked.position.saturating_add(policy.messages)
+        {
+            return Err(blocked);
+        }
+        let need = end.saturating_sub(policy.slots).max(want.give_up_below);
+        let floor = if need > floor { self.raise(policy, want, need, held)? } else { floor };
+        // Release: R-COPY pairs with A-COPY (still_retained): the intent comes before whatever we write below the
+        // floor, also where another publisher raised it.
+        fence(Ordering::Release);
+        let by_readers = held.map_or(u64::MAX, |b| b.position.saturating_add(policy.messages));
+        // Not further than a chunk: the checkpoint, from which a tail is walked, should not grow old.
+        let chunk = want.at.position + policy.slack.max(want.count);
+        Ok((floor + policy.slots).min(by_readers).min(chunk))
+    }
+
+    /// Raises the floor to at least `need`, by `slack` more where nobody minds.
+    fn raise(&self, policy: &Policy, want: Want, need: u64, held: Option<Blocked>) -> Result<u64, Blocked> {
+        let ceiling = held.map_or(want.at.position, |b| b.position.min(want.at.position));
+        if ceiling < need {
+            return Err(held.unwrap_or(Blocked { cursor: None, position: ceiling }));
+        }
+        let target = (need + want.slack).min(ceiling);
+        // Relaxed: ordered by the fence below, which pairs with the one in `join` (I-4); monotone by max.
+        self.header.intent.0.fetch_max(target, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let joined = held_from(policy, self.lowest(), need);
+        let confirmed = joined.map_or(target, |b| b.position.min(target));
+        // AcqRel: R-FLOOR pairs with A-FLOOR (make_room): whoever uses this floor has our view of the readers.
+        let floor = self.header.floor.0.fetch_max(confirmed, Ordering::AcqRel).max(confirmed);
+        if floor < need {
+            return Err(joined.unwrap_or(Blocked { cursor: None, position: floor }));
+        }
+        Ok(floor)
+    }
+
+    fn lowest(&self) -> Option<Lowest> {
+        lowest(self.readers, self.cursors)
+    }
+
+    /// Puts a prepared cursor in force at `position` or, where that is no longer retained, at the lowest position that
+    /// is. Returns where it stands.
+    pub(crate) fn join(&self, cursor: u32, position: u64) -> u64 {
+        mark_used(self.readers, cursor);
+        let mut position = position;
+        loop {
+            self.cursors[cursor as usize].propose(position);
+            fence(Ordering::SeqCst);
+            // Acquire: A-INTENT: what lies above an intent seen here stays (I-4). Pairs with the fence in `raise`.
+            let intent = self.header.intent.0.load(Ordering::Acquire);
+            if intent <= position {
+                return position;
+            }
+            position = intent;
+        }
+    }
+}
+
+/// Who holds positions from where on.
+fn held_from(policy: &Policy, lowest: Option<Lowest>, floor: u64) -> Option<Blocked> {
+    match lowest {
+        _ if policy.overwrite => None,
+        Some(lowest) => Some(Blocked { cursor: Some(lowest.cursor), position: lowest.position }),
+        None => policy.hold.then_some(Blocked { cursor: None, position: floor }),
+    }
+}
+
+/// For readers that hold nothing back, after they have copied a message at `position`: is the copy whole?
+#[inline]
+pub(crate) fn still_retained(header: &LogHeader, position: u64) -> bool {
+    // Acquire: A-COPY pairs with R-COPY (make_room): a copy that saw a store made below a new floor sees the intent
+    // that went before it.
+    fence(Ordering::Acquire);
+    header.intent.0.load(Ordering::Relaxed) <= position
+}

@@ -1,0 +1,177 @@
+//! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
+
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+
+/// Checkpoints in a log; loom gets fewer, because it tracks every word.
+pub(crate) const CHECKPOINTS: usize = if cfg!(loom) { 2 } else { 64 };
+
+/// Tenancies in a log.
+pub(crate) const TENANCIES: usize = if cfg!(loom) { 2 } else { 256 };
+
+const NO_CHECKPOINT: u64 = u64::MAX;
+
+/// A topic's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TopicState {
+    Live,
+    Removed,
+    Stopped,
+}
+
+/// See the module's documentation. Zeroed memory plus [`LogHeader::format`] is an empty log.
+#[repr(C)]
+pub struct LogHeader {
+    state: StateLine,
+    pub(crate) intent: FloorLine,
+    pub(crate) floor: FloorLine,
+    checkpoints: [Checkpoint; CHECKPOINTS],
+    tenancies: [Tenancy; TENANCIES],
+}
+
+#[repr(C, align(128))]
+struct StateLine(AtomicU32);
+
+/// A floor word on a line of its own.
+#[repr(C, align(128))]
+pub(crate) struct FloorLine(pub(crate) AtomicU64);
+
+/// Two (position, sequence) pairs, written in turn by one publisher slot's owner: a death in the middle of one leaves
+/// the other.
+#[repr(C, align(64))]
+struct Checkpoint {
+    pairs: [Pair; 2],
+}
+
+#[repr(C)]
+struct Pair {
+    position: AtomicU64,
+    sequence: AtomicU64,
+}
+
+/// Who published from `first_position` on, until the next tenancy.
+#[repr(C, align(32))]
+struct Tenancy {
+    first_position: AtomicU64,
+    publisher: AtomicU64,
+    first_number: AtomicU64,
+    reserved: AtomicU64,
+}
+
+/// A place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Place {
+    pub(crate) position: u64,
+    pub(crate) sequence: u64,
+}
+
+impl LogHeader {
+    /// An empty log outside shared memory, starting at `start`.
+    #[cfg(any(test, loom))]
+    pub fn new(start: u64) -> Self {
+        let pair = || Pair { position: AtomicU64::new(0), sequence: AtomicU64::new(0) };
+        let header = LogHeader {
+            state: StateLine(AtomicU32::new(0)),
+            intent: FloorLine(AtomicU64::new(0)),
+            floor: FloorLine(AtomicU64::new(0)),
+            checkpoints: std::array::from_fn(|_| Checkpoint { pairs: [pair(), pair()] }),
+            tenancies: std::array::from_fn(|_| Tenancy {
+                first_position: AtomicU64::new(0),
+                publisher: AtomicU64::new(0),
+                first_number: AtomicU64::new(0),
+                reserved: AtomicU64::new(0),
+            }),
+        };
+        header.format(start);
+        header
+    }
+
+    /// Makes zeroed memory an empty log that starts at position (and sequence) `start`.
+    pub(crate) fn format(&self, start: u64) {
+        // Relaxed: nobody else sees the log before its descriptor is passed on.
+        self.intent.0.store(start, Ordering::Relaxed);
+        self.floor.0.store(start, Ordering::Relaxed);
+        for checkpoint in &self.checkpoints {
+            for pair in &checkpoint.pairs {
+                pair.position.store(NO_CHECKPOINT, Ordering::Relaxed);
+            }
+        }
+        let first = &self.checkpoints[0].pairs[0];
+        first.sequence.store(start, Ordering::Relaxed);
+        first.position.store(start, Ordering::Relaxed);
+    }
+
+    /// The topic's life.
+    pub(crate) fn state(&self) -> TopicState {
+        // Acquire: A-STATE pairs with R-STATE (end).
+        match self.state.0.load(Ordering::Acquire) {
+            0 => TopicState::Live,
+            1 => TopicState::Removed,
+            _ => TopicState::Stopped,
+        }
+    }
+
+    /// Ends the topic.
+    pub(crate) fn end(&self, state: TopicState) {
+        // Release: R-STATE pairs with A-STATE (state).
+        self.state.0.store(state as u32, Ordering::Release);
+    }
+
+    /// Leaves a checkpoint. `slot` is the caller's own: it is the only writer.
+    pub(crate) fn store_checkpoint(&self, slot: u32, place: Place) {
+        let pairs = &self.checkpoints[slot as usize % CHECKPOINTS].pairs;
+        // Relaxed: only we write these. The older pair goes; a pair half-written by a dead predecessor goes first.
+        let at = |i: usize| pairs[i].position.load(Ordering::Relaxed).wrapping_add(1);
+        let pair = &pairs[usize::from(at(1) < at(0))];
+        // Release ×3, in this order: R-CHECKPOINT pairs with A-CHECKPOINT (newest_checkpoint): who sees the new
+        // sequence sees the position change to NO_CHECKPOINT or further, and discards the pair.
+        pair.position.store(NO_CHECKPOINT, Ordering::Release);
+        pair.sequence.store(place.sequence, Ordering::Release);
+        pair.position.store(place.position, Ordering::Release);
+    }
+
+    /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
+    pub(crate) fn newest_checkpoint(&self) -> Option<Place> {
+        let pairs = self.checkpoints.iter().flat_map(|c| &c.pairs);
+        pairs.filter_map(Pair::read).max_by_key(|place| place.position)
+    }
+
+    /// Puts a tenancy in force, before its publisher learns its index.
+    pub(crate) fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
+        let tenancy = &self.tenancies[index as usize % TENANCIES];
+        tenancy.publisher.store(publisher, Ordering::Relaxed);
+        tenancy.first_number.store(first_number, Ordering::Relaxed);
+        // Release: R-TENANCY pairs with A-TENANCY (publisher_at).
+        tenancy.first_position.store(first_position, Ordering::Release);
+    }
+
+    /// Publisher and its number of the message at `position`; `None` where the tenancy's place has been used again.
+    pub(crate) fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
+        let tenancy = &self.tenancies[index as usize % TENANCIES];
+        // Acquire: A-TENANCY pairs with R-TENANCY (begin_tenancy).
+        let first = tenancy.first_position.load(Ordering::Acquire);
+        let publisher = tenancy.publisher.load(Ordering::Relaxed);
+        let number = tenancy.first_number.load(Ordering::Relaxed);
+        (position >= first).then(|| (publisher, number.wrapping_add(position - first)))
+    }
+}
+
+impl Pair {
+    /// The pair, unless it is empty or was being written.
+    fn read(&self) -> Option<Place> {
+        // Acquire ×3: A-CHECKPOINT pairs with R-CHECKPOINT (store_checkpoint).
+        let before = self.position.load(Ordering::Acquire);
+        let sequence = self.sequence.load(Ordering::Acquire);
+        let after = self.position.load(Ordering::Acquire);
+        (before == after && before != NO_CHECKPOINT).then_some(Place { position: before, sequence })
+    }
+}
+
+#[cfg(not(loom))]
+const _: () = {
+    use std::mem::offset_of;
+    assert!(offset_of!(LogHeader, intent) == 128);
+    assert!(offset_of!(LogHeader, floor) == 256);
+    assert!(offset_of!(LogHeader, checkpoints) == 384);
+    assert!(offset_of!(LogHeader, tenancies) == 4480);
+    assert!(size_of::<LogHeader>() <= crate::shm::layout::RING_OFFSET as usize);
+};

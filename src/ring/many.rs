@@ -1,0 +1,382 @@
+//! The log of a topic with many publishers: one compare-and-swap claims and commits.
+//!
+//! A publisher writes a record into its own arena and then swaps the entry's word from the previous lap's value to one
+//! that points at the record. There is no claimed state between: a publisher that dies or stops anywhere has either
+//! published or not, and delays nobody. (RESEARCH: the anonymous claim of fetch-and-add rings is what wedges them.)
+//!
+//! ```text
+//! entry word: 63 ............ 36   35 ......... 26   25 ........ 0
+//!             lap (low 28) + 1     messages - 1      record, in units over all arenas
+//! ```
+
+use crate::ring::arena::{Arena, Span};
+use crate::ring::cursor::{Cursor, CursorsHeader};
+use crate::ring::gate::{Gate, Policy, Stop, Want};
+use crate::ring::log::{LogHeader, Place};
+use crate::ring::slot::Ring;
+use crate::shm::layout::{RECORD_HEADER_BYTES, UNIT_BITS};
+use crate::shm::shared::Shared;
+use crate::sync::{AtomicU64, Ordering};
+
+const COUNT_SHIFT: u32 = UNIT_BITS;
+const COUNT_BITS: u32 = 10;
+const LAP_SHIFT: u32 = COUNT_SHIFT + COUNT_BITS;
+const LAP_BITS: u32 = 64 - LAP_SHIFT;
+
+/// One entry of the ring.
+#[repr(transparent)]
+pub struct Entry {
+    word: AtomicU64,
+}
+
+impl Entry {
+    /// A zeroed entry outside shared memory.
+    #[cfg(any(test, loom))]
+    pub fn new() -> Self {
+        Entry { word: AtomicU64::new(0) }
+    }
+}
+
+/// An entry's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EntryWord(u64);
+
+impl EntryWord {
+    fn new(lap: u64, count: u64, unit: u64) -> Self {
+        EntryWord(lap_field(lap) << LAP_SHIFT | (count - 1) << COUNT_SHIFT | unit)
+    }
+
+    /// Whether this word commits lap `lap`.
+    #[inline]
+    fn commits(self, lap: u64) -> bool {
+        self.0 >> LAP_SHIFT == lap_field(lap)
+    }
+
+    /// Whether this is what lap `lap` replaces: the lap before, or nothing at all.
+    #[inline]
+    fn precedes(self, lap: u64) -> bool {
+        self.0 == 0 || self.0 >> LAP_SHIFT == lap_field(lap.wrapping_sub(1))
+    }
+
+    /// Messages in the batch.
+    #[inline]
+    pub(crate) fn count(self) -> u64 {
+        (self.0 >> COUNT_SHIFT & ((1 << COUNT_BITS) - 1)) + 1
+    }
+
+    /// The record's place over all arenas.
+    #[inline]
+    pub(crate) fn unit(self) -> u64 {
+        self.0 & ((1 << UNIT_BITS) - 1)
+    }
+}
+
+/// The lap as stored: never 0, so that zeroed memory is no lap. Laps 2^28 - 1 apart share a field (I-6).
+#[inline]
+fn lap_field(lap: u64) -> u64 {
+    lap % ((1 << LAP_BITS) - 1) + 1
+}
+
+/// The memory of a log for many, without the arenas.
+pub struct ManyLog {
+    pub(crate) header: Shared<LogHeader>,
+    pub(crate) readers: Shared<CursorsHeader>,
+    pub(crate) cursors: Shared<[Cursor]>,
+    pub(crate) ring: Ring<Entry>,
+    lap_shift: u32,
+}
+
+impl Clone for ManyLog {
+    fn clone(&self) -> Self {
+        ManyLog {
+            header: self.header.clone(),
+            readers: self.readers.clone(),
+            cursors: self.cursors.clone(),
+            ring: self.ring.clone(),
+            lap_shift: self.lap_shift,
+        }
+    }
+}
+
+/// Where a walk along the entries stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// Committed for this lap.
+    Committed(EntryWord),
+    /// Still what the previous lap left.
+    Free(EntryWord),
+    /// Already of a later lap.
+    Lapped,
+}
+
+impl ManyLog {
+    /// A log over this memory.
+    pub fn new(
+        header: Shared<LogHeader>,
+        readers: Shared<CursorsHeader>,
+        cursors: Shared<[Cursor]>,
+        ring: Ring<Entry>,
+    ) -> Self {
+        let lap_shift = ring.len().trailing_zeros();
+        ManyLog { header, readers, cursors, ring, lap_shift }
+    }
+
+    pub(crate) fn gate(&self) -> Gate<'_> {
+        Gate { header: &self.header, readers: &self.readers, cursors: &self.cursors }
+    }
+
+    #[inline]
+    fn look(&self, position: u64) -> Look {
+        let lap = position >> self.lap_shift;
+        // Acquire: A-CLAIM pairs with R-CLAIM (Writer::publish).
+        let word = EntryWord(self.ring.at(position).word.load(Ordering::Acquire));
+        if word.commits(lap) {
+            Look::Committed(word)
+        } else if word.precedes(lap) {
+            Look::Free(word)
+        } else {
+            Look::Lapped
+        }
+    }
+
+    /// Walks from `place`, or from the newest checkpoint where that is further on, to the first free entry.
+    pub(crate) fn tail_from(&self, place: Option<Place>) -> Option<Place> {
+        let mut place = place.or_else(|| self.header.newest_checkpoint())?;
+        let mut steps = 0;
+        loop {
+            match self.look(place.position) {
+                Look::Committed(word) => place = after(place, word),
+                Look::Free(_) => return Some(place),
+                Look::Lapped => place = self.header.newest_checkpoint().filter(|c| c.position > place.position)?,
+            }
+            steps += 1;
+            // Garbage in the ring must not keep us for ever; publishers that run on while we walk may.
+            if steps > 4 * self.ring.len() {
+                return Some(place);
+            }
+        }
+    }
+
+    /// The committed entry at `position`, if it is still there.
+    pub(crate) fn committed(&self, position: u64) -> Option<EntryWord> {
+        match self.look(position) {
+            Look::Committed(word) => Some(word),
+            _ => None,
+        }
+    }
+}
+
+fn after(place: Place, word: EntryWord) -> Place {
+    Place { position: place.position + 1, sequence: place.sequence + word.count() }
+}
+
+/// A record's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) position: u64,
+    pub(crate) first_sequence: u64,
+    pub(crate) publisher: u64,
+    pub(crate) body_bytes: u64,
+    pub(crate) first_number: u64,
+}
+
+impl Record {
+    /// Writes the parts that do not depend on where the record will be committed.
+    pub(crate) fn write(arena: &Arena, offset: u64, publisher: u64, body_bytes: u64, first_number: u64) {
+        arena.store(offset + 16, publisher << 32 | body_bytes);
+        arena.store(offset + 24, first_number);
+    }
+
+    fn write_place(arena: &Arena, offset: u64, place: Place) {
+        arena.store(offset, place.position);
+        arena.store(offset + 8, place.sequence);
+    }
+
+    /// Copies the header out once, if all of it and all of the body lie in the arena (I-8).
+    #[inline]
+    pub(crate) fn read(arena: &Arena, offset: u64) -> Option<Record> {
+        if !arena.contains(Span { offset, len: RECORD_HEADER_BYTES }) {
+            return None;
+        }
+        let packed = arena.load(offset + 16);
+        let record = Record {
+            position: arena.load(offset),
+            first_sequence: arena.load(offset + 8),
+            publisher: packed >> 32,
+            body_bytes: packed & u64::from(u32::MAX),
+            first_number: arena.load(offset + 24),
+        };
+        arena.contains(Span { offset: offset + RECORD_HEADER_BYTES, len: record.body_bytes }).then_some(record)
+    }
+}
+
+/// The writing end: one publisher among many.
+pub struct Writer {
+    log: ManyLog,
+    policy: Policy,
+    slot: u32,
+    /// Where this publisher last saw the tail.
+    at: Place,
+    limit: u64,
+}
+
+impl Writer {
+    /// A publisher in `slot`; `at` is any place on the log that is not ahead of the tail.
+    pub fn new(log: ManyLog, policy: Policy, slot: u32) -> Option<Self> {
+        let at = log.tail_from(None)?;
+        Some(Writer { log, policy, slot, at, limit: at.position })
+    }
+
+    pub(crate) fn log(&self) -> &ManyLog {
+        &self.log
+    }
+
+    /// Where this publisher last saw the tail.
+    pub(crate) fn at(&self) -> Place {
+        self.at
+    }
+
+    /// Makes room for one entry at the tail, and gives up what lies below `give_up_below`.
+    #[cold]
+    pub(crate) fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
+        // A publisher that slept may stand below the floor by now; what it would announce must be true.
+        self.at = self.log.tail_from(Some(self.at)).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
+        let want = Want { slot: self.slot, at: self.at, count: 1, give_up_below, slack };
+        self.limit = self.log.gate().make_room(&self.policy, want).map_err(Stop::Blocked)?;
+        Ok(())
+    }
+
+    /// Publishes the record at `offset` of `arena`, which is number `unit` over all arenas and holds `count` messages.
+    /// On `Stop` nothing has happened. Returns where it was committed.
+    pub(crate) fn publish(&mut self, arena: &Arena, offset: u64, unit: u64, count: u64) -> Result<Place, Stop> {
+        loop {
+            let expected = match self.log.look(self.at.position) {
+                Look::Committed(word) => {
+                    self.at = after(self.at, word);
+                    continue;
+                }
+                Look::Lapped => {
+                    // Slept for a lap or more: go on from the newest checkpoint, with a limit of today.
+                    self.make_room(0, self.policy.slack)?;
+                    continue;
+                }
+                Look::Free(expected) => expected,
+            };
+            if self.at.position >= self.limit {
+                self.make_room(0, self.policy.slack)?;
+                continue;
+            }
+            Record::write_place(arena, offset, self.at);
+            let new = EntryWord::new(self.at.position >> self.log.lap_shift, count, unit);
+            let word = &self.log.ring.at(self.at.position).word;
+            // Release on success: R-CLAIM pairs with A-CLAIM (ManyLog::look): the record comes before the word. Crash
+            // points: before this CAS nobody can tell that we were here, after it the message is whole. Relaxed on
+            // failure: `look` reads the word again.
+            if word.compare_exchange(expected.0, new.0, Ordering::Release, Ordering::Relaxed).is_ok() {
+                let place = self.at;
+                self.at = after(place, new);
+                return Ok(place);
+            }
+        }
+    }
+
+    /// Wakes readers that sleep.
+    #[inline]
+    pub fn notify(&self) {
+        if !self.log.readers.readers.is_quiet() {
+            self.log.readers.readers.ring();
+        }
+    }
+
+    /// Leaves a fresh checkpoint: for whoever comes next.
+    pub(crate) fn checkpoint(&self) {
+        self.log.header.store_checkpoint(self.slot, self.at);
+    }
+
+    /// Publishes one word as a record at `offset` (models and tests; handles use the steps above).
+    pub fn publish_word(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<u64, Stop> {
+        Record::write(arena, offset, 1, 8, 1);
+        arena.store(offset + RECORD_HEADER_BYTES, value);
+        self.publish(arena, offset, unit, 1).map(|place| place.position)
+    }
+}
+
+/// What a reader finds at its position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Poll {
+    Empty,
+    Ready(EntryWord),
+    Lapped,
+}
+
+/// The reading end.
+pub struct Reader {
+    log: ManyLog,
+    next: Place,
+}
+
+impl Reader {
+    /// Starts at this position and sequence.
+    pub fn new(log: ManyLog, position: u64, sequence: u64) -> Self {
+        Reader { log, next: Place { position, sequence } }
+    }
+
+    pub(crate) fn log(&self) -> &ManyLog {
+        &self.log
+    }
+
+    /// Place of the next batch.
+    #[inline]
+    pub(crate) fn next(&self) -> Place {
+        self.next
+    }
+
+    /// Looks at the next entry.
+    #[inline]
+    pub(crate) fn poll(&self) -> Poll {
+        match self.log.look(self.next.position) {
+            Look::Committed(word) => Poll::Ready(word),
+            Look::Free(_) => Poll::Empty,
+            Look::Lapped => Poll::Lapped,
+        }
+    }
+
+    /// Steps over the batch just read.
+    #[inline]
+    pub(crate) fn step(&mut self, word: EntryWord) {
+        self.next = after(self.next, word);
+    }
+
+    /// Continues somewhere else.
+    pub(crate) fn move_to(&mut self, place: Place) {
+        self.next = place;
+    }
+
+    /// Receives one word of a gated log (models and tests): record offset from `locate`.
+    pub fn recv_word(&mut self, cursor: u32, locate: impl Fn(u64) -> (Arena, u64)) -> Option<u64> {
+        let Poll::Ready(word) = self.poll() else { return None };
+        let (arena, offset) = locate(word.unit());
+        let record = Record::read(&arena, offset).expect("a record in the arena");
+        assert_eq!((record.position, record.first_sequence), (self.next.position, self.next.sequence));
+        let value = arena.load(offset + RECORD_HEADER_BYTES);
+        self.step(word);
+        self.log.cursors[cursor as usize].advance(self.next.position, self.next.sequence);
+        if !self.log.readers.writers.is_quiet() {
+            self.log.readers.writers.ring();
+        }
+        Some(value)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_tell_their_lap_count_and_record() {
+        let word = EntryWord::new(5, 1024, (1 << UNIT_BITS) - 1);
+        assert!(word.commits(5) && !word.commits(4) && word.precedes(6) && !word.precedes(7));
+        assert_eq!((word.count(), word.unit()), (1024, (1 << UNIT_BITS) - 1));
+        assert!(EntryWord(0).precedes(0) && !EntryWord(0).commits(0));
+    }
+}

@@ -1,0 +1,13 @@
+//! The rings and what guards them. One algorithm a file; everything here borrows its memory (`Shared`), so loom lends
+//! heap memory to the same code that production runs on segments.
+
+pub(crate) mod arena;
+pub(crate) mod cursor;
+pub(crate) mod doorbell;
+pub(crate) mod exclusive;
+pub(crate) mod gate;
+pub(crate) mod log;
+pub(crate) mod many;
+pub(crate) mod sequence;
+pub(crate) mod slot;
+pub(crate) mod spsc;

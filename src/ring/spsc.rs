@@ -1,0 +1,309 @@
+//! The channel: one sender, one receiver, no cursor.
+//!
+//! FastForward's idea (Giacomoni, Moseley, Vachharajani, 2008): each slot tells by itself whether it is full or free, so
+//! the two ends share no index. The receiver frees a slot by storing `empty(position + slots)`, the position it is free
+//! for. That store dirties the line in the receiver's cache, where the sender fetches it in one transfer a lap later; a
+//! line left clean in both caches would cost the sender an upgrade for each message.
+
+use crate::ring::arena::Span;
+use crate::ring::doorbell::Doorbell;
+use crate::ring::exclusive::Body;
+use crate::ring::slot::{Inline, Kind, Ring, Slot, Word};
+use crate::shm::shared::Shared;
+use crate::sync::{AtomicU32, Ordering};
+
+const SENDER_CLOSED: u32 = 1;
+const RECEIVER_CLOSED: u32 = 2;
+const REMOVED: u32 = 4;
+const STOPPED: u32 = 8;
+
+/// The head of a channel segment's body.
+#[repr(C)]
+pub struct ChannelHeader {
+    /// The receiver sleeps here.
+    pub(crate) readers: Doorbell,
+    /// The sender sleeps here.
+    pub(crate) writers: Doorbell,
+    state: StateLine,
+}
+
+#[repr(C, align(128))]
+struct StateLine(AtomicU32);
+
+/// Which end is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Sender,
+    Receiver,
+}
+
+/// The memory of a channel, without its arena.
+pub struct Channel<const W: usize> {
+    pub(crate) header: Shared<ChannelHeader>,
+    ring: Ring<Slot<W>>,
+}
+
+impl<const W: usize> Clone for Channel<W> {
+    fn clone(&self) -> Self {
+        Channel { header: self.header.clone(), ring: self.ring.clone() }
+    }
+}
+
+impl ChannelHeader {
+    /// A head outside shared memory.
+    #[cfg(loom)]
+    pub fn new() -> Self {
+        ChannelHeader { readers: Doorbell::new(), writers: Doorbell::new(), state: StateLine(AtomicU32::new(0)) }
+    }
+
+    fn set(&self, bits: u32) {
+        // Release: R-STATE pairs with A-STATE (is_closed): what the end did last comes before its good-bye.
+        self.state.0.fetch_or(bits, Ordering::Release);
+        self.readers.call_attention();
+        self.writers.call_attention();
+    }
+
+    /// Says that one end has gone for good.
+    pub(crate) fn close(&self, end: End) {
+        self.set(if end == End::Sender { SENDER_CLOSED } else { RECEIVER_CLOSED });
+    }
+
+    /// Says that the topic was removed, or the bus stopped.
+    #[cfg(not(loom))]
+    pub(crate) fn end(&self, state: crate::ring::log::TopicState) {
+        self.set(if state == crate::ring::log::TopicState::Removed { REMOVED } else { STOPPED });
+    }
+
+    /// Whether that end has gone for good.
+    pub(crate) fn is_closed(&self, end: End) -> bool {
+        let bit = if end == End::Sender { SENDER_CLOSED } else { RECEIVER_CLOSED };
+        // Acquire: A-STATE pairs with R-STATE (set).
+        self.state.0.load(Ordering::Acquire) & bit != 0
+    }
+
+    /// Whether the topic was removed or the bus stopped.
+    #[cfg(not(loom))]
+    pub(crate) fn ended(&self) -> Option<crate::error::GoneReason> {
+        let state = self.state.0.load(Ordering::Acquire);
+        match (state & STOPPED != 0, state & REMOVED != 0) {
+            (true, _) => Some(crate::error::GoneReason::Stopped),
+            (_, true) => Some(crate::error::GoneReason::Removed),
+            _ => None,
+        }
+    }
+}
+
+/// The word of a slot that is free for `position`.
+#[inline]
+fn empty(position: u64) -> Word {
+    Word::new(position, 0, Kind::Empty, 0)
+}
+
+impl<const W: usize> Channel<W> {
+    /// A channel over formatted memory.
+    pub fn new(header: Shared<ChannelHeader>, ring: Ring<Slot<W>>) -> Self {
+        Channel { header, ring }
+    }
+
+    /// Frees every slot for its first lap.
+    pub fn format(&self) {
+        for position in 0..self.ring.len() {
+            // Relaxed: nobody else sees the channel before its descriptor is passed on.
+            self.ring.at(position).word.store(empty(position).0, Ordering::Relaxed);
+        }
+    }
+
+    /// Ring length.
+    #[cfg(not(loom))]
+    pub(crate) fn slots(&self) -> u64 {
+        self.ring.len()
+    }
+
+    /// Where sender and receiver stand, told from the words alone: the lowest free position is the tail, the lowest
+    /// committed one below it the head.
+    pub(crate) fn ends(&self) -> (u64, u64) {
+        let words = || {
+            (0..self.ring.len()).map(|index| {
+                // Acquire: A-COMMIT, A-FREE: whoever resumes here sees what its predecessor left.
+                Word(self.ring.at(index).word.load(Ordering::Acquire))
+            })
+        };
+        let position = |word: Word| word.0 >> 16;
+        let free = words().filter(|w| w.kind() == Kind::Empty).map(position).min();
+        let tail = free.or_else(|| words().map(|w| position(w) + 1).max()).unwrap_or(0);
+        let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
+        (committed.min().unwrap_or(tail), tail)
+    }
+
+    /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.
+    pub(crate) fn clear_above(&self, tail: u64) {
+        for position in tail..tail + self.ring.len() {
+            let slot = self.ring.at(position);
+            if Word(slot.word.load(Ordering::Relaxed)).commits(position) {
+                // Release: ordered before the next sender's start.
+                slot.word.store(empty(position).0, Ordering::Release);
+            }
+        }
+    }
+
+    /// The arena payload that the message at `position` refers to, if it has one and is not received yet.
+    #[cfg(not(loom))]
+    pub(crate) fn span_at(&self, position: u64) -> Option<Span> {
+        let slot = self.ring.at(position);
+        let word = Word(slot.word.load(Ordering::Acquire));
+        (word.commits(position) && word.kind() == Kind::Arena).then(|| slot.read_span())
+    }
+
+    /// Whether the receiver has freed `position`.
+    pub(crate) fn is_freed(&self, position: u64) -> bool {
+        // Acquire: A-FREE pairs with R-FREE (Receiver::free).
+        !Word(self.ring.at(position).word.load(Ordering::Acquire)).commits(position)
+    }
+}
+
+/// The writing end.
+pub struct Sender<const W: usize> {
+    channel: Channel<W>,
+    next: u64,
+}
+
+impl<const W: usize> Sender<W> {
+    /// Goes on at `next`, the tail. The caller is the channel's only sender.
+    pub fn new(channel: Channel<W>, next: u64) -> Self {
+        Sender { channel, next }
+    }
+
+    pub(crate) fn channel(&self) -> &Channel<W> {
+        &self.channel
+    }
+
+    /// The position of the next message.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Whether the next `count` slots are free. The receiver frees in order, so the last one speaks for all.
+    #[inline]
+    pub(crate) fn has_room(&self, count: u64) -> bool {
+        let last = self.next + count - 1;
+        // Acquire: A-FREE pairs with R-FREE (Receiver::free): its reads are over before we overwrite.
+        count <= self.channel.ring.len() && self.channel.ring.at(last).word.load(Ordering::Acquire) == empty(last).0
+    }
+
+    /// Stores a payload `ahead` positions further on, uncommitted. There is room.
+    #[inline]
+    pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
+        let slot = self.channel.ring.at(self.next + ahead);
+        match body {
+            Body::Inline(inline, _) => slot.write(inline.words.first_chunk().expect("W <= 7")),
+            Body::Span(span) => slot.write_span(span),
+        }
+    }
+
+    /// Commits what was filled `ahead` positions further on.
+    #[inline]
+    pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
+        let position = self.next + ahead;
+        let word = match body {
+            Body::Inline(_, length) => Word::new(position, 0, Kind::Inline, length),
+            Body::Span(_) => Word::new(position, 0, Kind::Arena, 0),
+        };
+        // Release: R-COMMIT pairs with A-COMMIT (Receiver::poll): payload before word.
+        self.channel.ring.at(position).word.store(word.0, Ordering::Release);
+    }
+
+    /// Counts `count` committed messages.
+    #[inline]
+    pub(crate) fn advance(&mut self, count: u64) {
+        self.next += count;
+    }
+
+    /// Wakes the receiver if it sleeps.
+    #[inline]
+    pub fn notify(&self) {
+        if !self.channel.header.readers.is_quiet() {
+            self.channel.header.readers.ring();
+        }
+    }
+
+    /// Sends one small message (models and tests; handles use the steps above). False where there is no room.
+    pub fn send_word(&mut self, value: u64) -> bool {
+        if !self.has_room(1) {
+            return false;
+        }
+        let inline = Inline::copy_of(&value.to_ne_bytes());
+        self.fill(0, Body::Inline(&inline, 8));
+        self.commit(0, Body::Inline(&inline, 8));
+        self.advance(1);
+        self.notify();
+        true
+    }
+}
+
+/// The reading end.
+pub struct Receiver<const W: usize> {
+    channel: Channel<W>,
+    next: u64,
+    freed: u64,
+}
+
+impl<const W: usize> Receiver<W> {
+    /// Goes on at `next`, the head. The caller is the channel's only receiver.
+    pub fn new(channel: Channel<W>, next: u64) -> Self {
+        Receiver { channel, next, freed: next }
+    }
+
+    pub(crate) fn channel(&self) -> &Channel<W> {
+        &self.channel
+    }
+
+    /// The position of the next message.
+    #[inline]
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// The next message's word, if it is there.
+    #[inline]
+    pub(crate) fn poll(&self) -> Option<Word> {
+        // Acquire: A-COMMIT pairs with R-COMMIT (Sender::commit).
+        let word = Word(self.slot().word.load(Ordering::Acquire));
+        word.commits(self.next).then_some(word)
+    }
+
+    /// The slot of the next position.
+    #[inline]
+    pub(crate) fn slot(&self) -> &Slot<W> {
+        self.channel.ring.at(self.next)
+    }
+
+    /// Steps over the message just read; its slot stays until [`Self::free`].
+    #[inline]
+    pub(crate) fn step(&mut self) {
+        self.next += 1;
+    }
+
+    /// Frees what has been stepped over, and wakes the sender if it sleeps.
+    #[inline]
+    pub(crate) fn free(&mut self) {
+        while self.freed != self.next {
+            let slot = self.channel.ring.at(self.freed);
+            // Release: R-FREE pairs with A-FREE (Sender::has_room): our reads come before the sender's next lap.
+            slot.word.store(empty(self.freed + self.channel.ring.len()).0, Ordering::Release);
+            self.freed += 1;
+            if !self.channel.header.writers.is_quiet() {
+                self.channel.header.writers.ring();
+            }
+        }
+    }
+
+    /// Receives one small message (models and tests).
+    pub fn recv_word(&mut self) -> Option<u64> {
+        self.poll()?;
+        let value = self.slot().read().words[0];
+        self.step();
+        self.free();
+        Some(value)
+    }
+}

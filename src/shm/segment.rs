@@ -1,0 +1,234 @@
+//! Segments: the sole owner of mappings (ARCHITECTURE.md §3.1).
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+
+use crate::error::AttachError;
+use crate::os::memfd;
+use crate::ring::arena::Arena;
+use crate::ring::slot::Ring;
+use crate::shm::layout::{BODY_OFFSET, Geometry, LAYOUT_VERSION};
+use crate::shm::shared::Shared;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"SHMBUS\0\x01");
+
+/// What a segment is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Log = 2,
+    Cursors = 3,
+    Arena = 4,
+    Channel = 5,
+}
+
+/// What a segment promises; written at creation, compared at attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Promise {
+    pub(crate) kind: Kind,
+    pub(crate) len_bytes: u64,
+    pub(crate) bus: u64,
+    pub(crate) topic: u64,
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+    pub(crate) geometry: Geometry,
+}
+
+/// How a segment is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
+#[repr(C)]
+struct Header {
+    magic: AtomicU64,
+    layout: AtomicU32,
+    kind: AtomicU32,
+    len_bytes: AtomicU64,
+    bus: AtomicU64,
+    topic: AtomicU64,
+    index: AtomicU32,
+    generation: AtomicU32,
+    slots: AtomicU64,
+    slot_bytes: AtomicU32,
+    unit_bytes: AtomicU32,
+    arena_bytes: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Header>() == 80);
+
+/// A mapped segment.
+pub(crate) struct Segment {
+    map: Arc<MmapRaw>,
+}
+
+impl Segment {
+    /// Creates, formats and maps a segment. The memory is reserved in full and zero beyond the header.
+    pub(crate) fn create(name: &str, promise: &Promise) -> std::io::Result<(OwnedFd, Segment)> {
+        let fd = memfd::create(name, promise.len_bytes)?;
+        let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite)?;
+        segment.header().write(promise);
+        Ok((fd, segment))
+    }
+
+    /// Maps a segment after checking that it is what was promised (I-1).
+    pub(crate) fn attach(fd: BorrowedFd<'_>, promise: &Promise, access: Access) -> Result<Segment, AttachError> {
+        let len = checked_len(fd)?;
+        expect("length", len, promise.len_bytes)?;
+        let segment = Segment::map(fd, len, access)
+            .map_err(|source| AttachError::Io { context: "cannot map the segment", source })?;
+        segment.header().check(promise)?;
+        Ok(segment)
+    }
+
+    /// The geometry a stand-alone channel's creator wrote, to build the promise that [`Self::attach`] checks.
+    pub(crate) fn peek_channel(fd: BorrowedFd<'_>) -> Result<Promise, AttachError> {
+        let len = checked_len(fd)?;
+        let segment = Segment::map(fd, len.min(BODY_OFFSET), Access::ReadWrite)
+            .map_err(|source| AttachError::Io { context: "cannot map the segment", source })?;
+        let header = segment.header();
+        header.check_version()?;
+        let relaxed = Ordering::Relaxed;
+        let geometry = Geometry {
+            slots: header.slots.load(relaxed),
+            slot_bytes: header.slot_bytes.load(relaxed),
+            unit_bytes: header.unit_bytes.load(relaxed),
+            arena_bytes: header.arena_bytes.load(relaxed),
+        };
+        let sound = geometry.slots.is_power_of_two() && geometry.slots <= len && geometry.arena_bytes <= len;
+        if !sound || !matches!(geometry.slot_bytes, 16 | 64) {
+            return Err(AttachError::Field { field: "slots", found: geometry.slots, expected: len });
+        }
+        expect("length", len, geometry.channel_len_bytes())?;
+        let bus = header.bus.load(relaxed);
+        Ok(Promise { kind: Kind::Channel, len_bytes: len, bus, topic: 0, index: 0, generation: 0, geometry })
+    }
+
+    fn map(fd: BorrowedFd<'_>, len: u64, access: Access) -> std::io::Result<Segment> {
+        let mut options = MmapOptions::new();
+        // Populated at once: a page fault on the first lap would cost more than a whole lap later.
+        options.len(len as usize).populate();
+        let raw = fd.as_raw_fd();
+        let map = match access {
+            Access::ReadOnly => options.map_raw_read_only(raw)?,
+            Access::ReadWrite => options.map_raw(raw)?,
+        };
+        Ok(Segment { map: Arc::new(map) })
+    }
+
+    fn header(&self) -> &Header {
+        // SAFETY: every mapping is at least a page long, page-aligned, and `Header` is 80 bytes of atomics.
+        unsafe { &*self.map.as_ptr().cast::<Header>() }
+    }
+
+    /// A view of one `T` at `offset` in the body.
+    ///
+    /// `T` must be made of atomics only; every caller names one of the layout's structs.
+    pub(crate) fn view<T: Sync>(&self, offset: u64) -> Shared<T> {
+        self.assert_inside(offset, size_of::<T>() as u64, align_of::<T>());
+        let target = self.body(offset).cast::<T>();
+        // SAFETY: inside the mapping and aligned (just checked); `map` keeps it alive (I-11).
+        unsafe { Shared::new(target, self.map.clone()) }
+    }
+
+    /// A view of `len` `T`s from `offset` in the body on.
+    pub(crate) fn view_slice<T: Sync>(&self, offset: u64, len: u64) -> Shared<[T]> {
+        self.assert_inside(offset, size_of::<T>() as u64 * len, align_of::<T>());
+        let target = NonNull::slice_from_raw_parts(self.body(offset).cast::<T>(), len as usize);
+        // SAFETY: as in `view`.
+        unsafe { Shared::new(target, self.map.clone()) }
+    }
+
+    /// A ring of `slots` at `offset` in the body.
+    pub(crate) fn ring<S: Sync>(&self, offset: u64, slots: u64) -> Ring<S> {
+        Ring::new(self.view_slice(offset, slots))
+    }
+
+    /// The arena at `offset` in the body.
+    pub(crate) fn arena(&self, offset: u64, bytes: u64) -> Arena {
+        Arena::new(self.view_slice::<AtomicU64>(offset, bytes / 8))
+    }
+
+    fn body(&self, offset: u64) -> NonNull<u8> {
+        // SAFETY: `assert_inside` has shown that the body has this offset; a mapping is never null.
+        unsafe { NonNull::new_unchecked(self.map.as_mut_ptr().add((BODY_OFFSET + offset) as usize)) }
+    }
+
+    fn assert_inside(&self, offset: u64, bytes: u64, align: usize) {
+        let end = BODY_OFFSET + offset + bytes;
+        assert!(end <= self.map.len() as u64, "a view ends at {end}, the segment at {}", self.map.len());
+        assert!(offset.is_multiple_of(align as u64), "a view at {offset} is not aligned to {align}");
+    }
+}
+
+impl Header {
+    fn write(&self, promise: &Promise) {
+        let relaxed = Ordering::Relaxed;
+        self.layout.store(LAYOUT_VERSION, relaxed);
+        self.kind.store(promise.kind as u32, relaxed);
+        self.len_bytes.store(promise.len_bytes, relaxed);
+        self.bus.store(promise.bus, relaxed);
+        self.topic.store(promise.topic, relaxed);
+        self.index.store(promise.index, relaxed);
+        self.generation.store(promise.generation, relaxed);
+        self.slots.store(promise.geometry.slots, relaxed);
+        self.slot_bytes.store(promise.geometry.slot_bytes, relaxed);
+        self.unit_bytes.store(promise.geometry.unit_bytes, relaxed);
+        self.arena_bytes.store(promise.geometry.arena_bytes, relaxed);
+        // Release: R-MAGIC pairs with A-MAGIC (check_version): the magic vouches for the rest.
+        self.magic.store(MAGIC, Ordering::Release);
+    }
+
+    fn check_version(&self) -> Result<(), AttachError> {
+        // Acquire: A-MAGIC pairs with R-MAGIC (write).
+        let magic = self.magic.load(Ordering::Acquire);
+        if magic != MAGIC {
+            return Err(AttachError::Magic { found: magic, expected: MAGIC });
+        }
+        let layout = self.layout.load(Ordering::Relaxed);
+        if layout != LAYOUT_VERSION {
+            return Err(AttachError::Version { found: layout, expected: LAYOUT_VERSION });
+        }
+        Ok(())
+    }
+
+    fn check(&self, promise: &Promise) -> Result<(), AttachError> {
+        self.check_version()?;
+        let relaxed = Ordering::Relaxed;
+        expect("kind", self.kind.load(relaxed).into(), promise.kind as u64)?;
+        expect("len_bytes", self.len_bytes.load(relaxed), promise.len_bytes)?;
+        expect("bus", self.bus.load(relaxed), promise.bus)?;
+        expect("topic", self.topic.load(relaxed), promise.topic)?;
+        expect("index", self.index.load(relaxed).into(), promise.index.into())?;
+        expect("generation", self.generation.load(relaxed).into(), promise.generation.into())?;
+        expect("slots", self.slots.load(relaxed), promise.geometry.slots)?;
+        expect("slot_bytes", self.slot_bytes.load(relaxed).into(), promise.geometry.slot_bytes.into())?;
+        expect("unit_bytes", self.unit_bytes.load(relaxed).into(), promise.geometry.unit_bytes.into())?;
+        expect("arena_bytes", self.arena_bytes.load(relaxed), promise.geometry.arena_bytes)
+    }
+}
+
+fn expect(field: &'static str, found: u64, expected: u64) -> Result<(), AttachError> {
+    if found == expected { Ok(()) } else { Err(AttachError::Field { field, found, expected }) }
+}
+
+/// The descriptor's size, if it is sealed so that it keeps it.
+fn checked_len(fd: BorrowedFd<'_>) -> Result<u64, AttachError> {
+    let io = |context| move |errno: nix::errno::Errno| AttachError::Io { context, source: errno.into() };
+    let len = nix::sys::stat::fstat(fd).map_err(io("cannot stat the segment"))?.st_size as u64;
+    if len < BODY_OFFSET {
+        return Err(AttachError::TooSmall { found: len, min: BODY_OFFSET });
+    }
+    let needed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(io("not a memfd: cannot read the segment's seals"))?;
+    if seals & needed.bits() != needed.bits() {
+        return Err(AttachError::NotSealed { found: seals as u32, expected: needed.bits() as u32 });
+    }
+    Ok(len)
+}

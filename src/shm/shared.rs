@@ -1,0 +1,76 @@
+//! [`Shared`]: a view into memory that somebody keeps alive.
+
+use std::any::Any;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// A reference to `T` together with the owner of the memory it lies in: a mapped segment in production, a heap
+/// allocation in tests and models. `T` consists of atomics only, so it may be shared with other processes (I-11).
+pub struct Shared<T: ?Sized + 'static> {
+    target: NonNull<T>,
+    keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: a `Shared` is a `&T` with a keep-alive, and `&T` is Send and Sync where T is Sync.
+unsafe impl<T: ?Sized + Sync> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: ?Sized + Sync> Sync for Shared<T> {}
+
+impl<T: ?Sized> Shared<T> {
+    /// A view of `target`, which lies in memory that `keep` owns.
+    ///
+    /// # Safety
+    /// `target` must be aligned, initialised and stay valid for `T` as long as `keep` lives, and `T` must tolerate
+    /// writes by other processes: atomics only.
+    #[cfg(not(loom))]
+    pub(crate) unsafe fn new(target: NonNull<T>, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Shared { target, keep }
+    }
+
+    /// A heap allocation, shared between threads (tests and models).
+    pub fn heap(value: Box<T>) -> Self
+    where
+        T: Sync + Send,
+    {
+        let owner = HeapBox(NonNull::from(Box::leak(value)));
+        Shared { target: owner.0, keep: Arc::new(owner) }
+    }
+
+    /// The owner of the memory, to build further views of it.
+    #[cfg(not(loom))]
+    pub(crate) fn keeper(&self) -> Arc<dyn Any + Send + Sync> {
+        self.keep.clone()
+    }
+}
+
+impl<T: ?Sized> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        Shared { target: self.target, keep: self.keep.clone() }
+    }
+}
+
+impl<T: ?Sized> Deref for Shared<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: I-11: `keep` owns the memory and lives as long as this view.
+        unsafe { self.target.as_ref() }
+    }
+}
+
+/// Frees a leaked box; not a `Box` because that would claim sole access while views exist.
+struct HeapBox<T: ?Sized>(NonNull<T>);
+
+// SAFETY: owns a `T` that is Send and Sync (required by `Shared::heap`).
+unsafe impl<T: ?Sized> Send for HeapBox<T> {}
+// SAFETY: as above.
+unsafe impl<T: ?Sized> Sync for HeapBox<T> {}
+
+impl<T: ?Sized> Drop for HeapBox<T> {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from `Box::leak` and every view that used it is gone.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
