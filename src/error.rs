@@ -73,7 +73,9 @@ pub enum ConnectError {
         waited_ms: u64,
     },
     /// The coordinator speaks another version.
-    #[error("the coordinator speaks protocol {found}, this program {expected}; run the same shmbus version on both sides")]
+    #[error(
+        "the coordinator speaks protocol {found}, this program {expected}; run the same shmbus version on both sides"
+    )]
     Version {
         /// Ours.
         expected: u32,
@@ -119,7 +121,9 @@ pub enum Refusal {
         topic: String,
     },
     /// The topic exists already, with other options.
-    #[error("topic {topic:?} exists with other options: {difference}; remove it with `shmbus rm {topic}` or use it as it is")]
+    #[error(
+        "topic {topic:?} exists with other options: {difference}; remove it with `shmbus rm {topic}` or use it as it is"
+    )]
     Exists {
         /// The topic.
         topic: String,
@@ -145,7 +149,9 @@ pub enum Refusal {
         found: String,
     },
     /// An exclusive topic or channel has its publisher, or a channel its subscriber.
-    #[error("topic {topic:?} is {mode} and has its {role} (process {pid}); wait for it to end, or create the topic for many")]
+    #[error(
+        "topic {topic:?} is {mode} and has its {role} (process {pid}); wait for it to end, or create the topic for many"
+    )]
     Taken {
         /// The topic.
         topic: String,
@@ -167,8 +173,10 @@ pub enum Refusal {
         mend: String,
     },
     /// The byte budget does not allow it.
-    #[error("topic {topic:?} needs {needed} bytes of memory and {available} of the budget of {budget} are left; \
-             create it with fewer --bytes, remove topics, or raise SHMBUS_BUDGET")]
+    #[error(
+        "topic {topic:?} needs {needed} bytes of memory and {available} of the budget of {budget} are left; \
+             create it with fewer --bytes, remove topics, or raise SHMBUS_BUDGET"
+    )]
     Budget {
         /// The topic.
         topic: String,

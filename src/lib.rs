@@ -5,13 +5,27 @@
 //! a message's path.
 
 #[cfg(not(loom))]
-mod client;
-#[cfg(not(loom))]
 pub mod coordinator;
 mod error;
 #[cfg(not(loom))]
 mod os;
-pub mod ring;
+mod ring;
 mod shm;
 mod sync;
 mod topic;
+
+/// The rings as the loom models see them; exists only under `--cfg loom`.
+#[cfg(loom)]
+#[allow(missing_docs)]
+pub mod model {
+    pub use crate::ring::arena::Arena;
+    pub use crate::ring::cursor::{Cursor, CursorsHeader};
+    pub use crate::ring::doorbell::{Armed, Doorbell};
+    pub use crate::ring::exclusive::{ExclusiveLog, Reader, Writer};
+    pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, still_retained};
+    pub use crate::ring::log::LogHeader;
+    pub use crate::ring::many::{Entry, ManyLog, Reader as ManyReader, Writer as ManyWriter};
+    pub use crate::ring::slot::{Ring, Slot};
+    pub use crate::ring::spsc::{Channel, ChannelHeader, Receiver, Sender};
+    pub use crate::shm::shared::Shared;
+}

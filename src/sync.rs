@@ -76,11 +76,7 @@ mod model {
 
     impl FutexWord {
         pub(crate) fn new() -> Self {
-            FutexWord {
-                word: AtomicU32::new(0),
-                queue: loom::sync::Mutex::new(()),
-                woken: loom::sync::Condvar::new(),
-            }
+            FutexWord { word: AtomicU32::new(0), queue: loom::sync::Mutex::new(()), woken: loom::sync::Condvar::new() }
         }
 
         pub(crate) fn word(&self) -> &AtomicU32 {

@@ -1,12 +1,35 @@
-//! What the coordinator does to a topic's shared memory: create, join, leave, recover, report.
+//! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::coordinator::protocol::{StartAt, TopicInfo};
+use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
 use crate::error::Refusal;
+use crate::os::memfd;
+use crate::ring::arena::Arena;
+use crate::ring::log::{Place, TopicState};
+use crate::ring::many::{ManyLog, Record};
+use crate::ring::slot::Slot;
+use crate::ring::spsc::Channel;
+use crate::shm::segment::{Access, Promise, Segment};
+use crate::shm::topic::{self, LogSegments};
+use crate::sync::Ordering;
+use crate::topic::Mode;
 
 /// A topic's segments as the coordinator holds them: every descriptor, all mapped read-write.
-pub(crate) struct TopicMemory {}
+pub(crate) struct TopicMemory {
+    info: TopicInfo,
+    parts: Parts,
+}
+
+enum Parts {
+    Log { segments: LogSegments, log: OwnedFd, cursors: OwnedFd, arenas: Vec<Option<ArenaPart>> },
+    Channel { segment: Segment, fd: OwnedFd },
+}
+
+struct ArenaPart {
+    fd: OwnedFd,
+    arena: Arena,
+}
 
 /// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "channel".
 pub(crate) struct StoredSegment<'a> {
@@ -14,7 +37,7 @@ pub(crate) struct StoredSegment<'a> {
     pub(crate) fd: BorrowedFd<'a>,
 }
 
-/// Where a subscriber begins.
+/// Where a subscriber begins. On topics with many publishers this is the batch that holds the sequence asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Joined {
     pub(crate) position: u64,
@@ -23,37 +46,354 @@ pub(crate) struct Joined {
 
 impl TopicMemory {
     /// Creates log, cursors and the first arena (a channel: its one segment), reserved in full and sealed.
-    pub(crate) fn create(info: &TopicInfo) -> Result<TopicMemory, Refusal> { todo!() }
+    pub(crate) fn create(info: &TopicInfo) -> Result<TopicMemory, Refusal> {
+        if info.options.mode == Mode::Channel {
+            let (fd, segment) = new_segment(info, "channel", &info.channel())?;
+            if info.small_slots() {
+                topic::channel::<1>(&segment, &info.geometry).0.format();
+            } else {
+                topic::channel::<7>(&segment, &info.geometry).0.format();
+            }
+            segment.publish(&info.channel());
+            return Ok(TopicMemory { info: info.clone(), parts: Parts::Channel { segment, fd } });
+        }
+        let (log_fd, log) = new_segment(info, "log", &info.log())?;
+        let (cursors_fd, cursors) = new_segment(info, "cursors", &info.cursors())?;
+        let segments = LogSegments { log, cursors };
+        segments.header().format(0);
+        segments.cursor_lines(info).iter().for_each(|cursor| cursor.format());
+        segments.log.publish(&info.log());
+        segments.cursors.publish(&info.cursors());
+        let arenas = Vec::new();
+        let parts = Parts::Log { segments, log: log_fd, cursors: cursors_fd, arenas };
+        let mut memory = TopicMemory { info: info.clone(), parts };
+        memory.add_arena(info, 0)?;
+        Ok(memory)
+    }
+
     /// Bytes that `create` reserves.
-    pub(crate) fn footprint_bytes(info: &TopicInfo) -> u64 { todo!() }
+    pub(crate) fn footprint_bytes(info: &TopicInfo) -> u64 {
+        if info.options.mode == Mode::Channel {
+            return info.channel().len_bytes;
+        }
+        info.log().len_bytes + info.cursors().len_bytes + info.arena(0).len_bytes
+    }
+
     /// Bytes that one more arena reserves.
-    pub(crate) fn arena_footprint_bytes(info: &TopicInfo) -> u64 { todo!() }
+    pub(crate) fn arena_footprint_bytes(info: &TopicInfo) -> u64 {
+        info.arena(0).len_bytes
+    }
+
     /// Takes over segments that an earlier coordinator created; checks every header against `info`.
-    pub(crate) fn adopt(info: &TopicInfo, segments: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> { todo!() }
+    pub(crate) fn adopt(info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
+        let (mut log, mut cursors, mut channel, mut arenas) = (None, None, None, Vec::new());
+        for (name, fd) in stored {
+            match name.as_str() {
+                "log" => log = Some((attach(info, &fd, &info.log())?, fd)),
+                "cursors" => cursors = Some((attach(info, &fd, &info.cursors())?, fd)),
+                "channel" => channel = Some((attach(info, &fd, &info.channel())?, fd)),
+                other => {
+                    let slot = other.strip_prefix("arena-").and_then(|n| n.parse::<u32>().ok());
+                    let slot = slot.filter(|slot| *slot < info.options.max_publishers);
+                    let slot = slot.ok_or_else(|| corrupt(info, format!("unknown segment {other:?}")))?;
+                    let segment = attach(info, &fd, &info.arena(slot))?;
+                    put_arena(&mut arenas, slot, ArenaPart { arena: topic::arena(&segment, &info.geometry), fd });
+                }
+            }
+        }
+        let parts = match (log, cursors, channel) {
+            (Some((log, log_fd)), Some((cursors, cursors_fd)), None) => {
+                Parts::Log { segments: LogSegments { log, cursors }, log: log_fd, cursors: cursors_fd, arenas }
+            }
+            (None, None, Some((segment, fd))) => Parts::Channel { segment, fd },
+            _ => return Err(corrupt(info, "some of its segments are missing".into())),
+        };
+        Ok(TopicMemory { info: info.clone(), parts })
+    }
+
     /// Every segment with the name it is stored under.
-    pub(crate) fn segments(&self) -> Vec<StoredSegment<'_>> { todo!() }
-    /// Whether slot's arena exists.
-    pub(crate) fn has_arena(&self, slot: u32) -> bool { todo!() }
+    pub(crate) fn segments(&self) -> Vec<StoredSegment<'_>> {
+        match &self.parts {
+            Parts::Channel { fd, .. } => vec![StoredSegment { name: "channel".into(), fd: fd.as_fd() }],
+            Parts::Log { log, cursors, arenas, .. } => {
+                let mut all = vec![
+                    StoredSegment { name: "log".into(), fd: log.as_fd() },
+                    StoredSegment { name: "cursors".into(), fd: cursors.as_fd() },
+                ];
+                for (slot, part) in arenas.iter().enumerate() {
+                    if let Some(part) = part {
+                        all.push(StoredSegment { name: format!("arena-{slot}"), fd: part.fd.as_fd() });
+                    }
+                }
+                all
+            }
+        }
+    }
+
+    /// Whether a slot's arena exists.
+    pub(crate) fn has_arena(&self, slot: u32) -> bool {
+        match &self.parts {
+            Parts::Channel { .. } => true,
+            Parts::Log { arenas, .. } => arenas.get(slot as usize).is_some_and(Option::is_some),
+        }
+    }
+
     /// Creates the arena of a publisher slot.
-    pub(crate) fn add_arena(&mut self, info: &TopicInfo, slot: u32) -> Result<(), Refusal> { todo!() }
+    pub(crate) fn add_arena(&mut self, info: &TopicInfo, slot: u32) -> Result<(), Refusal> {
+        let Parts::Log { arenas, .. } = &mut self.parts else { return Ok(()) };
+        let (fd, segment) = new_segment(info, &format!("arena-{slot}"), &info.arena(slot))?;
+        segment.publish(&info.arena(slot));
+        put_arena(arenas, slot, ArenaPart { fd, arena: topic::arena(&segment, &info.geometry) });
+        Ok(())
+    }
+
     /// Descriptors for a publisher: log, cursors, own arena, all read-write (a channel: its segment).
-    pub(crate) fn publisher_fds(&self, slot: u32) -> Result<Vec<OwnedFd>, Refusal> { todo!() }
-    /// Descriptors for a subscriber: log (read-only), cursors (read-write), each arena (read-only) with its slot.
-    pub(crate) fn subscriber_fds(&self) -> Result<Vec<(crate::coordinator::protocol::SegmentRef, OwnedFd)>, Refusal> { todo!() }
+    pub(crate) fn publisher_fds(&self, slot: u32) -> Result<Vec<OwnedFd>, Refusal> {
+        let system = |e| system(&self.info, "cannot duplicate a descriptor", e);
+        match &self.parts {
+            Parts::Channel { fd, .. } => Ok(vec![fd.try_clone().map_err(system)?]),
+            Parts::Log { log, cursors, .. } => {
+                let arena = &self.arena_part(slot)?.fd;
+                [log, cursors, arena].into_iter().map(|fd| fd.try_clone().map_err(system)).collect()
+            }
+        }
+    }
+
+    /// Descriptors for a subscriber: log (read-only), cursors (read-write), each arena (read-only) with its slot; a
+    /// channel: its segment.
+    pub(crate) fn subscriber_fds(&self) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
+        let system = |e| system(&self.info, "cannot duplicate a descriptor", e);
+        let (log, cursors, arenas) = match &self.parts {
+            Parts::Channel { fd, .. } => return Ok(vec![(SegmentRef::Channel, fd.try_clone().map_err(system)?)]),
+            Parts::Log { log, cursors, arenas, .. } => (log, cursors, arenas),
+        };
+        let mut fds = vec![
+            (SegmentRef::Log, memfd::read_only(log.as_fd()).map_err(system)?),
+            (SegmentRef::Cursors, cursors.try_clone().map_err(system)?),
+        ];
+        for (slot, part) in arenas.iter().enumerate() {
+            if let Some(part) = part {
+                fds.push((SegmentRef::Arena(slot as u32), memfd::read_only(part.fd.as_fd()).map_err(system)?));
+            }
+        }
+        Ok(fds)
+    }
+
     /// A read-only descriptor of one arena, to be pushed to subscribers.
-    pub(crate) fn arena_fd(&self, slot: u32) -> Result<OwnedFd, Refusal> { todo!() }
-    /// Puts a publisher's tenancy in force (before it is told): its id and the tenancy index that goes into slot words.
-    pub(crate) fn begin_tenancy(&self, tenancy: u32, publisher: u64) -> Result<(), Refusal> { todo!() }
+    pub(crate) fn arena_fd(&self, slot: u32) -> Result<OwnedFd, Refusal> {
+        let part = self.arena_part(slot)?;
+        memfd::read_only(part.fd.as_fd()).map_err(|e| system(&self.info, "cannot reopen an arena", e))
+    }
+
+    fn arena_part(&self, slot: u32) -> Result<&ArenaPart, Refusal> {
+        let Parts::Log { arenas, .. } = &self.parts else {
+            return Err(corrupt(&self.info, "a channel has none".into()));
+        };
+        let part = arenas.get(slot as usize).and_then(Option::as_ref);
+        part.ok_or_else(|| corrupt(&self.info, format!("publisher slot {slot} has no arena")))
+    }
+
+    /// Puts a publisher's tenancy in force, before it is told: its id and the index that goes into slot words.
+    pub(crate) fn begin_tenancy(&self, tenancy: u32, publisher: u64) -> Result<(), Refusal> {
+        if let (Mode::Exclusive, Parts::Log { segments, .. }) = (self.info.options.mode, &self.parts) {
+            let tail = self.tail()?.position;
+            segments.header().begin_tenancy(tenancy, tail, publisher, 1);
+        }
+        Ok(())
+    }
+
     /// Repairs what a dead (or leaves tidy what a departed) publisher left. Idempotent.
-    pub(crate) fn end_publisher(&self, slot: u32) -> Result<(), Refusal> { todo!() }
+    pub(crate) fn end_publisher(&self, _slot: u32) -> Result<(), Refusal> {
+        match (&self.parts, self.info.options.mode, self.info.small_slots()) {
+            (Parts::Channel { segment, .. }, _, true) => clear_channel::<1>(segment, &self.info),
+            (Parts::Channel { segment, .. }, _, false) => clear_channel::<7>(segment, &self.info),
+            (Parts::Log { segments, .. }, Mode::Exclusive, small) => {
+                let tail = self.tail()?;
+                if small {
+                    segments.exclusive::<1>(&self.info).clear_above(tail.position);
+                } else {
+                    segments.exclusive::<7>(&self.info).clear_above(tail.position);
+                }
+                segments.header().store_checkpoint(0, tail);
+            }
+            // One compare-and-swap leaves nothing behind; the arena passes on with what is in it.
+            (Parts::Log { .. }, _, _) => {}
+        }
+        Ok(())
+    }
+
     /// Puts a subscriber's cursor in force at its start position. Idempotent for one owner.
-    pub(crate) fn join(&self, cursor: u32, owner: u64, start: StartAt, droppable: bool) -> Result<Joined, Refusal> { todo!() }
+    pub(crate) fn join(&self, cursor: u32, owner: u64, start: StartAt, droppable: bool) -> Result<Joined, Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return self.join_channel() };
+        let lines = segments.cursor_lines(&self.info);
+        let line = lines.get(cursor as usize).ok_or_else(|| corrupt(&self.info, format!("no cursor {cursor}")))?;
+        let (header, readers) = (segments.header(), segments.readers());
+        let gate = crate::ring::gate::Gate { header: &header, readers: &readers, cursors: &lines };
+        let tail = self.tail()?;
+        let asked = match start {
+            StartAt::Latest => tail.sequence,
+            StartAt::Oldest => 0,
+            StartAt::Last(count) => tail.sequence.saturating_sub(count),
+            StartAt::Sequence(sequence) if sequence > tail.sequence => {
+                let topic = self.info.name.clone();
+                return Err(Refusal::BeyondTail { topic, asked: sequence, tail: tail.sequence });
+            }
+            StartAt::Sequence(sequence) => sequence,
+        };
+        line.occupy(owner, droppable);
+        // In force at the oldest first: from here on the search below runs over memory that stays (I-4).
+        let first = if asked >= tail.sequence { tail.position } else { 0 };
+        let oldest = gate.join(cursor, first);
+        let place = match self.place_of(asked, oldest, tail) {
+            Some(place) => place,
+            None => {
+                line.vacate();
+                return Err(corrupt(&self.info, "no record leads to the start position".into()));
+            }
+        };
+        line.advance(place.position, place.sequence);
+        Ok(Joined { position: place.position, sequence: place.sequence })
+    }
+
+    fn join_channel(&self) -> Result<Joined, Refusal> {
+        let Parts::Channel { segment, .. } = &self.parts else { unreachable!("join handles logs") };
+        let (head, _) = channel_ends(segment, &self.info);
+        Ok(Joined { position: head, sequence: head })
+    }
+
+    /// The batch that holds `sequence`, or the oldest from `oldest` on.
+    fn place_of(&self, sequence: u64, oldest: u64, tail: Place) -> Option<Place> {
+        if self.info.options.mode == Mode::Exclusive {
+            let position = sequence.max(oldest);
+            return Some(Place { position, sequence: position });
+        }
+        if sequence >= tail.sequence || oldest >= tail.position {
+            return Some(if oldest > tail.position { self.place_at(oldest)? } else { tail });
+        }
+        // Invariant: the batch at `low` begins at or before `sequence`, or is the oldest.
+        let (mut low, mut high) = (oldest, tail.position);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            match self.place_at(middle) {
+                Some(place) if place.sequence > sequence => high = middle,
+                // Overwritten meanwhile (only readers that hold nothing back see this): later is still there.
+                _ => low = middle,
+            }
+        }
+        self.place_at(low).or(Some(tail))
+    }
+
+    /// Position and sequence of the batch at `position`, from its record.
+    fn place_at(&self, position: u64) -> Option<Place> {
+        let Parts::Log { segments, arenas, .. } = &self.parts else { return None };
+        let log: ManyLog = segments.many(&self.info);
+        let Some(word) = log.committed(position) else {
+            return log.tail_from(None).filter(|tail| tail.position == position);
+        };
+        let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
+        let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
+        (record.position == position).then_some(Place { position, sequence: record.first_sequence })
+    }
+
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent.
-    pub(crate) fn leave(&self, cursor: u32) { todo!() }
+    pub(crate) fn leave(&self, cursor: u32) {
+        let Parts::Log { segments, .. } = &self.parts else { return };
+        if let Some(line) = segments.cursor_lines(&self.info).get(cursor as usize) {
+            line.vacate();
+        }
+        segments.readers().writers.ring();
+    }
+
     /// Oldest retained and next sequence.
-    pub(crate) fn range(&self) -> Result<(u64, u64), Refusal> { todo!() }
+    pub(crate) fn range(&self) -> Result<(u64, u64), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else {
+            let Parts::Channel { segment, .. } = &self.parts else { unreachable!("two kinds of parts") };
+            return Ok(channel_ends(segment, &self.info));
+        };
+        let tail = self.tail()?;
+        // Acquire: A-INTENT, as a joiner would look at it.
+        let floor = segments.header().intent.0.load(Ordering::Acquire).min(tail.position);
+        let oldest = match self.info.options.mode {
+            _ if floor == tail.position => tail.sequence,
+            Mode::Exclusive => floor,
+            _ => self.place_at(floor).map_or(tail.sequence, |place| place.sequence),
+        };
+        Ok((oldest, tail.sequence))
+    }
+
+    fn tail(&self) -> Result<Place, Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { unreachable!("a channel has no log") };
+        let info = &self.info;
+        let tail = match (info.options.mode, info.small_slots()) {
+            (Mode::Exclusive, true) => segments.exclusive::<1>(info).tail(),
+            (Mode::Exclusive, false) => segments.exclusive::<7>(info).tail(),
+            _ => return segments.many(info).tail_from(None).ok_or_else(|| corrupt(info, "no checkpoint".into())),
+        };
+        let position = tail.ok_or_else(|| corrupt(info, "no checkpoint".into()))?;
+        Ok(Place { position, sequence: position })
+    }
+
     /// A cursor's sequence.
-    pub(crate) fn cursor_sequence(&self, cursor: u32) -> u64 { todo!() }
+    pub(crate) fn cursor_sequence(&self, cursor: u32) -> u64 {
+        match &self.parts {
+            Parts::Channel { segment, .. } => channel_ends(segment, &self.info).0,
+            Parts::Log { segments, .. } => {
+                segments.cursor_lines(&self.info).get(cursor as usize).map_or(0, |line| line.sequence())
+            }
+        }
+    }
+
     /// Marks the topic as removed (1) or its bus as stopped (2) and wakes everybody.
-    pub(crate) fn end(&self, state: u32) { todo!() }
+    pub(crate) fn end(&self, state: u32) {
+        let state = if state == 1 { TopicState::Removed } else { TopicState::Stopped };
+        match &self.parts {
+            Parts::Channel { segment, .. } => topic::channel_header(segment).end(state),
+            Parts::Log { segments, .. } => {
+                segments.header().end(state);
+                segments.readers().readers.call_attention();
+                segments.readers().writers.call_attention();
+            }
+        }
+    }
+}
+
+fn put_arena(arenas: &mut Vec<Option<ArenaPart>>, slot: u32, part: ArenaPart) {
+    let index = slot as usize;
+    if arenas.len() <= index {
+        arenas.resize_with(index + 1, || None);
+    }
+    arenas[index] = Some(part);
+}
+
+fn channel_ends(segment: &Segment, info: &TopicInfo) -> (u64, u64) {
+    if info.small_slots() {
+        topic::channel::<1>(segment, &info.geometry).0.ends()
+    } else {
+        topic::channel::<7>(segment, &info.geometry).0.ends()
+    }
+}
+
+fn clear_channel<const W: usize>(segment: &Segment, info: &TopicInfo) {
+    let (channel, _): (Channel<W>, _) = topic::channel(segment, &info.geometry);
+    let (_, tail) = channel.ends();
+    channel.clear_above(tail);
+    const { assert!(size_of::<Slot<W>>() == 8 * (W + 1)) };
+}
+
+fn new_segment(info: &TopicInfo, part: &str, promise: &Promise) -> Result<(OwnedFd, Segment), Refusal> {
+    let name = format!("shmbus:{}:{part}", info.name);
+    let problem = format!("cannot reserve {} bytes for topic {:?}", promise.len_bytes, info.name);
+    Segment::create(&name, promise).map_err(|e| Refusal::System { context: problem, problem: e.to_string() })
+}
+
+fn attach(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Result<Segment, Refusal> {
+    Segment::attach(fd.as_fd(), promise, Access::ReadWrite).map_err(|e| corrupt(info, e.to_string()))
+}
+
+fn corrupt(info: &TopicInfo, problem: String) -> Refusal {
+    Refusal::Corrupt { topic: info.name.clone(), problem }
+}
+
+fn system(info: &TopicInfo, context: &str, error: std::io::Error) -> Refusal {
+    Refusal::System { context: format!("topic {:?}: {context}", info.name), problem: error.to_string() }
 }

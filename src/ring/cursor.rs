@@ -13,9 +13,9 @@ const DROPPABLE: u64 = 2;
 #[repr(C)]
 pub struct CursorsHeader {
     /// Subscribers sleep here, publishers ring.
-    pub(crate) readers: Doorbell,
+    pub readers: Doorbell,
     /// Blocked publishers sleep here, subscribers ring.
-    pub(crate) writers: Doorbell,
+    pub writers: Doorbell,
     /// How many cursors, counted from the first, have ever been in force: what a scan must look at.
     used: UsedCount,
 }
@@ -66,7 +66,7 @@ impl Cursor {
 
     /// Moves the cursor forward, after everything below `position` has been read for the last time.
     #[inline]
-    pub(crate) fn advance(&self, position: u64, sequence: u64) {
+    pub fn advance(&self, position: u64, sequence: u64) {
         // Relaxed: only shown to people.
         self.sequence.store(sequence, Ordering::Relaxed);
         // Release: R-CURSOR pairs with A-CURSOR (lowest): our reads are over before the publisher overwrites.
@@ -80,14 +80,14 @@ impl Cursor {
     }
 
     /// Prepares the cursor for its new owner, before [`Self::propose`].
-    pub(crate) fn occupy(&self, owner: u64, droppable: bool) {
+    pub fn occupy(&self, owner: u64, droppable: bool) {
         // Relaxed: published by `propose`.
         self.owner.store(owner, Ordering::Relaxed);
         self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Relaxed);
     }
 
     /// Takes the cursor out of force.
-    pub(crate) fn vacate(&self) {
+    pub fn vacate(&self) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): a departing reader's reads are over.
         self.position.store(NOT_IN_FORCE, Ordering::Release);
         self.mode.store(0, Ordering::Relaxed);

@@ -36,7 +36,7 @@ pub struct Doorbell {
 }
 
 /// Proof that WAITING was set; says what to sleep on.
-pub(crate) struct Armed {
+pub struct Armed {
     value: u32,
     longest: Duration,
 }
@@ -50,7 +50,7 @@ impl Doorbell {
 
     /// Tells whether the ringer may go on without looking closer. For the ringer, right after its store.
     #[inline]
-    pub(crate) fn is_quiet(&self) -> bool {
+    pub fn is_quiet(&self) -> bool {
         light_barrier();
         // Relaxed: I-7 orders this load after the ringer's store; the value itself carries nothing.
         self.futex.word().load(Ordering::Relaxed) & (WAITING | ATTENTION) == 0
@@ -64,14 +64,14 @@ impl Doorbell {
     }
 
     /// Tells whether the handle should look at the topic's state.
-    pub(crate) fn wants_attention(&self) -> bool {
+    pub fn wants_attention(&self) -> bool {
         // Acquire: A-ATTENTION pairs with R-ATTENTION (call_attention): the state is visible then.
         self.futex.word().load(Ordering::Acquire) & ATTENTION != 0
     }
 
     /// Wakes all sleepers, if there are any. For the ringer, after [`Self::is_quiet`] said no.
     #[cold]
-    pub(crate) fn ring(&self) {
+    pub fn ring(&self) {
         let word = self.futex.word();
         // Relaxed: the barriers of I-7 do the ordering; the epoch only has to change.
         let mut seen = word.load(Ordering::Relaxed);
@@ -85,20 +85,20 @@ impl Doorbell {
     }
 
     /// Announces a sleeper. Look again after this, then [`Self::sleep`].
-    pub(crate) fn arm(&self) -> Armed {
+    pub fn arm(&self) -> Armed {
         let value = self.futex.word().fetch_or(WAITING, Ordering::Relaxed) | WAITING;
         let longest = if heavy_barrier() { LONGEST_SLEEP } else { LONGEST_SLEEP_UNSURE };
         Armed { value, longest }
     }
 
     /// Sleeps until rung, for at most `limit`. May return for no reason.
-    pub(crate) fn sleep(&self, armed: Armed, limit: Option<Duration>) {
+    pub fn sleep(&self, armed: Armed, limit: Option<Duration>) {
         let limit = limit.map_or(armed.longest, |limit| limit.min(armed.longest));
         self.futex.wait(armed.value, limit);
     }
 
     /// Sets the attention bit for good and wakes everyone. For the coordinator, after it stored the new state.
-    pub(crate) fn call_attention(&self) {
+    pub fn call_attention(&self) {
         // Release: R-ATTENTION pairs with A-ATTENTION (wants_attention).
         let word = self.futex.word();
         word.fetch_or(ATTENTION, Ordering::Release);

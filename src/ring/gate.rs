@@ -59,10 +59,10 @@ pub(crate) struct Want {
 
 /// The memory the gate looks at.
 #[derive(Clone, Copy)]
-pub(crate) struct Gate<'m> {
-    pub(crate) header: &'m LogHeader,
-    pub(crate) readers: &'m CursorsHeader,
-    pub(crate) cursors: &'m [Cursor],
+pub struct Gate<'m> {
+    pub header: &'m LogHeader,
+    pub readers: &'m CursorsHeader,
+    pub cursors: &'m [Cursor],
 }
 
 impl Gate<'_> {
@@ -116,7 +116,7 @@ impl Gate<'_> {
 
     /// Puts a prepared cursor in force at `position` or, where that is no longer retained, at the lowest position that
     /// is. Returns where it stands.
-    pub(crate) fn join(&self, cursor: u32, position: u64) -> u64 {
+    pub fn join(&self, cursor: u32, position: u64) -> u64 {
         mark_used(self.readers, cursor);
         let mut position = position;
         loop {
@@ -143,7 +143,7 @@ fn held_from(policy: &Policy, lowest: Option<Lowest>, floor: u64) -> Option<Bloc
 
 /// For readers that hold nothing back, after they have copied a message at `position`: is the copy whole?
 #[inline]
-pub(crate) fn still_retained(header: &LogHeader, position: u64) -> bool {
+pub fn still_retained(header: &LogHeader, position: u64) -> bool {
     // Acquire: A-COPY pairs with R-COPY (make_room): a copy that saw a store made below a new floor sees the intent
     // that went before it.
     fence(Ordering::Acquire);

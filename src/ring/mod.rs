@@ -1,6 +1,9 @@
 //! The rings and what guards them. One algorithm a file; everything here borrows its memory (`Shared`), so loom lends
 //! heap memory to the same code that production runs on segments.
 
+// `pub` below means: visible to the loom models (`crate::model`), not to users.
+#![allow(unreachable_pub)]
+
 pub(crate) mod arena;
 pub(crate) mod cursor;
 pub(crate) mod doorbell;

@@ -128,7 +128,7 @@ impl Geometry {
 
 /// Length of the whole cursors segment.
 pub(crate) fn cursors_len_bytes(max_subscribers: u32) -> u64 {
-    page_up(BODY_OFFSET + 256 + u64::from(max_subscribers) * 128)
+    page_up(BODY_OFFSET + 384 + u64::from(max_subscribers) * 128)
 }
 
 fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {

@@ -4,3 +4,5 @@ pub(crate) mod layout;
 #[cfg(not(loom))]
 pub(crate) mod segment;
 pub(crate) mod shared;
+#[cfg(not(loom))]
+pub(crate) mod topic;

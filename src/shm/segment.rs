@@ -61,7 +61,7 @@ struct Header {
     arena_bytes: AtomicU64,
 }
 
-const _: () = assert!(size_of::<Header>() == 80);
+const _: () = assert!(size_of::<Header>() == 72);
 
 /// A mapped segment.
 pub(crate) struct Segment {
@@ -69,12 +69,17 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Creates, formats and maps a segment. The memory is reserved in full and zero beyond the header.
+    /// Creates and maps a segment, reserved in full and zeroed. It can be attached once it is formatted and
+    /// [`Self::publish`]ed.
     pub(crate) fn create(name: &str, promise: &Promise) -> std::io::Result<(OwnedFd, Segment)> {
         let fd = memfd::create(name, promise.len_bytes)?;
         let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite)?;
-        segment.header().write(promise);
         Ok((fd, segment))
+    }
+
+    /// Writes the header, the magic last (I-1).
+    pub(crate) fn publish(&self, promise: &Promise) {
+        self.header().write(promise);
     }
 
     /// Maps a segment after checking that it is what was promised (I-1).
@@ -123,7 +128,7 @@ impl Segment {
     }
 
     fn header(&self) -> &Header {
-        // SAFETY: every mapping is at least a page long, page-aligned, and `Header` is 80 bytes of atomics.
+        // SAFETY: every mapping is at least a page long, page-aligned, and `Header` is 72 bytes of atomics.
         unsafe { &*self.map.as_ptr().cast::<Header>() }
     }
 

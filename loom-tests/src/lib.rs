@@ -1,0 +1,1 @@
+//! Models of the rings; they live in `tests/`.
