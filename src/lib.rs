@@ -5,6 +5,10 @@
 //! a message's path.
 
 #[cfg(not(loom))]
+mod channel;
+#[cfg(not(loom))]
+mod client;
+#[cfg(not(loom))]
 pub mod coordinator;
 mod error;
 #[cfg(not(loom))]
@@ -13,6 +17,23 @@ mod ring;
 mod shm;
 mod sync;
 mod topic;
+#[cfg(not(loom))]
+mod wait;
+
+#[cfg(not(loom))]
+pub use crate::{
+    channel::{Channel, ChannelError},
+    client::bus::Bus,
+    client::message::Message,
+    client::publisher::{Loan, Publisher},
+    client::subscriber::{Start, Subscriber, SubscriberBuilder},
+    wait::Wait,
+};
+pub use crate::{
+    error::{AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal},
+    ring::sequence::Sequence,
+    topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
+};
 
 /// The rings as the loom models see them; exists only under `--cfg loom`.
 #[cfg(loom)]

@@ -19,17 +19,25 @@ pub const MAX_PAYLOAD_ALIGN: usize = 32;
 /// Implemented for `[u8]` and for every `T: FromBytes + IntoBytes + Immutable + KnownLayout`: such a type has no
 /// padding, no invalid bit pattern and no interior pointer, so bytes written by another process are always a `T`.
 pub trait Payload: FromBytes + IntoBytes + Immutable + KnownLayout + 'static {
+    /// Whether all messages have one size, which is compared when a handle is opened.
+    #[doc(hidden)]
+    const FIXED_SIZE: bool;
+
     /// The schema every message of this type follows; `None` for raw bytes.
     fn schema() -> Option<Schema>;
 }
 
 impl Payload for [u8] {
+    const FIXED_SIZE: bool = false;
+
     fn schema() -> Option<Schema> {
         None
     }
 }
 
 impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + 'static> Payload for T {
+    const FIXED_SIZE: bool = true;
+
     fn schema() -> Option<Schema> {
         const { assert!(align_of::<T>() <= MAX_PAYLOAD_ALIGN, "payload types are aligned to at most 32 bytes") };
         Some(Schema {

@@ -5,20 +5,27 @@
 //! (membarrier(2), MEMBARRIER_CMD_GLOBAL_EXPEDITED).
 
 use std::sync::OnceLock;
-use std::sync::atomic::{Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicBool, Ordering, compiler_fence, fence};
 
 const GLOBAL_EXPEDITED: libc::c_int = 1 << 1;
 const REGISTER_GLOBAL_EXPEDITED: libc::c_int = 1 << 2;
+
+/// Set where light barriers must be real ones, because the kernel did not register us.
+static UNREGISTERED: AtomicBool = AtomicBool::new(false);
 
 fn membarrier(command: libc::c_int) -> bool {
     // SAFETY: membarrier takes no pointer and changes nothing but ordering.
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0u32, 0) == 0 }
 }
 
-/// Registers this process for other processes' heavy barriers, once. False where the kernel refuses.
+/// Registers this process for other processes' heavy barriers, once; before it rings a doorbell for the first time.
 pub(crate) fn register() -> bool {
     static REGISTERED: OnceLock<bool> = OnceLock::new();
-    *REGISTERED.get_or_init(|| membarrier(REGISTER_GLOBAL_EXPEDITED))
+    *REGISTERED.get_or_init(|| {
+        let registered = membarrier(REGISTER_GLOBAL_EXPEDITED);
+        UNREGISTERED.store(!registered, Ordering::Relaxed);
+        registered
+    })
 }
 
 /// The sleeper's half. False where the kernel refuses: the caller must not sleep for long then.
@@ -30,5 +37,10 @@ pub(crate) fn heavy_barrier() -> bool {
 /// The ringer's half: free where this process is registered, a real fence elsewhere.
 #[inline]
 pub(crate) fn light_barrier() {
-    if register() { compiler_fence(Ordering::SeqCst) } else { fence(Ordering::SeqCst) }
+    // Relaxed: set once by `register`, before this handle existed.
+    if UNREGISTERED.load(Ordering::Relaxed) {
+        fence(Ordering::SeqCst);
+    } else {
+        compiler_fence(Ordering::SeqCst);
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use crate::ring::bytes::{load_bytes, store_bytes};
 use crate::shm::layout::ARENA_ALIGN;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
@@ -48,33 +49,14 @@ impl Arena {
         span.offset.checked_add(span.len).is_some_and(|end| end <= self.len_bytes())
     }
 
-    /// Copies `bytes` in at `offset` (a multiple of 8; the last word is padded). Relaxed: published by the commit.
+    /// Copies `bytes` in at `offset` (a multiple of 8; the last word is padded).
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
-        let first = (offset / 8) as usize;
-        let words = &self.words[first..first + bytes.len().div_ceil(8)];
-        let (whole, rest) = bytes.as_chunks::<8>();
-        for (to, from) in words.iter().zip(whole) {
-            to.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
-        }
-        if !rest.is_empty() {
-            let mut last = [0; 8];
-            last[..rest.len()].copy_from_slice(rest);
-            words[whole.len()].store(u64::from_ne_bytes(last), Ordering::Relaxed);
-        }
+        store_bytes(&self.words[(offset / 8) as usize..], bytes);
     }
 
-    /// Copies out from `offset` (a multiple of 8). Relaxed: ordered after the commit word's Acquire load.
+    /// Copies out from `offset` (a multiple of 8).
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) {
-        let first = (offset / 8) as usize;
-        let words = &self.words[first..first + bytes.len().div_ceil(8)];
-        let (whole, rest) = bytes.as_chunks_mut::<8>();
-        let count = whole.len();
-        for (to, from) in whole.iter_mut().zip(words) {
-            *to = from.load(Ordering::Relaxed).to_ne_bytes();
-        }
-        if !rest.is_empty() {
-            rest.copy_from_slice(&words[count].load(Ordering::Relaxed).to_ne_bytes()[..rest.len()]);
-        }
+        load_bytes(&self.words[(offset / 8) as usize..], bytes);
     }
 
     /// Stores one word at byte `offset` (a multiple of 8).

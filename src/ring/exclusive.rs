@@ -9,7 +9,7 @@ use crate::ring::arena::Span;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
 use crate::ring::log::{LogHeader, Place};
-use crate::ring::slot::{Inline, Kind, Ring, Slot, Word};
+use crate::ring::slot::{Kind, Ring, Slot, Word};
 use crate::shm::shared::Shared;
 use crate::sync::Ordering;
 
@@ -67,6 +67,15 @@ impl<const W: usize> ExclusiveLog<W> {
         Some(position)
     }
 
+    /// The arena payload that the message at `position` refers to, if it has one.
+    #[cfg(not(loom))]
+    pub(crate) fn span_at(&self, position: u64) -> Option<Span> {
+        let slot = self.ring.at(position);
+        // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+        let word = Word(slot.word.load(Ordering::Acquire));
+        (word.commits(position) && word.kind() == Kind::Arena).then(|| slot.read_span())
+    }
+
     /// Clears what a batch that died half-way left above `tail`. Only while no writer lives (I-12). Idempotent.
     pub(crate) fn clear_above(&self, tail: u64) {
         for position in tail..tail + self.ring.len() {
@@ -83,7 +92,9 @@ impl<const W: usize> ExclusiveLog<W> {
 /// What a message to be published is made of.
 #[derive(Clone, Copy)]
 pub(crate) enum Body<'a> {
-    Inline(&'a Inline, usize),
+    /// Travels in the slot.
+    Inline(&'a [u8]),
+    /// Lies in the arena.
     Span(Span),
 }
 
@@ -135,7 +146,7 @@ impl<const W: usize> Writer<W> {
     pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
         let slot = self.log.ring.at(self.next + ahead);
         match body {
-            Body::Inline(inline, _) => slot.write(inline.words.first_chunk().expect("W <= 7")),
+            Body::Inline(bytes) => slot.write(bytes),
             Body::Span(span) => slot.write_span(span),
         }
     }
@@ -145,7 +156,7 @@ impl<const W: usize> Writer<W> {
     pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
         let position = self.next + ahead;
         let word = match body {
-            Body::Inline(_, length) => Word::new(position, self.tenancy, Kind::Inline, length),
+            Body::Inline(bytes) => Word::new(position, self.tenancy, Kind::Inline, bytes.len()),
             Body::Span(_) => Word::new(position, self.tenancy, Kind::Arena, 0),
         };
         // Release: R-COMMIT pairs with A-COMMIT (Reader::poll): payload before word. Crash points: before this store
@@ -160,11 +171,12 @@ impl<const W: usize> Writer<W> {
     }
 
     /// Publishes one small message (models and tests; handles use the steps above).
+    #[cfg(any(test, loom))]
     pub fn publish_word(&mut self, value: u64) -> Result<u64, Stop> {
         self.reserve(1)?;
-        let inline = Inline::copy_of(&value.to_ne_bytes());
-        self.fill(0, Body::Inline(&inline, 8));
-        self.commit(0, Body::Inline(&inline, 8));
+        let bytes = value.to_ne_bytes();
+        self.fill(0, Body::Inline(&bytes));
+        self.commit(0, Body::Inline(&bytes));
         self.advance(1);
         Ok(self.next - 1)
     }
@@ -246,9 +258,10 @@ impl<const W: usize> Reader<W> {
     }
 
     /// Receives one small message of a gated log (models and tests).
+    #[cfg(any(test, loom))]
     pub fn recv_word(&mut self, cursor: u32) -> Option<u64> {
         let Poll::Ready(_) = self.poll() else { return None };
-        let value = self.slot().read().words[0];
+        let value = self.slot().first_word();
         self.step();
         self.log.cursors[cursor as usize].advance(self.next, self.next);
         if !self.log.readers.writers.is_quiet() {

@@ -5,6 +5,7 @@
 #![allow(unreachable_pub)]
 
 pub(crate) mod arena;
+pub(crate) mod bytes;
 pub(crate) mod cursor;
 pub(crate) mod doorbell;
 pub(crate) mod exclusive;

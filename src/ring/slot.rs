@@ -6,14 +6,12 @@
 //! ```
 
 use crate::ring::arena::Span;
+use crate::ring::bytes::{load_bytes, store_bytes};
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Bytes of the longest inline payload.
 pub(crate) const MAX_INLINE_BYTES: usize = 56;
-
-/// Words of the longest inline payload.
-pub(crate) const MAX_INLINE_WORDS: usize = MAX_INLINE_BYTES / 8;
 
 const POSITION_SHIFT: u32 = 16;
 const TENANCY_SHIFT: u32 = 8;
@@ -82,25 +80,6 @@ impl Word {
     }
 }
 
-/// An inline payload outside shared memory, aligned for every payload type.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
-pub(crate) struct Inline {
-    pub(crate) words: [u64; MAX_INLINE_WORDS],
-}
-
-impl Inline {
-    pub(crate) const EMPTY: Inline = Inline { words: [0; MAX_INLINE_WORDS] };
-
-    /// A copy of `bytes`, padded with zeros.
-    #[inline]
-    pub(crate) fn copy_of(bytes: &[u8]) -> Self {
-        let mut words = [0u8; MAX_INLINE_BYTES];
-        words[..bytes.len()].copy_from_slice(bytes);
-        Inline { words: zerocopy::transmute!(words) }
-    }
-}
-
 impl<const W: usize> Slot<W> {
     /// Bytes of payload that fit.
     pub(crate) const INLINE_BYTES: usize = W * 8;
@@ -111,13 +90,10 @@ impl<const W: usize> Slot<W> {
         Slot { word: AtomicU64::new(0), payload: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 
-    /// Stores a payload; the commit follows in a store of its own.
+    /// Stores a payload of at most `INLINE_BYTES`; the commit follows in a store of its own.
     #[inline]
-    pub(crate) fn write(&self, payload: &[u64; W]) {
-        for (to, from) in self.payload.iter().zip(payload) {
-            // Relaxed: published by the word's Release store.
-            to.store(*from, Ordering::Relaxed);
-        }
+    pub(crate) fn write(&self, bytes: &[u8]) {
+        store_bytes(&self.payload, bytes);
     }
 
     /// Stores a reference to an arena payload.
@@ -125,15 +101,23 @@ impl<const W: usize> Slot<W> {
         self.payload[0].store(span.pack(), Ordering::Relaxed);
     }
 
-    /// Copies the payload out. Whole where the slot is still committed for its position afterwards, or gated.
+    /// Copies the payload's first bytes out. Whole where the slot was not written meanwhile.
     #[inline]
-    pub(crate) fn read(&self) -> Inline {
-        let mut inline = Inline::EMPTY;
-        for (to, from) in inline.words.iter_mut().zip(&self.payload) {
-            // Relaxed: ordered after the word's Acquire load.
-            *to = from.load(Ordering::Relaxed);
-        }
-        inline
+    pub(crate) fn read(&self, bytes: &mut [u8]) {
+        load_bytes(&self.payload, bytes);
+    }
+
+    /// The payload's first word.
+    #[cfg(any(test, loom))]
+    pub(crate) fn first_word(&self) -> u64 {
+        self.payload[0].load(Ordering::Relaxed)
+    }
+
+    /// Where the payload lies in this process.
+    #[cfg(not(loom))]
+    #[inline]
+    pub(crate) fn pointer(&self) -> *const u8 {
+        self.payload.as_ptr().cast()
     }
 
     /// The reference to an arena payload; unchecked.

@@ -8,7 +8,7 @@
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive::Body;
-use crate::ring::slot::{Inline, Kind, Ring, Slot, Word};
+use crate::ring::slot::{Kind, Ring, Slot, Word};
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU32, Ordering};
 
@@ -16,6 +16,8 @@ const SENDER_CLOSED: u32 = 1;
 const RECEIVER_CLOSED: u32 = 2;
 const REMOVED: u32 = 4;
 const STOPPED: u32 = 8;
+const SENDER_TAKEN: u32 = 16;
+const RECEIVER_TAKEN: u32 = 32;
 
 /// The head of a channel segment's body.
 #[repr(C)]
@@ -72,6 +74,14 @@ impl ChannelHeader {
     #[cfg(not(loom))]
     pub(crate) fn end(&self, state: crate::ring::log::TopicState) {
         self.set(if state == crate::ring::log::TopicState::Removed { REMOVED } else { STOPPED });
+    }
+
+    /// Takes one end of a stand-alone channel. False where somebody has taken it before.
+    #[cfg(not(loom))]
+    pub(crate) fn take(&self, end: End) -> bool {
+        let bit = if end == End::Sender { SENDER_TAKEN } else { RECEIVER_TAKEN };
+        // AcqRel: whoever takes an end sees the channel formatted; only one can.
+        self.state.0.fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
     /// Whether that end has gone for good.
@@ -196,7 +206,7 @@ impl<const W: usize> Sender<W> {
     pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
         let slot = self.channel.ring.at(self.next + ahead);
         match body {
-            Body::Inline(inline, _) => slot.write(inline.words.first_chunk().expect("W <= 7")),
+            Body::Inline(bytes) => slot.write(bytes),
             Body::Span(span) => slot.write_span(span),
         }
     }
@@ -206,7 +216,7 @@ impl<const W: usize> Sender<W> {
     pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
         let position = self.next + ahead;
         let word = match body {
-            Body::Inline(_, length) => Word::new(position, 0, Kind::Inline, length),
+            Body::Inline(bytes) => Word::new(position, 0, Kind::Inline, bytes.len()),
             Body::Span(_) => Word::new(position, 0, Kind::Arena, 0),
         };
         // Release: R-COMMIT pairs with A-COMMIT (Receiver::poll): payload before word.
@@ -228,13 +238,14 @@ impl<const W: usize> Sender<W> {
     }
 
     /// Sends one small message (models and tests; handles use the steps above). False where there is no room.
+    #[cfg(any(test, loom))]
     pub fn send_word(&mut self, value: u64) -> bool {
         if !self.has_room(1) {
             return false;
         }
-        let inline = Inline::copy_of(&value.to_ne_bytes());
-        self.fill(0, Body::Inline(&inline, 8));
-        self.commit(0, Body::Inline(&inline, 8));
+        let bytes = value.to_ne_bytes();
+        self.fill(0, Body::Inline(&bytes));
+        self.commit(0, Body::Inline(&bytes));
         self.advance(1);
         self.notify();
         true
@@ -299,9 +310,10 @@ impl<const W: usize> Receiver<W> {
     }
 
     /// Receives one small message (models and tests).
+    #[cfg(any(test, loom))]
     pub fn recv_word(&mut self) -> Option<u64> {
         self.poll()?;
-        let value = self.slot().read().words[0];
+        let value = self.slot().first_word();
         self.step();
         self.free();
         Some(value)

@@ -92,30 +92,9 @@ impl Segment {
         Ok(segment)
     }
 
-    /// The geometry a stand-alone channel's creator wrote, to build the promise that [`Self::attach`] checks.
-    pub(crate) fn peek_channel(fd: BorrowedFd<'_>) -> Result<Promise, AttachError> {
-        let len = checked_len(fd)?;
-        let segment = Segment::map(fd, len.min(BODY_OFFSET), Access::ReadWrite)
-            .map_err(|source| AttachError::Io { context: "cannot map the segment", source })?;
-        let header = segment.header();
-        header.check_version()?;
-        let relaxed = Ordering::Relaxed;
-        let geometry = Geometry {
-            slots: header.slots.load(relaxed),
-            slot_bytes: header.slot_bytes.load(relaxed),
-            unit_bytes: header.unit_bytes.load(relaxed),
-            arena_bytes: header.arena_bytes.load(relaxed),
-        };
-        let sound = geometry.slots.is_power_of_two() && geometry.slots <= len && geometry.arena_bytes <= len;
-        if !sound || !matches!(geometry.slot_bytes, 16 | 64) {
-            return Err(AttachError::Field { field: "slots", found: geometry.slots, expected: len });
-        }
-        expect("length", len, geometry.channel_len_bytes())?;
-        let bus = header.bus.load(relaxed);
-        Ok(Promise { kind: Kind::Channel, len_bytes: len, bus, topic: 0, index: 0, generation: 0, geometry })
-    }
-
     fn map(fd: BorrowedFd<'_>, len: u64, access: Access) -> std::io::Result<Segment> {
+        // Whoever maps a segment may ring a doorbell in it.
+        crate::os::membarrier::register();
         let mut options = MmapOptions::new();
         // Populated at once: a page fault on the first lap would cost more than a whole lap later.
         options.len(len as usize).populate();

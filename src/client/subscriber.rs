@@ -1,0 +1,339 @@
+//! [`Subscriber`] and how to open one.
+
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::client::bus::Bus;
+use crate::client::control::{Control, Held};
+use crate::client::message::Message;
+use crate::client::read_port::{Buffer, ChannelPort, ExclusivePort, Found, FoundOrigin, ManyPort, ReadPort};
+use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
+use crate::error::{AttachError, OpenError, RecvError};
+use crate::ring::doorbell::Doorbell;
+use crate::ring::log::Place;
+use crate::ring::sequence::Sequence;
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic::{self, Arenas, LogSegments, SharedInfo};
+use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
+use crate::wait::{self, Wait};
+
+/// Where a subscriber starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Start {
+    /// With what is published from now on.
+    #[default]
+    Latest,
+    /// With the oldest message retained when the cursor comes into force.
+    Oldest,
+    /// With the newest `n` messages, or as many of them as are retained.
+    Last(u64),
+    /// With this sequence. If it is not retained any more, the first receive returns `Lagged`.
+    Sequence(Sequence),
+}
+
+/// Reads a topic; every subscriber sees every message.
+///
+/// On `block` and `reject` topics it holds the ring back until it has read (unless it is droppable). What it has read
+/// is given back in steps of a sixteenth of the ring, when it runs dry, and when a publisher waits.
+pub struct Subscriber<T: ?Sized> {
+    core: SubscriberCore,
+    payload: PhantomData<fn() -> Box<T>>,
+}
+
+/// What does not depend on the payload's type.
+pub(crate) struct SubscriberCore {
+    port: Port,
+    buffer: Buffer,
+    options: TopicOptions,
+    wait: Wait,
+    held: Option<Held>,
+}
+
+/// The kinds of ring: closed, so that receiving is a branch and not an indirect call.
+enum Port {
+    Exclusive(ExclusivePort<7>),
+    ExclusiveSmall(ExclusivePort<1>),
+    Many(ManyPort),
+    Channel(ChannelPort<7>),
+    ChannelSmall(ChannelPort<1>),
+}
+
+macro_rules! with_port {
+    ($port:expr, $name:ident => $body:expr) => {
+        match $port {
+            Port::Exclusive($name) => $body,
+            Port::ExclusiveSmall($name) => $body,
+            Port::Many($name) => $body,
+            Port::Channel($name) => $body,
+            Port::ChannelSmall($name) => $body,
+        }
+    };
+}
+
+/// How a subscriber is to be opened; ends with [`SubscriberBuilder::open`].
+#[must_use]
+pub struct SubscriberBuilder<T: ?Sized> {
+    bus: Bus,
+    topic: Topic<T>,
+    start: Start,
+    droppable: bool,
+    wait: Wait,
+}
+
+impl Bus {
+    /// A subscriber of an existing topic, to be opened with `.open()`; it starts at [`Start::Latest`].
+    pub fn subscriber<T: Payload + ?Sized>(&self, topic: Topic<T>) -> SubscriberBuilder<T> {
+        let (bus, start, wait) = (self.clone(), Start::default(), Wait::default());
+        SubscriberBuilder { bus, topic, start, droppable: false, wait }
+    }
+}
+
+impl<T: Payload + ?Sized> SubscriberBuilder<T> {
+    /// Where to start (default [`Start::Latest`]).
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// Never holds publishers back: where it falls behind by more than the ring, it gets `Lagged` like a reader of an
+    /// `overwrite` topic.
+    pub fn droppable(mut self) -> Self {
+        self.droppable = true;
+        self
+    }
+
+    /// How to wait for messages (default [`Wait::Adaptive`]).
+    pub fn wait(mut self, wait: Wait) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// Opens it. When this returns, the cursor is in force: nothing published from now on is missed.
+    ///
+    /// # Errors
+    /// The topic does not exist or carries another type, or a limit is reached; see [`OpenError`].
+    pub fn open(self) -> Result<Subscriber<T>, OpenError> {
+        let control = self.bus.control();
+        let start = match self.start {
+            Start::Latest => StartAt::Latest,
+            Start::Oldest => StartAt::Oldest,
+            Start::Last(count) => StartAt::Last(count),
+            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
+        };
+        let topic = self.topic.name().to_owned();
+        let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
+        let (answer, fds) = control.request(request)?;
+        let Answer::SubscriberOpened { info, cursor, position, sequence, segments } = answer else {
+            return Err(control.unexpected(&answer).into());
+        };
+        let held = Held::new(control.clone(), HandleRef::Subscriber { topic: info.id, cursor });
+        let opened = Opened {
+            info: Arc::new(info),
+            control: control.clone(),
+            cursor,
+            place: Place { position, sequence },
+            asked: if let Start::Sequence(sequence) = self.start { Some(sequence.get()) } else { None },
+            droppable: self.droppable,
+        };
+        let options = opened.info.options.clone();
+        let port = opened.attach(segments.into_iter().zip(fds))?;
+        let core = SubscriberCore { port, buffer: Buffer::default(), options, wait: self.wait, held: Some(held) };
+        Ok(Subscriber { core, payload: PhantomData })
+    }
+}
+
+/// What the coordinator answered, on its way to a port.
+struct Opened {
+    info: SharedInfo,
+    control: Arc<Control>,
+    cursor: u32,
+    place: Place,
+    asked: Option<u64>,
+    droppable: bool,
+}
+
+impl Opened {
+    fn attach(self, segments: impl Iterator<Item = (SegmentRef, OwnedFd)>) -> Result<Port, AttachError> {
+        let info = &self.info;
+        let (mut log, mut cursors, mut arenas) = (None, None, Arenas::new());
+        for (segment, fd) in segments {
+            let attach = |promise, access| Segment::attach(fd.as_fd(), &promise, access);
+            match segment {
+                SegmentRef::Log => log = Some(attach(info.log(), Access::ReadOnly)?),
+                SegmentRef::Cursors => cursors = Some(attach(info.cursors(), Access::ReadWrite)?),
+                SegmentRef::Channel => {
+                    return Ok(Port::channel(info, &attach(info.channel(), Access::ReadWrite)?, false));
+                }
+                SegmentRef::Arena(slot) => {
+                    let arena = attach(info.arena(slot), Access::ReadOnly)?;
+                    arenas.resize_with(arenas.len().max(slot as usize + 1), || None);
+                    arenas[slot as usize] = Some(topic::arena(&arena, &info.geometry));
+                }
+            }
+        }
+        let (Some(log), Some(cursors)) = (log, cursors) else {
+            return Err(AttachError::Field { field: "number of descriptors", found: 0, expected: 2 });
+        };
+        let segments = LogSegments { log, cursors };
+        match (info.options.mode, info.small_slots()) {
+            (Mode::Exclusive, true) => Ok(Port::ExclusiveSmall(self.exclusive(&segments, arenas)?)),
+            (Mode::Exclusive, false) => Ok(Port::Exclusive(self.exclusive(&segments, arenas)?)),
+            _ => Ok(Port::Many(self.many(&segments, arenas))),
+        }
+    }
+
+    fn exclusive<const W: usize>(
+        &self,
+        segments: &LogSegments,
+        mut arenas: Arenas,
+    ) -> Result<ExclusivePort<W>, AttachError> {
+        let no_arena = AttachError::Field { field: "number of descriptors", found: 2, expected: 3 };
+        let arena = arenas.first_mut().and_then(Option::take).ok_or(no_arena)?;
+        let log = segments.exclusive(&self.info);
+        let (info, gating, lost) = (self.info.clone(), self.gating(), self.lost_from());
+        Ok(ExclusivePort::new(log, info, arena, self.cursor, self.place.position, gating, lost))
+    }
+
+    fn many(&self, segments: &LogSegments, arenas: Arenas) -> ManyPort {
+        let log = segments.many(&self.info);
+        let (info, control) = (self.info.clone(), self.control.clone());
+        let (gating, skip_below, lost) = (self.gating(), self.asked.unwrap_or(0), self.lost_from());
+        ManyPort::new(log, info, arenas, control, self.cursor, self.place, gating, skip_below, lost)
+    }
+
+    fn gating(&self) -> bool {
+        !self.droppable && self.info.options.full != Full::Overwrite
+    }
+
+    /// What was asked for and is not retained any more.
+    fn lost_from(&self) -> Option<u64> {
+        self.asked.filter(|asked| *asked < self.place.sequence)
+    }
+}
+
+impl Port {
+    fn channel(info: &SharedInfo, segment: &Segment, stand_alone: bool) -> Port {
+        if info.small_slots() {
+            let (channel, arena) = topic::channel::<1>(segment, &info.geometry);
+            Port::ChannelSmall(ChannelPort::new(channel, info.clone(), arena, stand_alone))
+        } else {
+            let (channel, arena) = topic::channel::<7>(segment, &info.geometry);
+            Port::Channel(ChannelPort::new(channel, info.clone(), arena, stand_alone))
+        }
+    }
+}
+
+impl SubscriberCore {
+    /// A stand-alone channel's receiver.
+    pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
+        let options = info.options.clone();
+        let port = Port::channel(&Arc::new(info), segment, true);
+        SubscriberCore { port, buffer: Buffer::default(), options, wait: Wait::default(), held: None }
+    }
+
+    pub(crate) fn set_wait(&mut self, wait: Wait) {
+        self.wait = wait;
+    }
+
+    /// The next message's whereabouts, if there is one.
+    #[inline]
+    fn poll(&mut self) -> Result<Option<Found>, RecvError> {
+        match with_port!(&mut self.port, port => port.poll(&mut self.buffer)) {
+            Ok(None) => self.check_gone(),
+            other => other,
+        }
+    }
+
+    /// Nothing is there: because the topic is gone? Looks once more, since what came before its end counts.
+    #[inline]
+    fn check_gone(&mut self) -> Result<Option<Found>, RecvError> {
+        let Some(reason) = with_port!(&self.port, port => port.gone()) else { return Ok(None) };
+        match with_port!(&mut self.port, port => port.poll(&mut self.buffer))? {
+            Some(found) => Ok(Some(found)),
+            None => Err(RecvError::Gone(reason)),
+        }
+    }
+
+    #[inline]
+    fn recv(&mut self, deadline: Option<Instant>) -> Result<Found, RecvError> {
+        match self.poll() {
+            Ok(Some(found)) => return Ok(found),
+            Ok(None) => {}
+            Err(error) => return Err(error),
+        }
+        let found = wait::until(self, self.wait, deadline, |core| core.bell(), |core| core.poll().transpose());
+        found.unwrap_or(Err(RecvError::TimedOut))
+    }
+
+    fn bell(&self) -> &Doorbell {
+        with_port!(&self.port, port => port.bell())
+    }
+
+    /// Publisher and its number of a message, as far as they are known.
+    pub(crate) fn publisher_of(&self, origin: FoundOrigin) -> Option<(u64, u64)> {
+        with_port!(&self.port, port => port.publisher_of(origin))
+    }
+}
+
+impl Drop for SubscriberCore {
+    fn drop(&mut self) {
+        with_port!(&mut self.port, port => port.leave());
+        // Only now may the coordinator give the cursor away.
+        drop(self.held.take());
+    }
+}
+
+impl<T: Payload + ?Sized> Subscriber<T> {
+    pub(crate) fn from_core(core: SubscriberCore) -> Self {
+        Subscriber { core, payload: PhantomData }
+    }
+
+    /// Receives the next message if it is there. Never waits, never calls the kernel unless a publisher waits for
+    /// room.
+    ///
+    /// # Errors
+    /// [`RecvError::Lagged`] says exactly what was lost; the next call goes on behind it.
+    #[inline]
+    pub fn try_recv(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
+        let found = self.core.poll()?;
+        Ok(found.map(|found| Message::new(&self.core, found)))
+    }
+
+    /// Receives the next message, waiting for it as chosen by [`SubscriberBuilder::wait`].
+    ///
+    /// # Errors
+    /// [`RecvError`]
+    #[inline]
+    pub fn recv(&mut self) -> Result<Message<'_, T>, RecvError> {
+        let found = self.core.recv(None)?;
+        Ok(Message::new(&self.core, found))
+    }
+
+    /// Receives the next message, waiting for at most `limit`.
+    ///
+    /// # Errors
+    /// [`RecvError::TimedOut`] when nothing came.
+    #[inline]
+    pub fn recv_timeout(&mut self, limit: Duration) -> Result<Message<'_, T>, RecvError> {
+        let found = self.core.recv(Instant::now().checked_add(limit))?;
+        Ok(Message::new(&self.core, found))
+    }
+
+    /// How many messages lie between this subscriber and the tail. Stale the moment it is read.
+    pub fn lag(&self) -> u64 {
+        with_port!(&self.core.port, port => port.lag())
+    }
+
+    /// The options the topic was created with.
+    pub fn topic_options(&self) -> &TopicOptions {
+        &self.core.options
+    }
+
+    /// Chooses how to wait from now on.
+    pub fn set_wait(&mut self, wait: Wait) {
+        self.core.set_wait(wait);
+    }
+}

@@ -1,0 +1,89 @@
+//! Waiting: spin a little, then sleep in the kernel.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use crate::ring::doorbell::Doorbell;
+use crate::sync::pause;
+
+/// How a handle waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Wait {
+    /// Spin for about the cost of one wake-up (50 µs), then sleep until rung. On a single processor: sleep at once.
+    #[default]
+    Adaptive,
+    /// Spin for ever: the lowest latency, one processor used up.
+    Spin,
+    /// Sleep at once.
+    Park,
+}
+
+/// A wake-up costs about this much; spinning longer than what it would save is waste.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// Polls between two looks at the clock.
+const POLLS_PER_LOOK: u32 = 64;
+
+/// Polls until there is a result or the deadline has passed. `state` is what `poll` works on and what owns the bell.
+pub(crate) fn until<S, R>(
+    state: &mut S,
+    wait: Wait,
+    deadline: Option<Instant>,
+    bell: impl Fn(&S) -> &Doorbell,
+    mut poll: impl FnMut(&mut S) -> Option<R>,
+) -> Option<R> {
+    let spin_end = match wait {
+        Wait::Spin => None,
+        Wait::Park => Some(Instant::now()),
+        Wait::Adaptive if processors() < 2 => Some(Instant::now()),
+        Wait::Adaptive => Some(Instant::now() + SPIN),
+    };
+    loop {
+        for _ in 0..POLLS_PER_LOOK {
+            if let Some(result) = poll(state) {
+                return Some(result);
+            }
+            pause();
+        }
+        if spin_end.is_none() && deadline.is_none() {
+            continue;
+        }
+        let now = Instant::now();
+        if deadline.is_some_and(|deadline| now >= deadline) {
+            return None;
+        }
+        if spin_end.is_some_and(|end| now >= end) {
+            break;
+        }
+    }
+    park(state, deadline, bell, poll)
+}
+
+/// Sleeps until rung, looking again each time; see [`Doorbell`] for why no ring is missed.
+fn park<S, R>(
+    state: &mut S,
+    deadline: Option<Instant>,
+    bell: impl Fn(&S) -> &Doorbell,
+    mut poll: impl FnMut(&mut S) -> Option<R>,
+) -> Option<R> {
+    loop {
+        let armed = bell(state).arm();
+        if let Some(result) = poll(state) {
+            return Some(result);
+        }
+        let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if limit.is_some_and(|limit| limit.is_zero()) {
+            return None;
+        }
+        bell(state).sleep(armed, limit);
+        if let Some(result) = poll(state) {
+            return Some(result);
+        }
+    }
+}
+
+fn processors() -> usize {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
