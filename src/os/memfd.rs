@@ -1,0 +1,94 @@
+//! Anonymous shared memory: created, reserved in full, sealed (ARCHITECTURE.md §3).
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::ftruncate;
+
+/// Longest name the kernel shows for a memfd (`/proc/PID/fd`), in bytes.
+const MAX_LABEL_BYTES: usize = 200;
+
+/// A memfd of exactly `len` bytes, all zero. Its memory is reserved now, so that a later write cannot meet SIGBUS for
+/// want of memory, and its length is sealed, so that nobody who holds the descriptor can pull it from under a mapping.
+pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
+    let file_len = i64::try_from(len).map_err(|_| io::Error::from(Errno::EFBIG))?;
+    let fd = open_sealable(name)?;
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    ftruncate(&fd, file_len)?;
+    if len > 0 {
+        retry(|| fallocate(&fd, FallocateFlags::empty(), 0, file_len))?;
+    }
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(fd)
+}
+
+/// The same memory through a descriptor that cannot write. A new open file description, not a duplicate: a duplicate
+/// would share the writable one's mode.
+pub(crate) fn read_only(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
+}
+
+/// Creates the memfd; without `NOEXEC_SEAL` where the kernel is older than 6.3.
+fn open_sealable(name: &str) -> io::Result<OwnedFd> {
+    let label: String = name.chars().filter(|c| *c != '\0').take(MAX_LABEL_BYTES).collect();
+    let label = CString::new(label).map_err(|_| io::Error::from(Errno::EINVAL))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let no_exec = flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+    match memfd_create(label.as_c_str(), no_exec) {
+        Err(Errno::EINVAL) => Ok(memfd_create(label.as_c_str(), flags)?),
+        other => Ok(other?),
+    }
+}
+
+/// Reserving much memory takes long enough to be interrupted by a signal.
+fn retry(mut call: impl FnMut() -> nix::Result<()>) -> nix::Result<()> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn is_reserved_sealed_and_private() {
+        let file = File::from(create("shmbus-test", 10_000).unwrap());
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), 10_000);
+        assert_eq!(metadata.mode() & 0o777, 0o600);
+        assert!(metadata.blocks() * 512 >= 10_000, "memory is reserved before use");
+        assert!(file.set_len(5_000).is_err());
+        assert!(file.set_len(20_000).is_err());
+    }
+
+    #[test]
+    fn a_read_only_descriptor_reads_and_cannot_write() {
+        let file = File::from(create("shmbus-test", 4096).unwrap());
+        file.write_all_at(b"hello", 0).unwrap();
+        let mut reader = File::from(read_only(file.as_fd()).unwrap());
+        let mut bytes = [0; 5];
+        reader.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"hello");
+        assert!(reader.write_all(b"x").is_err());
+    }
+
+    #[test]
+    fn too_much_is_an_error_not_a_crash() {
+        assert!(create("shmbus-test", u64::MAX).is_err());
+    }
+}
