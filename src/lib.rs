@@ -15,3 +15,8 @@ pub mod ring;
 mod shm;
 mod sync;
 mod topic;
+
+#[cfg(not(loom))]
+pub use client::{Bus, BusOptions};
+#[cfg(not(loom))]
+pub use coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus};

@@ -13,8 +13,8 @@ use crate::topic::{Schema, TopicOptions};
 /// Bumped with every change of this file or of anything it refers to.
 pub(crate) const PROTOCOL_VERSION: u32 = 1;
 
-/// Largest packet in bytes, either way.
-pub(crate) const MAX_PACKET_BYTES: usize = 64 << 10;
+/// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
+pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
 
 /// Most descriptors in one packet.
 pub(crate) const MAX_PACKET_FDS: usize = 128;

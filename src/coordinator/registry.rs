@@ -86,7 +86,11 @@ impl Registry {
         let len = file.metadata()?.len();
         let half_bytes = len.saturating_sub(HALVES_OFFSET) / 2;
         if half_bytes == 0 || half_bytes > MAX_HALF_BYTES {
-            return Err(RegistryError::Field { field: "size", found: len, expected: HALVES_OFFSET + 2 * FIRST_HALF_BYTES });
+            return Err(RegistryError::Field {
+                field: "size",
+                found: len,
+                expected: HALVES_OFFSET + 2 * FIRST_HALF_BYTES,
+            });
         }
         check_header(&file, len)?;
         let active = get(&file, ACTIVE_OFFSET)?;

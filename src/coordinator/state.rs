@@ -450,7 +450,9 @@ impl Decider<'_> {
         let (topic, incarnation) = (entry.info.id, self.incarnation);
         let Some(cursor) = entry.free_cursor() else {
             return Err(match entry.info.options.mode {
-                Mode::Channel => self.taken(entry, "subscriber", entry.subscribers.values().next().map(|s| s.incarnation)),
+                Mode::Channel => {
+                    self.taken(entry, "subscriber", entry.subscribers.values().next().map(|s| s.incarnation))
+                }
                 _ => too_many("subscribers", entry, entry.max_subscribers()),
             });
         };
@@ -491,11 +493,16 @@ impl Decider<'_> {
         let topic = name.to_owned();
         if self.state.topics.len() >= self.limits.topics {
             let mend = "remove some with `shmbus rm`".to_owned();
-            return Err(Refusal::Limit { what: "topics of the bus".to_owned(), limit: self.limits.topics as u64, mend });
+            return Err(Refusal::Limit {
+                what: "topics of the bus".to_owned(),
+                limit: self.limits.topics as u64,
+                mend,
+            });
         }
         let schema_name_len = options.schema.as_ref().map_or(0, |schema| schema.name.len());
         if schema_name_len > MAX_SCHEMA_NAME_BYTES {
-            let problem = format!("the type's name has {schema_name_len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed");
+            let problem =
+                format!("the type's name has {schema_name_len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed");
             return Err(Refusal::Options { topic, problem });
         }
         let geometry = Geometry::from_options(options).map_err(|problem| Refusal::Options { topic, problem })?;

@@ -53,7 +53,10 @@ fn opening_a_publisher_creates_the_topic_and_then_reuses_arenas() {
     let a = join(&mut state);
     assert_eq!(slot(ask(&mut state, a, publisher("t"))), 0);
     let second = ask(&mut state, a, publisher("t")).unwrap();
-    assert!(matches!(second.events[..], [Event::ArenaAdded { slot: 1, bytes: 100, .. }, Event::PublisherOpened { .. }]));
+    assert!(matches!(
+        second.events[..],
+        [Event::ArenaAdded { slot: 1, bytes: 100, .. }, Event::PublisherOpened { .. }]
+    ));
     assert_eq!(slot(ask(&mut state, a, publisher("t"))), 2);
     ask(&mut state, a, Request::Close { handles: vec![HandleRef::Publisher { topic: 0, slot: 1 }] }).unwrap();
     let reused = ask(&mut state, a, publisher("t")).unwrap();
@@ -230,7 +233,11 @@ fn replay_equals_live() {
             0 => live.join(&LIMITS, 1, next(2) as u32),
             1 if next(4) == 0 => Ok(Plan { events: vec![Event::Left { incarnation: who }], reply: Reply::Done }),
             2 => live.rejoin(who, &live.handles_of(who)[..live.handles_of(who).len() / 2]),
-            3 => ask_only(&live, who, create(&topic, mode([Mode::Many, Mode::Exclusive, Mode::Channel][next(3) as usize]))),
+            3 => ask_only(
+                &live,
+                who,
+                create(&topic, mode([Mode::Many, Mode::Exclusive, Mode::Channel][next(3) as usize])),
+            ),
             4 => ask_only(&live, who, Request::RemoveTopic { topic, force: next(2) == 0 }),
             5 | 6 => ask_only(&live, who, publisher(&topic)),
             7 | 8 => ask_only(&live, who, subscriber(&topic)),

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -75,4 +75,18 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
 /// The name `ps` and `top` show; no use failing for it.
 pub(crate) fn set_title(title: &CStr) {
     let _ = nix::sys::prctl::set_name(title);
+}
+
+/// The descriptor that [`spawn_with_fd`] left open for us, by the number in our arguments.
+pub(crate) fn inherited(raw: RawFd) -> io::Result<OwnedFd> {
+    if raw <= 2 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "standard descriptors are not handed over"));
+    }
+    // SAFETY: fcntl with F_SETFD only looks the number up; it fails where it names nothing.
+    if unsafe { libc::fcntl(raw, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open, and whoever started this process left it open for this call alone; it is made when
+    // nothing else in the process has opened descriptors yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }

@@ -10,8 +10,8 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
-    getsockopt, listen as listen_on, recvmsg, sendmsg, socket, socketpair, sockopt,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
+    accept4, bind, getsockopt, listen as listen_on, recvmsg, sendmsg, socket, socketpair, sockopt,
 };
 
 use crate::os::pidfd;
@@ -121,6 +121,12 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, events: PollFlags, deadline: Option<Insta
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Ends the connection both ways, also where a forked child still has a copy of the descriptor.
+pub(crate) fn shut_down(fd: BorrowedFd<'_>) {
+    // The other end may have done so already.
+    let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), Shutdown::Both);
 }
 
 /// The peer's process and user, as they were when it connected.
