@@ -20,3 +20,5 @@ mod topic;
 pub use client::{Bus, BusOptions};
 #[cfg(not(loom))]
 pub use coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus};
+pub use error::{ConnectError, NameError, OpenError, Refusal};
+pub use topic::{Full, Mode, Payload, Schema, Topic, TopicOptions};

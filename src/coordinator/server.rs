@@ -515,3 +515,7 @@ fn too_many_connections(limit: usize) -> Refusal {
 fn spare() -> Option<File> {
     File::open("/dev/null").ok()
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;
