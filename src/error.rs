@@ -85,6 +85,29 @@ pub enum ConnectError {
     /// The other side broke the control protocol.
     #[error("the control connection is garbled: {0}")]
     Garbled(String),
+    /// A bus opened before a fork was used in the child.
+    #[error("this bus was opened by process {opened_by}, before a fork; open it again in the child (process {pid})")]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
+    /// The bus that this program was connected to has ended.
+    #[error("bus {bus:?} has ended since it was opened; open it and its handles again")]
+    Ended {
+        /// The bus.
+        bus: String,
+    },
+    /// The coordinator declined the connection.
+    #[error(transparent)]
+    Declined(Refusal),
+    /// Another process serves the bus already.
+    #[error("bus {bus:?} is served already; end it with `shmbus stop` or choose another --bus")]
+    AlreadyServed {
+        /// The bus.
+        bus: String,
+    },
     /// An operating system error.
     #[error("{context}: {source}")]
     Io {
@@ -129,6 +152,12 @@ pub enum Refusal {
         topic: String,
         /// The first difference, as "messages is 4096, asked for 16".
         difference: String,
+    },
+    /// The topic exists already, and the caller wanted to be the one to create it.
+    #[error("topic {topic:?} exists already; use it, or remove it with `shmbus rm {topic}`")]
+    AlreadyExists {
+        /// The topic.
+        topic: String,
     },
     /// Options that cannot work.
     #[error("topic {topic:?}: {problem}")]
@@ -212,6 +241,20 @@ pub enum Refusal {
     Corrupt {
         /// The topic.
         topic: String,
+        /// What was found.
+        problem: String,
+    },
+    /// The incarnation a returning program names is not that of this process on this bus.
+    #[error(
+        "this bus does not know incarnation {incarnation} of this process; it was started anew: open the bus again"
+    )]
+    UnknownParticipant {
+        /// As given.
+        incarnation: u64,
+    },
+    /// The caller named a handle it does not hold, or asked for something out of turn.
+    #[error("the request breaks the control protocol: {problem}; run the same shmbus version on both sides")]
+    Protocol {
         /// What was found.
         problem: String,
     },

@@ -23,10 +23,8 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::bus::Bus,
-    client::message::Message,
-    client::publisher::{Loan, Publisher},
-    client::subscriber::{Start, Subscriber, SubscriberBuilder},
+    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
+    coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
     wait::Wait,
 };
 pub use crate::{

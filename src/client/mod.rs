@@ -1,9 +1,16 @@
-//! The handles a program works with.
+//! What programs use: the bus and its handles.
 
-pub(crate) mod bus;
+mod bus;
 pub(crate) mod control;
-pub(crate) mod message;
+mod held;
+mod launch;
+mod message;
 pub(crate) mod publisher;
-pub(crate) mod read_port;
+mod read_port;
 pub(crate) mod subscriber;
-pub(crate) mod write_port;
+mod write_port;
+
+pub use bus::{Bus, BusOptions};
+pub use message::Message;
+pub use publisher::{Loan, Publisher};
+pub use subscriber::{Start, Subscriber, SubscriberBuilder};

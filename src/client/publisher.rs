@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::client::bus::Bus;
-use crate::client::control::Held;
+use crate::client::bus::{Bus, unexpected};
+use crate::client::held::Held;
 use crate::client::write_port::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
 use crate::error::{AttachError, Holder, OpenError, PublishError};
@@ -70,9 +70,9 @@ impl Bus {
         let options = topic.options();
         let schema = options.schema.clone();
         let request = Request::OpenPublisher { topic: topic.name().to_owned(), schema, create: Some(options) };
-        let (answer, fds) = self.control().request(request)?;
+        let (answer, fds) = self.control().request(&request)?;
         let Answer::PublisherOpened { info, slot, publisher, tenancy, .. } = answer else {
-            return Err(self.control().unexpected(&answer).into());
+            return Err(unexpected(&answer));
         };
         let handle = HandleRef::Publisher { topic: info.id, slot };
         let held = Held::new(self.control().clone(), handle);

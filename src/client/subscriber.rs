@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::client::bus::Bus;
-use crate::client::control::{Control, Held};
+use crate::client::bus::{Bus, unexpected};
+use crate::client::control::Control;
+use crate::client::held::Held;
 use crate::client::message::Message;
 use crate::client::read_port::{Buffer, ChannelPort, ExclusivePort, Found, FoundOrigin, ManyPort, ReadPort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
@@ -125,9 +126,9 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         };
         let topic = self.topic.name().to_owned();
         let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
-        let (answer, fds) = control.request(request)?;
+        let (answer, fds) = control.request(&request)?;
         let Answer::SubscriberOpened { info, cursor, position, sequence, segments } = answer else {
-            return Err(control.unexpected(&answer).into());
+            return Err(unexpected(&answer));
         };
         let held = Held::new(control.clone(), HandleRef::Subscriber { topic: info.id, cursor });
         let opened = Opened {

@@ -13,8 +13,8 @@ use crate::topic::{Schema, TopicOptions};
 /// Bumped with every change of this file or of anything it refers to.
 pub(crate) const PROTOCOL_VERSION: u32 = 1;
 
-/// Largest packet in bytes, either way.
-pub(crate) const MAX_PACKET_BYTES: usize = 64 << 10;
+/// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
+pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
 
 /// Most descriptors in one packet.
 pub(crate) const MAX_PACKET_FDS: usize = 128;
@@ -101,31 +101,50 @@ pub(crate) enum Answer {
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct TopicStatus {
-    pub(crate) id: u64,
-    pub(crate) name: String,
-    pub(crate) options: TopicOptions,
-    pub(crate) oldest_sequence: u64,
-    pub(crate) tail_sequence: u64,
-    pub(crate) memory_bytes: u64,
-    pub(crate) publishers: Vec<PublisherStatus>,
-    pub(crate) subscribers: Vec<SubscriberStatus>,
+#[non_exhaustive]
+pub struct TopicStatus {
+    /// The topic's number on its bus, never given twice.
+    pub id: u64,
+    /// The topic's name.
+    pub name: String,
+    /// What it was created with.
+    pub options: TopicOptions,
+    /// Oldest sequence that is still retained.
+    pub oldest_sequence: u64,
+    /// Next sequence to be published.
+    pub tail_sequence: u64,
+    /// Memory reserved for it.
+    pub memory_bytes: u64,
+    /// The publishers attached, by slot.
+    pub publishers: Vec<PublisherStatus>,
+    /// The subscribers attached, by cursor.
+    pub subscribers: Vec<SubscriberStatus>,
 }
 
 /// One attached publisher.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct PublisherStatus {
-    pub(crate) slot: u32,
-    pub(crate) publisher: u64,
-    pub(crate) pid: u32,
+#[non_exhaustive]
+pub struct PublisherStatus {
+    /// Its slot, and thereby its arena.
+    pub slot: u32,
+    /// Its number, never given twice on a bus.
+    pub publisher: u64,
+    /// Its process.
+    pub pid: u32,
 }
 
 /// One attached subscriber.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct SubscriberStatus {
-    pub(crate) cursor: u32,
-    pub(crate) pid: u32,
-    pub(crate) sequence: u64,
-    pub(crate) lag: u64,
-    pub(crate) droppable: bool,
+#[non_exhaustive]
+pub struct SubscriberStatus {
+    /// Its cursor's number on the topic.
+    pub cursor: u32,
+    /// Its process.
+    pub pid: u32,
+    /// The next sequence it will read.
+    pub sequence: u64,
+    /// How many sequences it is behind.
+    pub lag: u64,
+    /// Whether it may be overtaken.
+    pub droppable: bool,
 }

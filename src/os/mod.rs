@@ -1,5 +1,10 @@
 //! System calls, one file a facility. Nothing else in the crate calls the kernel for these.
 
 pub(crate) mod futex;
+pub(crate) mod lock;
 pub(crate) mod membarrier;
 pub(crate) mod memfd;
+pub(crate) mod memory_size;
+pub(crate) mod pidfd;
+pub(crate) mod process;
+pub(crate) mod socket;

@@ -1,0 +1,162 @@
+//! The connection to a bus, and what can be done with its topics as a whole.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::client::control::Control;
+use crate::client::launch;
+use crate::coordinator::directory::Place;
+use crate::coordinator::protocol::{Answer, Request, TopicStatus};
+use crate::error::{ConnectError, OpenError};
+use crate::topic::{Payload, Topic, TopicOptions};
+
+/// Environment variable that names the bus.
+const BUS_VARIABLE: &str = "SHMBUS_BUS";
+
+/// The bus's name where none is given.
+const DEFAULT_BUS: &str = "default";
+
+/// A connection to a bus. Cheap to clone; handles keep it alive, and the last of them to go closes it.
+///
+/// It belongs to the process that opened it: after a fork, the child opens its own.
+#[derive(Clone)]
+pub struct Bus {
+    control: Arc<Control>,
+}
+
+/// How to open a bus; see [`Bus::options`].
+#[derive(Clone, Debug)]
+pub struct BusOptions {
+    name: Option<String>,
+    directory: Option<PathBuf>,
+    spawn: bool,
+}
+
+impl BusOptions {
+    /// The bus's name. Default: `$SHMBUS_BUS`, else `default`.
+    #[must_use]
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = Some(name.to_owned());
+        self
+    }
+
+    /// The socket directory. Default: `$SHMBUS_DIR`, `/run/shmbus`, `$XDG_RUNTIME_DIR/shmbus`, else
+    /// `/tmp/shmbus-UID`.
+    #[must_use]
+    pub fn directory(mut self, directory: PathBuf) -> Self {
+        self.directory = Some(directory);
+        self
+    }
+
+    /// Whether to start a coordinator where none runs (default: yes).
+    #[must_use]
+    pub fn spawn(mut self, spawn: bool) -> Self {
+        self.spawn = spawn;
+        self
+    }
+
+    /// Opens the bus.
+    pub fn open(self) -> Result<Bus, ConnectError> {
+        let from_environment = || std::env::var(BUS_VARIABLE).ok().filter(|name| !name.is_empty());
+        let name = self.name.or_else(from_environment).unwrap_or_else(|| DEFAULT_BUS.to_owned());
+        let place = Place::find(&name, self.directory.as_deref())?;
+        Ok(Bus { control: Arc::new(launch::connect(&place, self.spawn)?) })
+    }
+}
+
+impl Bus {
+    /// Opens the bus that `$SHMBUS_BUS` names, else `default`, and starts a coordinator where none runs.
+    pub fn open_default() -> Result<Bus, ConnectError> {
+        Self::options().open()
+    }
+
+    /// Opens the bus of this name, and starts a coordinator where none runs.
+    pub fn open(name: &str) -> Result<Bus, ConnectError> {
+        Self::options().name(name).open()
+    }
+
+    /// Opens a bus with options.
+    pub fn options() -> BusOptions {
+        BusOptions { name: None, directory: None, spawn: true }
+    }
+
+    /// The bus's name.
+    pub fn name(&self) -> &str {
+        self.control.bus_name()
+    }
+
+    /// Creates a topic with the options its declaration implies; one that exists with the same options is fine.
+    /// Returns whether it existed.
+    pub fn create<T: Payload + ?Sized>(&self, topic: &Topic<T>) -> Result<bool, OpenError> {
+        self.create_topic(topic.name(), &topic.options(), true)
+    }
+
+    /// Creates a topic. With `exist_ok`, one that exists with the same options is fine. Returns whether it existed.
+    pub fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<bool, OpenError> {
+        let request = Request::CreateTopic { topic: name.to_owned(), options: options.clone(), exist_ok };
+        match self.control.request(&request)?.0 {
+            Answer::Created { existed } => Ok(existed),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Removes a topic and its messages; `force` also while it is in use.
+    pub fn remove_topic(&self, name: &str, force: bool) -> Result<(), OpenError> {
+        self.done(&Request::RemoveTopic { topic: name.to_owned(), force })
+    }
+
+    /// Every topic, in the order of names. True at some moment while the answer was made.
+    pub fn topics(&self) -> Result<Vec<TopicStatus>, OpenError> {
+        let mut all: Vec<TopicStatus> = Vec::new();
+        loop {
+            let after = all.last().map(|topic| topic.name.clone());
+            match self.control.request(&Request::Status { topic: None, after })?.0 {
+                Answer::Status { topics, more } => {
+                    let more = more && !topics.is_empty();
+                    all.extend(topics);
+                    if !more {
+                        return Ok(all);
+                    }
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    /// One topic. True at some moment while the answer was made.
+    pub fn topic(&self, name: &str) -> Result<TopicStatus, OpenError> {
+        match self.control.request(&Request::Status { topic: Some(name.to_owned()), after: None })?.0 {
+            Answer::Status { mut topics, .. } if topics.len() == 1 => Ok(topics.swap_remove(0)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Ends the bus for everybody: topics and their messages are gone, handles get `Gone`.
+    pub fn stop(self) -> Result<(), OpenError> {
+        self.done(&Request::Stop)
+    }
+
+    /// The control connection, for handles.
+    pub(crate) fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    fn done(&self, request: &Request) -> Result<(), OpenError> {
+        match self.control.request(request)?.0 {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bus").field("name", &self.name()).finish_non_exhaustive()
+    }
+}
+
+/// An answer to another question than the one asked.
+pub(crate) fn unexpected(answer: &Answer) -> OpenError {
+    ConnectError::Garbled(format!("unexpected answer {answer:?}")).into()
+}

@@ -1,0 +1,473 @@
+//! The control connection of one process: requests, descriptors of new arenas, and coming back after the coordinator
+//! has died.
+//!
+//! Handles work without it; it is needed to open and close them, and it is where descriptors of new arenas arrive. A
+//! connection is never given up from this side while handles are held, since the coordinator takes a hang-up for
+//! "everything was dropped": an answer that came too late is skipped, not cut off.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use nix::unistd::Uid;
+
+use crate::client::launch::is_absent;
+use crate::coordinator::directory::Place;
+use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
+use crate::error::{ConnectError, OpenError, Refusal};
+use crate::os::socket;
+
+/// How long a request waits for its answer, a restart of the coordinator included.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a reader waits for an arena's descriptor after the connection broke.
+const ARENA_PATIENCE: Duration = Duration::from_millis(50);
+
+/// Longest single wait: another thread may have received the answer that this one waits for.
+const SLICE: Duration = Duration::from_millis(5);
+
+/// An answer with its descriptors.
+pub(crate) type Granted = (Answer, Vec<OwnedFd>);
+
+/// Why a new connection did not become one.
+#[derive(Debug)]
+pub(crate) enum IntroduceError {
+    /// The coordinator is going away: look for the next one.
+    Leaving,
+    Failed(ConnectError),
+}
+
+/// The control connection, shared by the bus and all its handles.
+pub(crate) struct Control {
+    place: Place,
+    /// The process it belongs to; a forked child must leave it alone.
+    opened_by: u32,
+    /// Held for a whole request: one at a time.
+    turn: Mutex<()>,
+    /// Held for moments only, never while waiting.
+    inner: Mutex<Inner>,
+    /// Handles to be closed by whoever gets hold of `inner` next.
+    given_up: Mutex<Vec<HandleRef>>,
+}
+
+struct Inner {
+    place: Place,
+    /// `None` while the connection is broken.
+    socket: Option<Arc<OwnedFd>>,
+    /// How many connections there have been.
+    generation: u64,
+    /// Whether the present connection has been answered its Hello.
+    welcomed: bool,
+    /// Who we are, once we have been told.
+    identity: Option<Identity>,
+    /// Why nothing can be asked any more.
+    end: Option<End>,
+    holds: HashSet<HandleRef>,
+    /// Arenas announced for the topics we subscribe to. They stay here, several subscribers may ask for one.
+    arenas: HashMap<(u64, u32), OwnedFd>,
+    /// Answers to come, in order, and whether anybody waits for them.
+    expected: VecDeque<bool>,
+    /// Answers received for whoever has the turn.
+    answers: VecDeque<Granted>,
+    /// Closed handles that did not fit in the socket.
+    unsent: Vec<HandleRef>,
+    buffer: Box<[u8]>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    incarnation: u64,
+    bus: u64,
+}
+
+/// The last word of the connection.
+#[derive(Clone)]
+enum End {
+    Ended,
+    Leaving,
+    Refused(Refusal),
+    Version(u32),
+    Garbled(String),
+}
+
+impl Control {
+    /// Says Hello over a new connection and waits to be welcomed.
+    pub(crate) fn introduce(place: Place, socket: OwnedFd, deadline: Instant) -> Result<Control, IntroduceError> {
+        check_peer(&place, &socket).map_err(IntroduceError::Failed)?;
+        let mut inner = Inner::new(place.clone());
+        // A coordinator that hangs up before it has welcomed us is leaving.
+        inner.say_hello(socket).map_err(|_| IntroduceError::Leaving)?;
+        while !inner.welcomed {
+            inner.receive_all();
+            match (&inner.end, &inner.socket) {
+                (Some(End::Leaving), _) => return Err(IntroduceError::Leaving),
+                (Some(end), _) => return Err(IntroduceError::Failed(end.error(&place))),
+                (None, None) => return Err(IntroduceError::Leaving),
+                (None, Some(_)) if inner.welcomed => break,
+                (None, Some(socket)) => wait(socket, deadline).map_err(IntroduceError::Failed)?,
+            }
+            if Instant::now() >= deadline {
+                return Err(IntroduceError::Failed(ConnectError::Timeout { bus: place.bus, waited_ms: 5_000 }));
+            }
+        }
+        let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
+        Ok(Control { place, opened_by: std::process::id(), turn, inner: Mutex::new(inner), given_up })
+    }
+
+    pub(crate) fn bus_name(&self) -> &str {
+        &self.place.bus
+    }
+
+    /// Asks the coordinator and waits for the answer; a refusal is an error. If the coordinator dies meanwhile, its
+    /// successor is asked.
+    pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
+        self.check_process()?;
+        let turn = lock(&self.turn);
+        let answer = self.exchange(request);
+        drop(turn);
+        self.close_given_up();
+        match answer? {
+            (Answer::Refused(refusal), _) => Err(refusal.into()),
+            granted => Ok(granted),
+        }
+    }
+
+    /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
+    /// was written there, so it waits in our socket, also when the coordinator has died since; only if the connection
+    /// broke before that, the coordinator is asked for it by coming back. `None`: not there (yet).
+    pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
+        self.check_process().ok()?;
+        let deadline = Instant::now() + ARENA_PATIENCE;
+        let mut inner = lock(&self.inner);
+        let first_generation = inner.generation;
+        loop {
+            inner.receive_all();
+            if let Some(fd) = inner.arenas.get(&(topic, slot)) {
+                return fd.try_clone().ok();
+            }
+            let whole = inner.socket.is_some() && inner.generation == first_generation;
+            if whole || Instant::now() >= deadline || inner.connect().is_err() {
+                return None;
+            }
+            let socket = inner.socket.clone();
+            drop(inner);
+            pause(socket.as_deref(), deadline);
+            inner = lock(&self.inner);
+        }
+    }
+
+    /// Gives a handle back. Never waits: if the coordinator is away or busy with us, it learns of it later.
+    pub(crate) fn release(&self, handle: HandleRef) {
+        if self.check_process().is_ok() {
+            lock(&self.given_up).push(handle);
+            self.close_given_up();
+        }
+    }
+
+    /// Closes what was given up, unless another thread has `inner` and does so when it is done.
+    fn close_given_up(&self) {
+        loop {
+            let Ok(mut inner) = self.inner.try_lock() else { return };
+            let handles = std::mem::take(&mut *lock(&self.given_up));
+            if !handles.is_empty() {
+                inner.close(&handles);
+            }
+            drop(inner);
+            // Something given up after the look and before the unlock found `inner` taken.
+            if lock(&self.given_up).is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn exchange(&self, request: &Request) -> Result<Granted, ConnectError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut sent_on = None;
+        loop {
+            let mut inner = lock(&self.inner);
+            inner.receive_all();
+            if sent_on == Some(inner.generation)
+                && let Some(answer) = inner.answers.pop_front()
+            {
+                return Ok(answer);
+            }
+            inner.connect()?;
+            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, true)? {
+                sent_on = Some(inner.generation);
+            }
+            if Instant::now() >= deadline {
+                // The answer may come yet; cutting the connection would release what we hold.
+                inner.expected.iter_mut().for_each(|waited_for| *waited_for = false);
+                return Err(ConnectError::Timeout {
+                    bus: self.place.bus.clone(),
+                    waited_ms: PATIENCE.as_millis() as u64,
+                });
+            }
+            let socket = inner.socket.clone();
+            drop(inner);
+            self.close_given_up();
+            pause(socket.as_deref(), deadline);
+        }
+    }
+
+    fn check_process(&self) -> Result<(), ConnectError> {
+        let pid = std::process::id();
+        if pid == self.opened_by {
+            return Ok(());
+        }
+        Err(ConnectError::Forked { opened_by: self.opened_by, pid })
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        if self.check_process().is_err() {
+            return;
+        }
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        inner.holds.clear();
+        if inner.socket.is_none() && inner.end.is_none() {
+            // The connection broke and nobody has needed it since. A successor must still learn that we hold nothing
+            // any more; the listening socket keeps our Hello for it.
+            let _ = inner.connect();
+        }
+        if let Some(socket) = &inner.socket {
+            socket::shut_down(socket.as_fd());
+        }
+    }
+}
+
+impl Inner {
+    fn new(place: Place) -> Inner {
+        Inner {
+            place,
+            socket: None,
+            generation: 0,
+            welcomed: false,
+            identity: None,
+            end: None,
+            holds: HashSet::new(),
+            arenas: HashMap::new(),
+            expected: VecDeque::new(),
+            answers: VecDeque::new(),
+            unsent: Vec::new(),
+            buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
+        }
+    }
+
+    /// Comes back if the connection is broken; does not wait for the welcome.
+    fn connect(&mut self) -> Result<(), ConnectError> {
+        if let Some(end) = &self.end {
+            return Err(end.error(&self.place));
+        }
+        if self.socket.is_some() {
+            return Ok(());
+        }
+        let socket = match socket::connect(self.place.socket()) {
+            Ok(socket) => socket,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            // The keeper holds the listening socket as long as there is a bus.
+            Err(error) if is_absent(&error) => {
+                self.end = Some(End::Ended);
+                return Err(End::Ended.error(&self.place));
+            }
+            Err(source) => return Err(ConnectError::io("cannot connect to the coordinator again", source)),
+        };
+        check_peer(&self.place, &socket)?;
+        // If it hangs up at once, the next attempt finds out.
+        let _ = self.say_hello(socket);
+        Ok(())
+    }
+
+    /// Starts a connection: everything that the former one still owed us is void.
+    fn say_hello(&mut self, socket: OwnedFd) -> io::Result<()> {
+        for (answer, _) in std::mem::take(&mut self.answers) {
+            // It was granted, but nobody has taken it: not naming it gives it back.
+            opened_handle(&answer).inspect(|handle| drop(self.holds.remove(handle)));
+        }
+        self.welcomed = false;
+        self.expected.clear();
+        self.unsent.clear();
+        self.generation += 1;
+        let hello = Request::Hello {
+            protocol: PROTOCOL_VERSION,
+            incarnation: self.identity.map(|identity| identity.incarnation),
+            holds: self.holds.iter().copied().collect(),
+        };
+        let bytes = postcard::to_stdvec(&hello).map_err(io::Error::other)?;
+        socket::send(socket.as_fd(), &bytes, &[])?;
+        self.socket = Some(Arc::new(socket));
+        Ok(())
+    }
+
+    /// Sends a request; false when it does not fit now or the connection broke.
+    fn send(&mut self, request: &Request, waited_for: bool) -> Result<bool, ConnectError> {
+        let Some(socket) = &self.socket else { return Ok(false) };
+        let bytes = postcard::to_stdvec(request).map_err(|error| ConnectError::Garbled(error.to_string()))?;
+        if bytes.len() > MAX_PACKET_BYTES {
+            let problem = format!("the request has {} bytes, at most {MAX_PACKET_BYTES} are possible", bytes.len());
+            return Err(ConnectError::Garbled(problem));
+        }
+        match socket::send(socket.as_fd(), &bytes, &[]) {
+            Ok(()) => {
+                self.expected.push_back(waited_for);
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(_) => {
+                // What the dead coordinator had sent is still to be read; the hang-up comes behind it.
+                self.receive_all();
+                self.socket = None;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Tells the coordinator, now or with the next Hello, that these handles are gone.
+    fn close(&mut self, handles: &[HandleRef]) {
+        for handle in handles {
+            self.holds.remove(handle);
+        }
+        let holds = &self.holds;
+        self.arenas.retain(|(topic, _), _| subscribes(holds, *topic));
+        self.receive_all();
+        if self.socket.is_none() {
+            // The Hello leaves them out. If that is not possible now, the next one will.
+            let _ = self.connect();
+            return;
+        }
+        self.unsent.extend_from_slice(handles);
+        self.send_closes();
+    }
+
+    fn send_closes(&mut self) {
+        if self.unsent.is_empty() {
+            return;
+        }
+        let handles = std::mem::take(&mut self.unsent);
+        match self.send(&Request::Close { handles: handles.clone() }, false) {
+            Ok(true) => {}
+            _ if self.socket.is_some() => self.unsent = handles,
+            _ => {}
+        }
+    }
+
+    /// Takes everything out of the socket that is there.
+    fn receive_all(&mut self) {
+        while let Some(socket) = self.socket.clone() {
+            match socket::recv(socket.as_fd(), &mut self.buffer, MAX_PACKET_FDS) {
+                Ok(packet) if packet.len == 0 => self.socket = None,
+                Ok(packet) => match postcard::from_bytes(&self.buffer[..packet.len]) {
+                    Ok(answer) if !packet.truncated => self.receive(answer, packet.fds),
+                    _ => return self.end = Some(End::Garbled("the coordinator sent something unreadable".to_owned())),
+                },
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.socket = None,
+            }
+        }
+    }
+
+    fn receive(&mut self, answer: Answer, mut fds: Vec<OwnedFd>) {
+        match answer {
+            Answer::ArenaAdded { topic, slot } => {
+                if let Some(fd) = fds.pop().filter(|_| subscribes(&self.holds, topic)) {
+                    self.arenas.insert((topic, slot), fd);
+                }
+            }
+            Answer::Welcome { protocol, incarnation, bus } if !self.welcomed => {
+                self.receive_welcome(protocol, Identity { incarnation, bus });
+            }
+            Answer::Refused(refusal) if !self.welcomed => {
+                self.end = Some(match refusal {
+                    Refusal::UnknownParticipant { .. } => End::Ended,
+                    Refusal::Leaving if self.identity.is_some() => End::Ended,
+                    Refusal::Leaving => End::Leaving,
+                    other => End::Refused(other),
+                });
+            }
+            answer if self.expected.pop_front() != Some(true) => {
+                // Opened for somebody who had given up waiting.
+                self.unsent.extend(opened_handle(&answer));
+                self.send_closes();
+            }
+            answer => {
+                // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
+                opened_handle(&answer).inspect(|handle| drop(self.holds.insert(*handle)));
+                self.answers.push_back((answer, fds));
+            }
+        }
+    }
+
+    fn receive_welcome(&mut self, protocol: u32, identity: Identity) {
+        if protocol != PROTOCOL_VERSION {
+            self.end = Some(End::Version(protocol));
+        } else if self.identity.is_some_and(|known| known != identity) {
+            self.end = Some(End::Ended);
+        } else {
+            self.identity = Some(identity);
+            self.welcomed = true;
+        }
+    }
+}
+
+impl End {
+    fn error(&self, place: &Place) -> ConnectError {
+        match self {
+            End::Ended | End::Leaving => ConnectError::Ended { bus: place.bus.clone() },
+            End::Refused(refusal) => ConnectError::Declined(refusal.clone()),
+            End::Version(found) => ConnectError::Version { expected: PROTOCOL_VERSION, found: *found },
+            End::Garbled(problem) => ConnectError::Garbled(problem.clone()),
+        }
+    }
+}
+
+/// The handle that an answer opened.
+fn opened_handle(answer: &Answer) -> Option<HandleRef> {
+    match answer {
+        Answer::PublisherOpened { info, slot, .. } => Some(HandleRef::Publisher { topic: info.id, slot: *slot }),
+        Answer::SubscriberOpened { info, cursor, .. } => {
+            Some(HandleRef::Subscriber { topic: info.id, cursor: *cursor })
+        }
+        _ => None,
+    }
+}
+
+fn subscribes(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
+    holds.iter().any(|handle| matches!(handle, HandleRef::Subscriber { topic, .. } if *topic == wanted))
+}
+
+/// Refuses a socket that somebody else put there.
+fn check_peer(place: &Place, socket: &OwnedFd) -> Result<(), ConnectError> {
+    let peer =
+        socket::peer(socket.as_fd()).map_err(|source| ConnectError::io("cannot see who serves the bus", source))?;
+    let us = Uid::effective().as_raw();
+    if peer.uid == us || peer.uid == 0 {
+        return Ok(());
+    }
+    let problem = format!("is served by user {}, expected {us} or root", peer.uid);
+    let mend = "set SHMBUS_DIR to a directory of your own";
+    Err(ConnectError::Refused { path: place.socket().to_owned(), problem, mend })
+}
+
+fn wait(socket: &OwnedFd, deadline: Instant) -> Result<(), ConnectError> {
+    let waited = socket::wait(socket.as_fd(), PollFlags::POLLIN, Some(deadline));
+    waited.map(drop).map_err(|source| ConnectError::io("waiting for the coordinator", source))
+}
+
+/// Waits a slice for something to read, or for the coordinator to come back.
+fn pause(socket: Option<&OwnedFd>, deadline: Instant) {
+    let until = deadline.min(Instant::now() + SLICE);
+    let waited = socket.map(|socket| socket::wait(socket.as_fd(), PollFlags::POLLIN, Some(until)));
+    if !matches!(waited, Some(Ok(_))) {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Locks; a thread that panicked here left nothing half done that matters.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

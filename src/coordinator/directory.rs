@@ -1,0 +1,210 @@
+//! Where a bus is found in the file system: the socket directory, the socket and the lock (SPEC §7.2).
+//!
+//! Whoever holds the lock owns both names. Keeper and coordinator share one open file description of it, so the lock
+//! ends with the last of them, and what dead processes left under these names is replaced by the next holder.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{AccessFlags, Uid, access};
+
+use crate::error::ConnectError;
+use crate::os::{lock, socket};
+use crate::topic::check_name;
+
+/// Environment variable that names the socket directory.
+pub(crate) const DIRECTORY_VARIABLE: &str = "SHMBUS_DIR";
+
+/// Mode bits that let others put their own files there.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// The names of one bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) bus: String,
+    directory: PathBuf,
+    socket: PathBuf,
+    lock: PathBuf,
+}
+
+impl Place {
+    /// The names of `bus` in `directory`, or in the first of the usual ones that can be used. Creates the directory.
+    pub(crate) fn find(bus: &str, directory: Option<&Path>) -> Result<Place, ConnectError> {
+        check_name(bus).map_err(|source| ConnectError::Name { name: bus.to_owned(), source })?;
+        let directory = directory.map_or_else(usual_directory, Path::to_owned);
+        if !directory.is_absolute() {
+            return Err(refused(&directory, "is a relative path", "give the socket directory as an absolute path"));
+        }
+        create_and_check(&directory)?;
+        let socket = directory.join(format!("{bus}.sock"));
+        let len = socket.as_os_str().as_bytes().len();
+        if len > socket::MAX_PATH_BYTES {
+            let problem = format!("the socket path has {len} bytes, at most {} are possible", socket::MAX_PATH_BYTES);
+            return Err(refused(&socket, &problem, "choose a shorter SHMBUS_DIR or bus name"));
+        }
+        let lock = directory.join(format!("{bus}.lock"));
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock })
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Takes the lock; `None` when somebody serves the bus.
+    pub(crate) fn lock(&self) -> Result<Option<OwnedFd>, ConnectError> {
+        loop {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+            let file = options.open(&self.lock).map_err(|source| self.io(&self.lock, "cannot open", source))?;
+            if !lock::try_exclusive(file.as_fd()).map_err(|source| self.io(&self.lock, "cannot lock", source))? {
+                return Ok(None);
+            }
+            // The holder before us may have removed the name between our open and our lock.
+            if self.names(file.as_fd()).map_err(|source| self.io(&self.lock, "cannot look at", source))? {
+                return Ok(Some(file.into()));
+            }
+        }
+    }
+
+    /// Listens in the place of whatever socket the dead left. Only with the lock.
+    pub(crate) fn listen(&self) -> Result<OwnedFd, ConnectError> {
+        remove(&self.socket).map_err(|source| self.io(&self.socket, "cannot remove the stale", source))?;
+        socket::listen(&self.socket).map_err(|source| self.io(&self.socket, "cannot listen at", source))
+    }
+
+    /// Removes both names, if they still belong to this lock; those of a successor stay.
+    pub(crate) fn remove(&self, lock: BorrowedFd<'_>) -> io::Result<()> {
+        if self.names(lock)? {
+            remove(&self.socket)?;
+            remove(&self.lock)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the lock's name still leads to this file.
+    fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
+        let held = File::from(lock.try_clone_to_owned()?).metadata()?;
+        match fs::symlink_metadata(&self.lock) {
+            Ok(named) => Ok((named.dev(), named.ino()) == (held.dev(), held.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn io(&self, path: &Path, what: &str, source: io::Error) -> ConnectError {
+        ConnectError::io(format!("bus {:?}: {what} {}", self.bus, path.display()), source)
+    }
+}
+
+/// `$SHMBUS_DIR`, `/run/shmbus`, `$XDG_RUNTIME_DIR/shmbus`, else `/tmp/shmbus-UID`.
+fn usual_directory() -> PathBuf {
+    if let Some(given) = std::env::var_os(DIRECTORY_VARIABLE).filter(|given| !given.is_empty()) {
+        return given.into();
+    }
+    let system = Path::new("/run/shmbus");
+    if access(system, AccessFlags::W_OK | AccessFlags::X_OK).is_ok() && check(system).is_ok() {
+        return system.to_owned();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(runtime) if runtime.is_absolute() && runtime.is_dir() => runtime.join("shmbus"),
+        _ => PathBuf::from(format!("/tmp/shmbus-{}", Uid::effective())),
+    }
+}
+
+fn create_and_check(directory: &Path) -> Result<(), ConnectError> {
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(ConnectError::io(format!("cannot create {}", directory.display()), error)),
+    }
+    check(directory)
+}
+
+/// Refuses a directory in which somebody else could put a socket for us to connect to.
+fn check(directory: &Path) -> Result<(), ConnectError> {
+    let found = fs::symlink_metadata(directory)
+        .map_err(|error| ConnectError::io(format!("cannot look at {}", directory.display()), error))?;
+    let us = Uid::effective().as_raw();
+    if !found.is_dir() {
+        return Err(refused(directory, "is not a directory", "remove it, or set SHMBUS_DIR to another place"));
+    }
+    if found.uid() != us && found.uid() != 0 {
+        let problem = format!("belongs to user {}, expected {us} or root", found.uid());
+        return Err(refused(directory, &problem, "set SHMBUS_DIR to a directory of your own"));
+    }
+    if found.mode() & WRITABLE_BY_OTHERS != 0 {
+        let problem = format!("is writable by others (mode {:04o})", found.mode() & 0o7777);
+        return Err(refused(directory, &problem, "make it 0700, or set SHMBUS_DIR to another place"));
+    }
+    Ok(())
+}
+
+fn refused(path: &Path, problem: &str, mend: &'static str) -> ConnectError {
+    ConnectError::Refused { path: path.to_owned(), problem: problem.to_owned(), mend }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_directory_is_created_private() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("bus");
+        let place = Place::find("default", Some(&directory)).unwrap();
+        assert_eq!(fs::metadata(&directory).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(place.socket(), directory.join("default.sock"));
+    }
+
+    #[test]
+    fn symlinks_files_and_open_directories_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let (link, file, open) = (root.path().join("link"), root.path().join("file"), root.path().join("open"));
+        symlink(root.path(), &link).unwrap();
+        fs::write(&file, "").unwrap();
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        for bad in [&link, &file, &open] {
+            assert!(matches!(Place::find("b", Some(bad)), Err(ConnectError::Refused { .. })), "{}", bad.display());
+        }
+        assert!(matches!(Place::find("b", Some(Path::new("relative"))), Err(ConnectError::Refused { .. })));
+        assert!(matches!(Place::find("../b", Some(root.path())), Err(ConnectError::Name { .. })));
+        let long = Place::find(&"b".repeat(120), Some(root.path())).unwrap_err().to_string();
+        assert!(long.contains("107"), "{long}");
+    }
+
+    #[test]
+    fn one_holds_the_lock_and_a_successor_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let place = Place::find("b", Some(root.path())).unwrap();
+        let first = place.lock().unwrap().unwrap();
+        assert!(place.lock().unwrap().is_none());
+        let listener = place.listen().unwrap();
+        place.remove(first.as_fd()).unwrap();
+        let second = place.lock().unwrap().expect("the name is free though the first lock is still held");
+        let _second_listener = place.listen().unwrap();
+        place.remove(first.as_fd()).unwrap();
+        assert!(place.socket().exists(), "the successor's socket stays");
+        drop((first, second, listener));
+        assert!(place.lock().unwrap().is_some(), "what the dead left does not block");
+        place.listen().unwrap();
+    }
+}

@@ -1,0 +1,46 @@
+//! Every limit of the coordinator, in one place. Those of a topic's options are in `shm/layout.rs` and `topic.rs`.
+
+use std::time::Duration;
+
+use crate::os::memory_size;
+
+/// Environment variable that sets the byte budget of each user.
+pub(crate) const BUDGET_VARIABLE: &str = "SHMBUS_BUDGET";
+
+/// How long a bus without participants and messages waits for someone before it goes away.
+pub(crate) const LINGER: Duration = Duration::from_millis(200);
+
+/// Answers that may wait for one client that does not read; one more and it is disconnected.
+pub(crate) const MAX_QUEUED_PACKETS: usize = 1024;
+
+/// Topics in one page of a status answer, at most (its bytes are limited too).
+pub(crate) const MAX_STATUS_TOPICS: usize = 256;
+
+/// What the state machine checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Connected processes.
+    pub(crate) participants: usize,
+    /// Topics.
+    pub(crate) topics: usize,
+    /// Publishers and subscribers of one process.
+    pub(crate) handles: usize,
+    /// Shared memory of one user.
+    pub(crate) budget_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { participants: 1024, topics: 16_384, handles: 16_384, budget_bytes: u64::MAX }
+    }
+}
+
+impl Limits {
+    /// The defaults with the budget from the environment, or half of what is available, `reserved_bytes` included: a
+    /// restarted coordinator must not count against itself what the bus holds already.
+    pub(crate) fn from_environment(reserved_bytes: u64) -> Limits {
+        let given = std::env::var(BUDGET_VARIABLE).ok().and_then(|text| text.trim().parse().ok());
+        let half = || memory_size::available_bytes().saturating_add(reserved_bytes) / 2;
+        Limits { budget_bytes: given.unwrap_or_else(half), ..Limits::default() }
+    }
+}

@@ -1,0 +1,521 @@
+//! The coordinator's loop: it sleeps in epoll until a client asks, a process dies or the keeper speaks. One request a
+//! client and round, and no wait for any of them, so nobody delays the others.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::Uid;
+
+use crate::coordinator::connection::{Broken, Connection, Received};
+use crate::coordinator::directory::Place;
+use crate::coordinator::estate::{Estate, Granted};
+use crate::coordinator::limits::LINGER;
+use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
+use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, Request};
+use crate::coordinator::roles::{self, Role};
+use crate::coordinator::state::check_protocol;
+use crate::error::Refusal;
+use crate::os::socket::{self, Peer};
+
+/// A bus that nobody has found yet waits longer than one that was left.
+const FIRST_LINGER: Duration = Duration::from_secs(5);
+
+/// After a keeper could not be started, the next attempt waits so long.
+const KEEPER_RETRY: Duration = Duration::from_secs(1);
+
+/// Connections accepted in one round, and events looked at.
+const ACCEPTS_PER_ROUND: usize = 16;
+const EVENTS_PER_ROUND: usize = 64;
+
+/// What an epoll event is about; clients and participants add their number.
+const KIND_SHIFT: u32 = 60;
+const KIND_LISTENER: u64 = 1;
+const KIND_KEEPER: u64 = 2;
+const KIND_SIGNAL: u64 = 3;
+const KIND_CLIENT: u64 = 4;
+const KIND_PARTICIPANT: u64 = 5;
+
+fn token(kind: u64, number: u64) -> u64 {
+    kind << KIND_SHIFT | number
+}
+
+/// A serving coordinator.
+pub(crate) struct Server {
+    place: Place,
+    lock: OwnedFd,
+    listener: OwnedFd,
+    epoll: Epoll,
+    signals: Option<SignalFd>,
+    estate: Estate,
+    clients: HashMap<u64, Connection>,
+    /// Which connection a participant has; those without one wait for it to come back.
+    connected: HashMap<u64, u64>,
+    next_client: u64,
+    /// Given up for a moment when there is no descriptor left to accept, and thus refuse, a connection with.
+    spare: Option<File>,
+    /// When the bus goes away, unless somebody comes.
+    leave_at: Option<Instant>,
+    /// When to start a keeper again; never where the bus is hosted on a thread.
+    keeper_at: Option<Instant>,
+    hosted: bool,
+    ended: bool,
+    /// Where packets are received.
+    buffer: Box<[u8]>,
+}
+
+impl Server {
+    /// A bus of this process alone, without a keeper: its end is the bus's end.
+    pub(crate) fn host(place: Place, lock: OwnedFd, listener: OwnedFd) -> io::Result<Server> {
+        let estate = Estate::found(crate::coordinator::random_u64())?;
+        Server::new(place, lock, listener, estate, None)
+    }
+
+    /// The bus that the keeper at the other end of `link` holds.
+    pub(crate) fn resume(place: Place, link: OwnedFd, signals: SignalFd) -> io::Result<Server> {
+        let mut store: BTreeMap<String, OwnedFd> = link::take_over(link.as_fd())?.into_iter().collect();
+        let mut take = |name: &str| {
+            let missing = || io::Error::other(format!("the keeper handed over no {name}"));
+            store.remove(name).ok_or_else(missing)
+        };
+        let (lock, listener, registry) = (take(LOCK)?, take(LISTENER)?, take(link::REGISTRY)?);
+        let link = Link::new(link, None);
+        match Estate::resume(store, registry, link) {
+            Ok(estate) => Server::new(place, lock, listener, estate, Some(signals)),
+            Err((error, link)) => {
+                // Without its registry a bus has no owners; better none than one that gives things away twice.
+                place.remove(lock.as_fd())?;
+                link.tell(&Message::Leaving);
+                Err(io::Error::other(error))
+            }
+        }
+    }
+
+    fn new(
+        place: Place,
+        lock: OwnedFd,
+        listener: OwnedFd,
+        estate: Estate,
+        signals: Option<SignalFd>,
+    ) -> io::Result<Server> {
+        let hosted = estate.link().is_none();
+        let server = Server {
+            place,
+            lock,
+            listener,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            signals,
+            estate,
+            clients: HashMap::new(),
+            connected: HashMap::new(),
+            next_client: 0,
+            spare: spare(),
+            leave_at: Some(Instant::now() + FIRST_LINGER),
+            keeper_at: None,
+            hosted,
+            ended: false,
+            buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
+        };
+        server.watch_all()?;
+        Ok(server)
+    }
+
+    fn watch_all(&self) -> io::Result<()> {
+        self.watch(&self.listener, token(KIND_LISTENER, 0))?;
+        if let Some(signals) = &self.signals {
+            self.watch(signals, token(KIND_SIGNAL, 0))?;
+        }
+        if let Some(link) = self.estate.link() {
+            self.watch(link, token(KIND_KEEPER, 0))?;
+        }
+        for (incarnation, pidfd) in self.estate.pidfds() {
+            self.watch(pidfd, token(KIND_PARTICIPANT, *incarnation))?;
+        }
+        Ok(())
+    }
+
+    fn watch(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))?)
+    }
+
+    /// Serves until the bus ends.
+    pub(crate) fn run(mut self) -> io::Result<()> {
+        if let Some(link) = self.estate.link() {
+            link.tell(&Message::Ready);
+        }
+        let mut events = [EpollEvent::empty(); EVENTS_PER_ROUND];
+        while !self.ended {
+            let count = match self.epoll.wait(&mut events, self.timeout()) {
+                Err(Errno::EINTR) => 0,
+                other => other?,
+            };
+            for event in &events[..count] {
+                self.handle(event.data(), event.events())?;
+            }
+            self.look_at_the_clock()?;
+        }
+        self.leave()
+    }
+
+    /// Until the next thing to do; without a limit while there is nothing.
+    fn timeout(&self) -> EpollTimeout {
+        let next = self.leave_at.into_iter().chain(self.keeper_at).min();
+        let wait = next.and_then(|at| socket::round_up(at.saturating_duration_since(Instant::now())).as_millis());
+        wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
+    }
+
+    fn handle(&mut self, token: u64, flags: EpollFlags) -> io::Result<()> {
+        let number = token & ((1 << KIND_SHIFT) - 1);
+        match token >> KIND_SHIFT {
+            KIND_LISTENER => self.accept(),
+            KIND_KEEPER => self.listen_to_keeper(),
+            KIND_SIGNAL => {
+                self.stop();
+                Ok(())
+            }
+            KIND_CLIENT => self.serve_client(number, flags),
+            _ => self.bury(number),
+        }
+    }
+
+    /// Whether it is time to go, or to start a keeper.
+    fn look_at_the_clock(&mut self) -> io::Result<()> {
+        let now = Instant::now();
+        if self.keeper_at.is_some_and(|at| at <= now) {
+            self.start_keeper()?;
+        }
+        if !self.estate.state().participants().is_empty() {
+            self.leave_at = None;
+        } else if self.leave_at.is_some_and(|at| at <= now) {
+            self.leave_at = None;
+            self.ended |= !self.estate.is_needed();
+        }
+        Ok(())
+    }
+
+    /// Somebody or something has gone; perhaps it was the last.
+    fn linger(&mut self) {
+        if self.estate.state().participants().is_empty() {
+            self.leave_at = Some(Instant::now() + LINGER);
+        }
+    }
+}
+
+/// Connections.
+impl Server {
+    fn accept(&mut self) -> io::Result<()> {
+        for _ in 0..ACCEPTS_PER_ROUND {
+            match socket::accept(self.listener.as_fd()) {
+                Ok(socket) => self.welcome_connection(socket)?,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE) => return self.turn_away(),
+                    // Whatever is wrong with one connection is no reason to stop serving the others.
+                    _ => return Ok(()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Without a descriptor left, the connection would stay at the door and the loop would never sleep again.
+    fn turn_away(&mut self) -> io::Result<()> {
+        self.spare = None;
+        if let Ok(socket) = socket::accept(self.listener.as_fd()) {
+            decline(&socket, too_many_connections(self.clients.len()));
+        }
+        self.spare = spare();
+        Ok(())
+    }
+
+    fn welcome_connection(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let Ok(peer) = socket::peer(socket.as_fd()) else { return Ok(()) };
+        if peer.uid != 0 && peer.uid != Uid::effective().as_raw() {
+            return Ok(());
+        }
+        // Each participant has at most one connection, and as many again may be about to say Hello.
+        let limit = self.estate.limits().participants * 2;
+        if self.clients.len() >= limit {
+            decline(&socket, too_many_connections(limit));
+            return Ok(());
+        }
+        let id = self.next_client;
+        self.next_client += 1;
+        self.watch(&socket, token(KIND_CLIENT, id))?;
+        self.clients.insert(id, Connection::new(socket, peer));
+        Ok(())
+    }
+
+    fn serve_client(&mut self, id: u64, flags: EpollFlags) -> io::Result<()> {
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        if client.flush().is_err() {
+            self.expel(id);
+            return Ok(());
+        }
+        let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+        if !client.is_congested() {
+            match client.receive(&mut self.buffer) {
+                Received::Request(request) => self.serve_request(id, request)?,
+                Received::HungUp => return self.hang_up(id),
+                Received::Garbled => self.expel(id),
+                Received::Nothing => {}
+            }
+        } else if gone {
+            return self.hang_up(id);
+        }
+        self.update_interest(id)
+    }
+
+    /// A client that does not read is not listened to.
+    fn update_interest(&mut self, id: u64) -> io::Result<()> {
+        let Some(client) = self.clients.get(&id) else { return Ok(()) };
+        let flags = if client.is_congested() { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+        Ok(self.epoll.modify(client, &mut EpollEvent::new(flags, token(KIND_CLIENT, id)))?)
+    }
+
+    /// The client closed its connection: it has dropped the bus and every handle, or is dead.
+    fn hang_up(&mut self, id: u64) -> io::Result<()> {
+        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
+        match incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
+            Some(incarnation) => self.bury(incarnation),
+            None => Ok(()),
+        }
+    }
+
+    /// We close the connection. What the process holds stays in force: it may come back, and if not, it will die.
+    fn expel(&mut self, id: u64) {
+        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
+        if let Some(incarnation) = incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
+            self.connected.remove(&incarnation);
+        }
+    }
+
+    /// A participant is dead, or has left.
+    fn bury(&mut self, incarnation: u64) -> io::Result<()> {
+        if let Some(id) = self.connected.remove(&incarnation) {
+            self.clients.remove(&id);
+        }
+        // epoll drops a descriptor only with its last duplicate, and the keeper has one.
+        if let Some(pidfd) = self.estate.pidfds().get(&incarnation) {
+            self.epoll.delete(pidfd)?;
+        }
+        // A coordinator that cannot write down who left would give their places away wrongly after a restart. It ends,
+        // and its successor tries again.
+        self.estate.bury(incarnation).map_err(io::Error::other)?;
+        self.linger();
+        Ok(())
+    }
+
+    fn send(&mut self, id: u64, answer: &Answer, fds: Vec<OwnedFd>) -> io::Result<()> {
+        match self.clients.get_mut(&id).map(|client| client.send(answer, fds)) {
+            Some(Err(Broken)) => self.expel(id),
+            Some(Ok(())) => self.update_interest(id)?,
+            None => {}
+        }
+        Ok(())
+    }
+}
+
+/// Requests.
+impl Server {
+    fn serve_request(&mut self, id: u64, request: Request) -> io::Result<()> {
+        let Some(client) = self.clients.get(&id) else { return Ok(()) };
+        match (client.incarnation, request) {
+            (None, Request::Hello { protocol, incarnation, holds }) => self.hello(id, protocol, incarnation, &holds),
+            (None, _) => {
+                self.expel(id);
+                Ok(())
+            }
+            (Some(incarnation), request) => self.grant(id, incarnation, &request),
+        }
+    }
+
+    fn hello(&mut self, id: u64, protocol: u32, incarnation: Option<u64>, holds: &[HandleRef]) -> io::Result<()> {
+        if check_protocol(protocol).is_err() {
+            // Tells the client our version; it does not get any further.
+            self.send(id, &self.estate.welcome(0), Vec::new())?;
+            self.expel(id);
+            return Ok(());
+        }
+        let Some(client) = self.clients.get(&id) else { return Ok(()) };
+        let peer = client.peer;
+        let admitted = match socket::peer_pidfd(client.as_fd(), peer) {
+            Ok(pidfd) => self.let_in(peer, pidfd, incarnation, holds)?,
+            Err(error) => {
+                Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
+            }
+        };
+        match admitted {
+            Ok(incarnation) => self.connect(id, incarnation),
+            Err(refusal) => {
+                self.send(id, &Answer::Refused(refusal), Vec::new())?;
+                self.expel(id);
+                Ok(())
+            }
+        }
+    }
+
+    fn let_in(
+        &mut self,
+        peer: Peer,
+        pidfd: OwnedFd,
+        incarnation: Option<u64>,
+        holds: &[HandleRef],
+    ) -> io::Result<Result<u64, Refusal>> {
+        if let Some(incarnation) = incarnation {
+            return Ok(self.estate.readmit(incarnation, peer.pid, pidfd.as_fd(), holds).map(|()| incarnation));
+        }
+        let admitted = self.estate.admit(peer.pid, peer.uid, pidfd);
+        if let Ok(incarnation) = admitted
+            && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
+        {
+            self.watch(pidfd, token(KIND_PARTICIPANT, incarnation))?;
+        }
+        Ok(admitted)
+    }
+
+    /// Makes this connection the participant's, and tells it every arena it may have missed.
+    fn connect(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+        if let Some(earlier) = self.connected.insert(incarnation, id) {
+            self.clients.remove(&earlier);
+        }
+        let welcome = self.estate.welcome(incarnation);
+        let arenas = self.estate.arenas_for(incarnation);
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        client.incarnation = Some(incarnation);
+        let mut sent = client.send_unbounded(&welcome, Vec::new());
+        for (topic, slot) in arenas {
+            if let Ok(fd) = self.estate.arena_fd(topic, slot) {
+                sent = sent.and_then(|()| client.send_unbounded(&Answer::ArenaAdded { topic, slot }, vec![fd]));
+            }
+        }
+        match sent {
+            Ok(()) => self.update_interest(id),
+            Err(Broken) => {
+                self.expel(id);
+                Ok(())
+            }
+        }
+    }
+
+    fn grant(&mut self, id: u64, incarnation: u64, request: &Request) -> io::Result<()> {
+        let granted = self.estate.request(incarnation, request);
+        self.announce()?;
+        let (answer, fds): Granted = match granted {
+            Ok(Some(granted)) => granted,
+            Ok(None) => {
+                self.stop();
+                (Answer::Done, Vec::new())
+            }
+            Err(refusal) => (Answer::Refused(refusal), Vec::new()),
+        };
+        self.send(id, &answer, fds)
+    }
+
+    /// Hands new arenas to their readers, before the publisher that will write them learns that it may.
+    fn announce(&mut self) -> io::Result<()> {
+        for (topic, slot) in self.estate.take_announcements() {
+            for reader in self.estate.state().readers_of(topic) {
+                let Some(&id) = self.connected.get(&reader) else { continue };
+                match self.estate.arena_fd(topic, slot) {
+                    Ok(fd) => self.send(id, &Answer::ArenaAdded { topic, slot }, vec![fd])?,
+                    // It asks for what it missed when it comes back.
+                    Err(_) => self.expel(id),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Keeper, and the end.
+impl Server {
+    fn listen_to_keeper(&mut self) -> io::Result<()> {
+        let Some(link) = self.estate.link() else { return Ok(()) };
+        match link.receive() {
+            Ok(Incoming::Message(Message::Stop, _)) => self.stop(),
+            Ok(Incoming::Message(..) | Incoming::Nothing) => {}
+            Ok(Incoming::HungUp) | Err(_) => {
+                if let Some(link) = self.estate.replace_link(None) {
+                    self.epoll.delete(&link)?;
+                    link.bury();
+                }
+                self.start_keeper()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a keeper in the place of the dead one and hands it everything.
+    fn start_keeper(&mut self) -> io::Result<()> {
+        self.keeper_at = None;
+        if self.hosted {
+            return Ok(());
+        }
+        let started = roles::start(Role::Keeper, &self.place).and_then(|(link, child)| {
+            let names = [(LOCK, self.lock.as_fd()), (LISTENER, self.listener.as_fd())];
+            let names = names.into_iter().map(|(name, fd)| (name.to_owned(), fd));
+            let link = Link::new(link, Some(child));
+            let handed = link::hand_over(link.as_fd(), names.chain(self.estate.stored()));
+            let watched = handed.and_then(|()| self.watch(&link, token(KIND_KEEPER, 0)));
+            match watched {
+                Ok(()) => Ok(link),
+                Err(error) => {
+                    link.bury();
+                    Err(error)
+                }
+            }
+        });
+        match started {
+            Ok(link) => drop(self.estate.replace_link(Some(link))),
+            Err(error) => {
+                eprintln!("shmbus coordinator: cannot start a keeper: {error}");
+                self.keeper_at = Some(Instant::now() + KEEPER_RETRY);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.estate.stop();
+        self.ended = true;
+    }
+
+    /// Ends the bus: the names first, so that whoever comes now finds or starts another one.
+    fn leave(mut self) -> io::Result<()> {
+        self.place.remove(self.lock.as_fd())?;
+        while let Ok(socket) = socket::accept(self.listener.as_fd()) {
+            decline(&socket, Refusal::Leaving);
+        }
+        if let Some(link) = self.estate.replace_link(None) {
+            link.tell(&Message::Leaving);
+        }
+        Ok(())
+    }
+}
+
+/// Tells a connection that it is not served; the client may be gone, or read it later.
+fn decline(socket: &OwnedFd, refusal: Refusal) {
+    let mut connection = match socket.try_clone() {
+        Ok(socket) => Connection::new(socket, Peer { pid: 0, uid: 0 }),
+        Err(_) => return,
+    };
+    let _ = connection.send(&Answer::Refused(refusal), Vec::new());
+}
+
+fn too_many_connections(limit: usize) -> Refusal {
+    let mend = "end some programs that use the bus".to_owned();
+    Refusal::Limit { what: "connections".to_owned(), limit: limit as u64, mend }
+}
+
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

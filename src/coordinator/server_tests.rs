@@ -1,0 +1,268 @@
+//! Clients against a coordinator hosted on a thread: what one of them does or suffers, and that the others notice
+//! nothing of it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::client::control::Control;
+use crate::coordinator::protocol::{PROTOCOL_VERSION, SegmentRef, StartAt};
+use crate::error::OpenError;
+use crate::topic::{Mode, TopicOptions};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A hosted bus; it ends by itself when the test's connections are dropped.
+struct Stage {
+    directory: tempfile::TempDir,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Stage {
+    fn set() -> Stage {
+        let directory = tempfile::tempdir().unwrap();
+        let place = Place::find("test", Some(directory.path())).unwrap();
+        let (lock, listener) = (place.lock().unwrap().unwrap(), place.listen().unwrap());
+        let server = Server::host(place, lock, listener).unwrap();
+        Stage { directory, thread: std::thread::spawn(move || server.run()) }
+    }
+
+    fn place(&self) -> Place {
+        Place::find("test", Some(self.directory.path())).unwrap()
+    }
+
+    fn connect(&self) -> Control {
+        let socket = socket::connect(self.place().socket()).unwrap();
+        Control::introduce(self.place(), socket, Instant::now() + DEADLINE).unwrap()
+    }
+
+    /// A connection that says what a correct client never would.
+    fn raw(&self) -> OwnedFd {
+        socket::connect(self.place().socket()).unwrap()
+    }
+}
+
+fn options(mode: Mode) -> TopicOptions {
+    TopicOptions { mode, messages: 16, bytes: 4096, ..TopicOptions::default() }
+}
+
+fn open_publisher(control: &Control, topic: &str, mode: Mode) -> Result<HandleRef, OpenError> {
+    let request = Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: Some(options(mode)) };
+    let (answer, fds) = control.request(&request)?;
+    let Answer::PublisherOpened { info, slot, segments, .. } = answer else { panic!("{answer:?}") };
+    assert_eq!(segments.len(), fds.len());
+    Ok(HandleRef::Publisher { topic: info.id, slot })
+}
+
+fn open_subscriber(control: &Control, topic: &str) -> Result<(HandleRef, Vec<SegmentRef>), OpenError> {
+    let request =
+        Request::OpenSubscriber { topic: topic.to_owned(), schema: None, start: StartAt::Latest, droppable: false };
+    let (answer, fds) = control.request(&request)?;
+    let Answer::SubscriberOpened { info, cursor, segments, .. } = answer else { panic!("{answer:?}") };
+    assert_eq!(segments.len(), fds.len());
+    Ok((HandleRef::Subscriber { topic: info.id, cursor }, segments))
+}
+
+fn attached(control: &Control, name: &str) -> (usize, usize) {
+    let request = Request::Status { topic: Some(name.to_owned()), after: None };
+    let (Answer::Status { topics, .. }, _) = control.request(&request).unwrap() else { panic!() };
+    (topics[0].publishers.len(), topics[0].subscribers.len())
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn say(socket: &OwnedFd, request: &Request) -> io::Result<()> {
+    socket::send(socket.as_fd(), &postcard::to_stdvec(request).unwrap(), &[])
+}
+
+fn hello() -> Request {
+    Request::Hello { protocol: PROTOCOL_VERSION, incarnation: None, holds: Vec::new() }
+}
+
+fn hears_hang_up(socket: &OwnedFd) -> bool {
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match socket::recv(socket.as_fd(), &mut buffer, 8) {
+            Ok(packet) if packet.len == 0 => return true,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if !socket::wait(socket.as_fd(), nix::poll::PollFlags::POLLIN, Some(deadline)).unwrap() {
+                    return false;
+                }
+            }
+            Err(_) => return true,
+        }
+    }
+}
+
+#[test]
+fn an_arena_is_with_its_readers_before_its_publisher_may_write() {
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    open_publisher(&a, "t", Mode::Many).unwrap();
+    let (subscriber, segments) = open_subscriber(&b, "t").unwrap();
+    assert!(segments.contains(&SegmentRef::Arena(0)));
+    let HandleRef::Publisher { topic, slot: 1 } = open_publisher(&a, "t", Mode::Many).unwrap() else { panic!() };
+    assert!(b.arena(topic, 1).is_some(), "it is in the socket before the publisher was answered");
+    assert!(b.arena(topic, 1).is_some(), "a second subscriber of the process gets it too");
+    assert!(b.arena(topic, 2).is_none());
+    b.release(subscriber);
+    wait_for("the release", || attached(&a, "t") == (2, 0));
+}
+
+#[test]
+fn the_arena_is_there_after_the_coordinator_has_gone() {
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    open_publisher(&a, "t", Mode::Many).unwrap();
+    open_subscriber(&b, "t").unwrap();
+    let HandleRef::Publisher { topic, slot } = open_publisher(&a, "t", Mode::Many).unwrap() else { panic!() };
+    a.request(&Request::Stop).unwrap();
+    stage.thread.join().unwrap().unwrap();
+    assert!(b.arena(topic, slot).is_some());
+}
+
+#[test]
+fn dropping_the_connection_releases_everything_at_once() {
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    open_publisher(&a, "x", Mode::Exclusive).unwrap();
+    let refused = open_publisher(&b, "x", Mode::Exclusive).unwrap_err();
+    assert!(matches!(refused, OpenError::Refused(Refusal::Taken { .. })), "{refused}");
+    drop(a);
+    wait_for("the publisher's place", || open_publisher(&b, "x", Mode::Exclusive).is_ok());
+}
+
+#[test]
+fn a_participant_that_comes_back_keeps_its_handles() {
+    let stage = Stage::set();
+    let observer = stage.connect();
+    let first = stage.raw();
+    say(&first, &hello()).unwrap();
+    wait_for("the welcome", || {
+        socket::wait(first.as_fd(), nix::poll::PollFlags::POLLIN, Some(Instant::now() + DEADLINE)).unwrap()
+    });
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let packet = socket::recv(first.as_fd(), &mut buffer, 0).unwrap();
+    let Answer::Welcome { incarnation, .. } = postcard::from_bytes(&buffer[..packet.len]).unwrap() else { panic!() };
+    let open = |topic: &str| Request::OpenPublisher {
+        topic: topic.to_owned(),
+        schema: None,
+        create: Some(options(Mode::Exclusive)),
+    };
+    say(&first, &open("kept")).unwrap();
+    say(&first, &open("dropped")).unwrap();
+    wait_for("both", || open_subscriber(&observer, "dropped").is_ok());
+    let kept = HandleRef::Publisher { topic: 0, slot: 0 };
+    let second = stage.raw();
+    let back = Request::Hello { protocol: PROTOCOL_VERSION, incarnation: Some(incarnation), holds: vec![kept] };
+    say(&second, &back).unwrap();
+    wait_for("the unnamed handle's release", || attached(&observer, "dropped").0 == 0);
+    drop(first);
+    assert_eq!(attached(&observer, "kept").0, 1, "the old connection no longer counts");
+    drop(second);
+    wait_for("the kept handle's release", || attached(&observer, "kept").0 == 0);
+}
+
+#[test]
+fn garbage_hurts_only_whoever_sends_it() {
+    let stage = Stage::set();
+    let good = stage.connect();
+    let sends: [&[u8]; 4] = [&[0xff; 64], &[0x80; 3], b"GET / HTTP/1.1\r\n\r\n", &[7]];
+    for bytes in sends {
+        let bad = stage.raw();
+        socket::send(bad.as_fd(), bytes, &[]).unwrap();
+        assert!(hears_hang_up(&bad), "{bytes:?}");
+    }
+    let with_descriptor = stage.raw();
+    let fd = with_descriptor.as_fd();
+    socket::send(fd, &postcard::to_stdvec(&hello()).unwrap(), &[fd]).unwrap();
+    assert!(hears_hang_up(&with_descriptor));
+    let stranger = stage.raw();
+    say(&stranger, &Request::Hello { protocol: PROTOCOL_VERSION, incarnation: Some(77), holds: vec![] }).unwrap();
+    assert!(hears_hang_up(&stranger));
+    let old = stage.raw();
+    say(&old, &Request::Hello { protocol: PROTOCOL_VERSION + 1, incarnation: None, holds: vec![] }).unwrap();
+    assert!(hears_hang_up(&old));
+    open_publisher(&good, "t", Mode::Many).unwrap();
+}
+
+#[test]
+fn a_client_that_floods_and_never_reads_delays_nobody() {
+    let stage = Stage::set();
+    let good = stage.connect();
+    let flooder = stage.raw();
+    say(&flooder, &hello()).unwrap();
+    let ask = Request::Status { topic: None, after: None };
+    while say(&flooder, &ask).is_ok() {}
+    let started = Instant::now();
+    for n in 0..100 {
+        open_publisher(&good, &format!("t{n}"), Mode::Exclusive).unwrap();
+        let _ = say(&flooder, &ask);
+    }
+    assert!(started.elapsed() < DEADLINE);
+}
+
+#[test]
+fn a_handle_given_back_while_another_thread_asks_is_given_back() {
+    let stage = Stage::set();
+    let control = stage.connect();
+    for _ in 0..50 {
+        let handle = open_publisher(&control, "x", Mode::Exclusive).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| control.request(&Request::Status { topic: None, after: None }).unwrap());
+            scope.spawn(|| control.release(handle));
+        });
+    }
+    assert_eq!(attached(&control, "x").0, 0, "closes are processed in order with requests");
+}
+
+#[test]
+fn an_idle_hosted_bus_goes_and_takes_its_names_along() {
+    let stage = Stage::set();
+    drop(stage.connect());
+    stage.thread.join().unwrap().unwrap();
+    assert_eq!(std::fs::read_dir(stage.directory.path()).unwrap().count(), 0);
+}
+
+/// Environment variable that turns the test below into the child of the next one.
+const CHILD_VARIABLE: &str = "SHMBUS_TEST_CHILD";
+
+#[test]
+fn child_that_holds_a_publisher() {
+    let Some(directory) = std::env::var_os(CHILD_VARIABLE) else { return };
+    let place = Place::find("test", Some(directory.as_ref())).unwrap();
+    let socket = socket::connect(place.socket()).unwrap();
+    let control = Control::introduce(place, socket, Instant::now() + DEADLINE).unwrap();
+    open_publisher(&control, "x", Mode::Exclusive).unwrap();
+    std::thread::sleep(DEADLINE);
+}
+
+#[test]
+fn a_dead_process_gives_its_place_up_and_a_stopped_one_keeps_it() {
+    let stage = Stage::set();
+    let control = stage.connect();
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "coordinator::server::tests::child_that_holds_a_publisher"])
+        .env(CHILD_VARIABLE, stage.directory.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the child's publisher", || open_subscriber(&control, "x").is_ok());
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let refused = open_publisher(&control, "x", Mode::Exclusive).unwrap_err();
+    assert!(matches!(&refused, OpenError::Refused(Refusal::Taken { pid, .. }) if *pid == child.id()), "{refused}");
+    child.kill().unwrap();
+    wait_for("the dead one's place", || open_publisher(&control, "x", Mode::Exclusive).is_ok());
+    child.wait().unwrap();
+}

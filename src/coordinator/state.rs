@@ -1,0 +1,638 @@
+//! Who is on the bus and what they hold: the coordinator's state machine, free of any operating system.
+//!
+//! [`State::request`] looks at a request and changes nothing: it answers with a [`Plan`], the events that would grant
+//! it. The server carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
+//! event has just happened or is replayed from the registry.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
+use crate::coordinator::protocol::{HandleRef, PROTOCOL_VERSION, Request, StartAt, TopicInfo};
+use crate::error::Refusal;
+use crate::shm::layout::Geometry;
+use crate::topic::{Mode, Schema, TopicOptions, check_name};
+
+/// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
+const TENANCIES: u64 = 256;
+
+/// Longest type name of a schema in bytes; keeps events and answers small.
+const MAX_SCHEMA_NAME_BYTES: usize = 1024;
+
+/// Bytes of a refused name that are repeated in the error.
+const SHOWN_NAME_BYTES: usize = 64;
+
+/// Everything that can happen to the state. What the registry holds is a sequence of these.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Event {
+    /// First event of a registry: the bus, and whether it stays when nobody needs it.
+    Began { bus: u64, stay: bool },
+    /// Ids below these have been given away (part of a compacted registry).
+    Given { participants: u64, topics: u64, publishers: u64 },
+    /// A process connected.
+    Joined { incarnation: u64, pid: u32, uid: u32 },
+    /// A process left or died; everything it held has been released.
+    Left { incarnation: u64 },
+    /// A topic exists. `publishers` of it have been there (0, but for a compacted registry).
+    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64 },
+    /// It is gone, with all its handles.
+    TopicRemoved { topic: u64 },
+    /// A publisher slot got its arena.
+    ArenaAdded { topic: u64, slot: u32, bytes: u64 },
+    /// A publisher holds a slot.
+    PublisherOpened { topic: u64, slot: u32, publisher: u64, tenancy: u32, incarnation: u64 },
+    /// A subscriber holds a cursor.
+    SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
+    /// A handle was given back.
+    Closed { handle: HandleRef },
+}
+
+/// What granting a request takes: events to carry out in order, then the reply to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) events: Vec<Event>,
+    pub(crate) reply: Reply,
+}
+
+/// What to answer once the events have been carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Reply {
+    Welcome { incarnation: u64 },
+    Created { existed: bool },
+    Done,
+    Publisher { topic: u64, slot: u32 },
+    Subscriber { topic: u64, cursor: u32 },
+    Status { topics: Vec<u64>, more: bool },
+    Stop,
+}
+
+/// A connected process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Participant {
+    pub(crate) pid: u32,
+    pub(crate) uid: u32,
+    pub(crate) handles: BTreeSet<HandleKey>,
+}
+
+/// A handle in the order of its topics.
+pub(crate) type HandleKey = (u64, bool, u32);
+
+/// A topic and who is on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TopicEntry {
+    pub(crate) info: TopicInfo,
+    pub(crate) uid: u32,
+    pub(crate) bytes: u64,
+    pub(crate) arenas: BTreeSet<u32>,
+    pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
+    pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
+    publishers_seen: u64,
+}
+
+/// Who has a publisher slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PublisherEntry {
+    pub(crate) incarnation: u64,
+    pub(crate) publisher: u64,
+    pub(crate) tenancy: u32,
+}
+
+/// Who has a cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SubscriberEntry {
+    pub(crate) incarnation: u64,
+    pub(crate) start: StartAt,
+    pub(crate) droppable: bool,
+}
+
+/// Bytes that segments take; asked of whoever lays them out.
+#[derive(Clone, Copy)]
+pub(crate) struct Footprint {
+    /// A new topic: log, cursors and first arena, or the channel.
+    pub(crate) topic: fn(&TopicInfo) -> u64,
+    /// One more arena.
+    pub(crate) arena: fn(&TopicInfo) -> u64,
+}
+
+/// The whole state of a bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct State {
+    pub(crate) bus: u64,
+    pub(crate) stay: bool,
+    participants: BTreeMap<u64, Participant>,
+    topics: BTreeMap<u64, TopicEntry>,
+    names: BTreeMap<String, u64>,
+    reserved: BTreeMap<u32, u64>,
+    next_incarnation: u64,
+    next_topic: u64,
+    next_publisher: u64,
+}
+
+impl State {
+    pub(crate) fn participants(&self) -> &BTreeMap<u64, Participant> {
+        &self.participants
+    }
+
+    pub(crate) fn participant(&self, incarnation: u64) -> Option<&Participant> {
+        self.participants.get(&incarnation)
+    }
+
+    pub(crate) fn topics(&self) -> &BTreeMap<u64, TopicEntry> {
+        &self.topics
+    }
+
+    pub(crate) fn topic(&self, id: u64) -> Option<&TopicEntry> {
+        self.topics.get(&id)
+    }
+
+    /// Memory that all topics together have reserved.
+    pub(crate) fn reserved_bytes(&self) -> u64 {
+        self.reserved.values().sum()
+    }
+
+    /// Every handle of a participant.
+    pub(crate) fn handles_of(&self, incarnation: u64) -> Vec<HandleRef> {
+        self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).map(|key| handle_of(*key)).collect()
+    }
+
+    /// Connected processes with a subscriber on the topic: they must know its arenas.
+    pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
+        self.topics.get(&topic).into_iter().flat_map(|t| t.subscribers.values()).map(|s| s.incarnation).collect()
+    }
+
+    /// Changes the state. Events are true: one that names what does not exist changes nothing.
+    pub(crate) fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Began { bus, stay } => {
+                (self.bus, self.stay) = (*bus, *stay);
+                // 0 means nobody in shared memory.
+                (self.next_incarnation, self.next_publisher) = (1, 1);
+            }
+            Event::Given { participants, topics, publishers } => {
+                self.next_incarnation = self.next_incarnation.max(*participants);
+                self.next_topic = self.next_topic.max(*topics);
+                self.next_publisher = self.next_publisher.max(*publishers);
+            }
+            Event::Joined { incarnation, pid, uid } => {
+                let participant = Participant { pid: *pid, uid: *uid, handles: BTreeSet::new() };
+                self.participants.insert(*incarnation, participant);
+                self.next_incarnation = self.next_incarnation.max(incarnation + 1);
+            }
+            Event::Left { incarnation } => {
+                self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
+                self.participants.remove(incarnation);
+            }
+            Event::TopicCreated { info, uid, bytes, publishers } => self.add_topic(info, *uid, *bytes, *publishers),
+            Event::TopicRemoved { topic } => self.remove_topic(*topic),
+            Event::ArenaAdded { topic, slot, bytes } => {
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                if entry.arenas.insert(*slot) {
+                    entry.bytes += bytes;
+                    *self.reserved.entry(entry.uid).or_default() += bytes;
+                }
+            }
+            Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation } => {
+                self.close(HandleRef::Publisher { topic: *topic, slot: *slot });
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                entry.publishers_seen += 1;
+                let new = PublisherEntry { incarnation: *incarnation, publisher: *publisher, tenancy: *tenancy };
+                entry.publishers.insert(*slot, new);
+                self.next_publisher = self.next_publisher.max(publisher + 1);
+                self.hold(*incarnation, HandleRef::Publisher { topic: *topic, slot: *slot });
+            }
+            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
+                self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                let new = SubscriberEntry { incarnation: *incarnation, start: *start, droppable: *droppable };
+                entry.subscribers.insert(*cursor, new);
+                self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
+            }
+            Event::Closed { handle } => self.close(*handle),
+        }
+    }
+
+    /// The fewest events from which the same state comes again.
+    pub(crate) fn snapshot(&self) -> Vec<Event> {
+        let mut events = vec![Event::Began { bus: self.bus, stay: self.stay }];
+        for (&incarnation, p) in &self.participants {
+            events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid });
+        }
+        for entry in self.topics.values() {
+            entry.snapshot(&mut events);
+        }
+        events.push(Event::Given {
+            participants: self.next_incarnation,
+            topics: self.next_topic,
+            publishers: self.next_publisher,
+        });
+        events
+    }
+
+    fn add_topic(&mut self, info: &TopicInfo, uid: u32, bytes: u64, publishers_seen: u64) {
+        self.next_topic = self.next_topic.max(info.id + 1);
+        self.names.insert(info.name.clone(), info.id);
+        *self.reserved.entry(uid).or_default() += bytes;
+        let entry = TopicEntry {
+            info: info.clone(),
+            uid,
+            bytes,
+            arenas: BTreeSet::from([0]),
+            publishers: BTreeMap::new(),
+            subscribers: BTreeMap::new(),
+            publishers_seen,
+        };
+        self.topics.insert(info.id, entry);
+    }
+
+    fn remove_topic(&mut self, topic: u64) {
+        for handle in self.topics.get(&topic).map(TopicEntry::handles).unwrap_or_default() {
+            self.close(handle);
+        }
+        let Some(entry) = self.topics.remove(&topic) else { return };
+        self.names.remove(&entry.info.name);
+        if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
+            *reserved = reserved.saturating_sub(entry.bytes);
+        }
+        self.reserved.retain(|_, bytes| *bytes > 0);
+    }
+
+    fn hold(&mut self, incarnation: u64, handle: HandleRef) {
+        if let Some(participant) = self.participants.get_mut(&incarnation) {
+            participant.handles.insert(key_of(handle));
+        }
+    }
+
+    fn close(&mut self, handle: HandleRef) {
+        let owner = match handle {
+            HandleRef::Publisher { topic, slot } => {
+                self.topics.get_mut(&topic).and_then(|t| t.publishers.remove(&slot)).map(|p| p.incarnation)
+            }
+            HandleRef::Subscriber { topic, cursor } => {
+                self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
+            }
+        };
+        if let Some(participant) = owner.and_then(|incarnation| self.participants.get_mut(&incarnation)) {
+            participant.handles.remove(&key_of(handle));
+        }
+    }
+}
+
+impl TopicEntry {
+    /// Every handle on the topic.
+    pub(crate) fn handles(&self) -> Vec<HandleRef> {
+        let topic = self.info.id;
+        let publishers = self.publishers.keys().map(|&slot| HandleRef::Publisher { topic, slot });
+        publishers.chain(self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor })).collect()
+    }
+
+    fn snapshot(&self, events: &mut Vec<Event>) {
+        let topic = self.info.id;
+        // What the added arenas take is counted in the topic already; the publishers that follow count themselves.
+        let publishers = self.publishers_seen - self.publishers.len() as u64;
+        events.push(Event::TopicCreated { info: self.info.clone(), uid: self.uid, bytes: self.bytes, publishers });
+        for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
+            events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
+        }
+        for (&slot, p) in &self.publishers {
+            let PublisherEntry { incarnation, publisher, tenancy } = *p;
+            events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        }
+        for (&cursor, s) in &self.subscribers {
+            let SubscriberEntry { incarnation, start, droppable } = *s;
+            events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable });
+        }
+    }
+
+    /// A free publisher slot, if possible one whose arena exists already.
+    fn free_slot(&self) -> Option<u32> {
+        let free = |slot: &u32| !self.publishers.contains_key(slot);
+        self.arenas.iter().copied().find(free).or_else(|| (0..self.max_publishers()).find(free))
+    }
+
+    fn free_cursor(&self) -> Option<u32> {
+        (0..self.max_subscribers()).find(|cursor| !self.subscribers.contains_key(cursor))
+    }
+
+    fn max_publishers(&self) -> u32 {
+        if self.info.options.mode == Mode::Many { self.info.options.max_publishers } else { 1 }
+    }
+
+    fn max_subscribers(&self) -> u32 {
+        if self.info.options.mode == Mode::Channel { 1 } else { self.info.options.max_subscribers }
+    }
+}
+
+/// One participant's request, being decided.
+struct Decider<'a> {
+    state: &'a State,
+    limits: &'a Limits,
+    footprint: Footprint,
+    incarnation: u64,
+    uid: u32,
+}
+
+impl State {
+    /// A process without an incarnation connects.
+    pub(crate) fn join(&self, limits: &Limits, pid: u32, uid: u32) -> Result<Plan, Refusal> {
+        if self.participants.len() >= limits.participants {
+            let mend = "end some programs that use the bus".to_owned();
+            return Err(Refusal::Limit { what: "participants".to_owned(), limit: limits.participants as u64, mend });
+        }
+        let incarnation = self.next_incarnation;
+        let events = vec![Event::Joined { incarnation, pid, uid }];
+        Ok(Plan { events, reply: Reply::Welcome { incarnation } })
+    }
+
+    /// A participant comes back after its connection broke; what it no longer names is released. The caller has proven
+    /// that it is the same process.
+    pub(crate) fn rejoin(&self, incarnation: u64, holds: &[HandleRef]) -> Result<Plan, Refusal> {
+        if !self.participants.contains_key(&incarnation) {
+            return Err(Refusal::UnknownParticipant { incarnation });
+        }
+        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !holds.contains(handle));
+        let events = given_up.map(|handle| Event::Closed { handle }).collect();
+        Ok(Plan { events, reply: Reply::Welcome { incarnation } })
+    }
+
+    /// What granting a participant's request takes, or why it is declined.
+    pub(crate) fn request(
+        &self,
+        limits: &Limits,
+        footprint: Footprint,
+        incarnation: u64,
+        request: &Request,
+    ) -> Result<Plan, Refusal> {
+        let participant = self.participants.get(&incarnation).ok_or(Refusal::UnknownParticipant { incarnation })?;
+        let decider = Decider { state: self, limits, footprint, incarnation, uid: participant.uid };
+        match request {
+            Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
+            Request::CreateTopic { topic, options, exist_ok } => decider.create_topic(topic, options, *exist_ok),
+            Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
+            Request::OpenPublisher { topic, schema, create } => {
+                decider.open_publisher(topic, schema.as_ref(), create.as_ref())
+            }
+            Request::OpenSubscriber { topic, schema, start, droppable } => {
+                decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
+            }
+            Request::Close { handles } => decider.close(handles),
+            Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
+            Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
+        }
+    }
+}
+
+impl Decider<'_> {
+    fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<Plan, Refusal> {
+        checked(name)?;
+        let Some(existing) = self.state.names.get(name).and_then(|id| self.state.topics.get(id)) else {
+            let events = vec![self.new_topic(name, options)?.1];
+            return Ok(Plan { events, reply: Reply::Created { existed: false } });
+        };
+        if !exist_ok {
+            return Err(Refusal::AlreadyExists { topic: name.to_owned() });
+        }
+        match difference(&existing.info.options, options) {
+            Some(difference) => Err(Refusal::Exists { topic: name.to_owned(), difference }),
+            None => Ok(Plan { events: Vec::new(), reply: Reply::Created { existed: true } }),
+        }
+    }
+
+    fn remove_topic(&self, name: &str, force: bool) -> Result<Plan, Refusal> {
+        let entry = self.existing(name)?;
+        let (publishers, subscribers) = (entry.publishers.len(), entry.subscribers.len());
+        if !force && publishers + subscribers > 0 {
+            let topic = name.to_owned();
+            return Err(Refusal::InUse { topic, publishers: publishers as u32, subscribers: subscribers as u32 });
+        }
+        Ok(Plan { events: vec![Event::TopicRemoved { topic: entry.info.id }], reply: Reply::Done })
+    }
+
+    fn open_publisher(
+        &self,
+        name: &str,
+        schema: Option<&Schema>,
+        create: Option<&TopicOptions>,
+    ) -> Result<Plan, Refusal> {
+        checked(name)?;
+        self.check_handles()?;
+        let existing = self.state.names.get(name).and_then(|id| self.state.topics.get(id));
+        let mut events = Vec::new();
+        let (info, slot, tenancy) = match (existing, create) {
+            (None, None) => return Err(unknown(name)),
+            (None, Some(options)) => {
+                let (info, event) = self.new_topic(name, options)?;
+                events.push(event);
+                (info, 0, 0)
+            }
+            (Some(entry), _) => {
+                let slot = self.publisher_slot(entry)?;
+                events.extend(self.arena_for(entry, slot)?);
+                (entry.info.clone(), slot, (entry.publishers_seen % TENANCIES) as u32)
+            }
+        };
+        check_schema(&info, schema)?;
+        let (publisher, incarnation, topic) = (self.state.next_publisher, self.incarnation, info.id);
+        events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        Ok(Plan { events, reply: Reply::Publisher { topic, slot } })
+    }
+
+    fn open_subscriber(
+        &self,
+        name: &str,
+        schema: Option<&Schema>,
+        start: StartAt,
+        droppable: bool,
+    ) -> Result<Plan, Refusal> {
+        let entry = self.existing(name)?;
+        self.check_handles()?;
+        check_schema(&entry.info, schema)?;
+        let (topic, incarnation) = (entry.info.id, self.incarnation);
+        let Some(cursor) = entry.free_cursor() else {
+            return Err(match entry.info.options.mode {
+                Mode::Channel => {
+                    self.taken(entry, "subscriber", entry.subscribers.values().next().map(|s| s.incarnation))
+                }
+                _ => too_many("subscribers", entry, entry.max_subscribers()),
+            });
+        };
+        let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable }];
+        Ok(Plan { events, reply: Reply::Subscriber { topic, cursor } })
+    }
+
+    fn close(&self, handles: &[HandleRef]) -> Result<Plan, Refusal> {
+        let held = self.state.participants.get(&self.incarnation).map(|p| &p.handles);
+        // A handle that is held no more went with its topic: closing it is no mistake.
+        let mut mine: Vec<HandleRef> = Vec::new();
+        for handle in handles.iter().filter(|handle| held.is_some_and(|held| held.contains(&key_of(**handle)))) {
+            if !mine.contains(handle) {
+                mine.push(*handle);
+            }
+        }
+        Ok(Plan { events: mine.into_iter().map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+    }
+
+    fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
+        if let Some(name) = topic {
+            let topics = vec![self.existing(name)?.info.id];
+            return Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more: false } });
+        }
+        let start = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let mut rest = self.state.names.range::<str, _>((start, std::ops::Bound::Unbounded)).map(|(_, id)| *id);
+        let topics = rest.by_ref().take(MAX_STATUS_TOPICS).collect();
+        let more = rest.next().is_some();
+        Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more } })
+    }
+
+    fn existing(&self, name: &str) -> Result<&TopicEntry, Refusal> {
+        checked(name)?;
+        self.state.names.get(name).and_then(|id| self.state.topics.get(id)).ok_or_else(|| unknown(name))
+    }
+
+    fn new_topic(&self, name: &str, options: &TopicOptions) -> Result<(TopicInfo, Event), Refusal> {
+        let topic = name.to_owned();
+        if self.state.topics.len() >= self.limits.topics {
+            let mend = "remove some with `shmbus rm`".to_owned();
+            return Err(Refusal::Limit {
+                what: "topics of the bus".to_owned(),
+                limit: self.limits.topics as u64,
+                mend,
+            });
+        }
+        let schema_name_len = options.schema.as_ref().map_or(0, |schema| schema.name.len());
+        if schema_name_len > MAX_SCHEMA_NAME_BYTES {
+            let problem =
+                format!("the type's name has {schema_name_len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed");
+            return Err(Refusal::Options { topic, problem });
+        }
+        let geometry = Geometry::from_options(options).map_err(|problem| Refusal::Options { topic, problem })?;
+        let info = TopicInfo {
+            id: self.state.next_topic,
+            bus: self.state.bus,
+            name: name.to_owned(),
+            generation: 0,
+            options: options.clone(),
+            geometry,
+        };
+        let bytes = (self.footprint.topic)(&info);
+        self.check_budget(name, self.uid, bytes)?;
+        Ok((info.clone(), Event::TopicCreated { info, uid: self.uid, bytes, publishers: 0 }))
+    }
+
+    fn publisher_slot(&self, entry: &TopicEntry) -> Result<u32, Refusal> {
+        entry.free_slot().ok_or_else(|| match entry.info.options.mode {
+            Mode::Many => too_many("publishers", entry, entry.max_publishers()),
+            _ => self.taken(entry, "publisher", entry.publishers.values().next().map(|p| p.incarnation)),
+        })
+    }
+
+    /// The event that gives a slot its arena, where it has none.
+    fn arena_for(&self, entry: &TopicEntry, slot: u32) -> Result<Option<Event>, Refusal> {
+        if entry.arenas.contains(&slot) {
+            return Ok(None);
+        }
+        let bytes = (self.footprint.arena)(&entry.info);
+        self.check_budget(&entry.info.name, entry.uid, bytes)?;
+        Ok(Some(Event::ArenaAdded { topic: entry.info.id, slot, bytes }))
+    }
+
+    fn check_budget(&self, name: &str, uid: u32, needed: u64) -> Result<(), Refusal> {
+        let budget = self.limits.budget_bytes;
+        let available = budget.saturating_sub(self.state.reserved.get(&uid).copied().unwrap_or(0));
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
+    }
+
+    fn check_handles(&self) -> Result<(), Refusal> {
+        let held = self.state.participants.get(&self.incarnation).map_or(0, |p| p.handles.len());
+        if held < self.limits.handles {
+            return Ok(());
+        }
+        let what = "publishers and subscribers of one process".to_owned();
+        Err(Refusal::Limit { what, limit: self.limits.handles as u64, mend: "close some".to_owned() })
+    }
+
+    fn taken(&self, entry: &TopicEntry, role: &str, holder: Option<u64>) -> Refusal {
+        let mode = if entry.info.options.mode == Mode::Channel { "a channel" } else { "exclusive" };
+        let pid = holder.and_then(|incarnation| self.state.participants.get(&incarnation)).map_or(0, |p| p.pid);
+        Refusal::Taken { topic: entry.info.name.clone(), mode: mode.to_owned(), role: role.to_owned(), pid }
+    }
+}
+
+/// Checks the first packet of a connection.
+pub(crate) fn check_protocol(protocol: u32) -> Result<(), Refusal> {
+    if protocol == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    let problem = format!("the program speaks version {protocol}, the coordinator {PROTOCOL_VERSION}");
+    Err(Refusal::Protocol { problem })
+}
+
+fn checked(name: &str) -> Result<(), Refusal> {
+    check_name(name).map_err(|source| {
+        let shown: String = name.char_indices().take_while(|(at, _)| *at < SHOWN_NAME_BYTES).map(|(_, c)| c).collect();
+        Refusal::Name { name: shown, source }
+    })
+}
+
+/// Raw handles may open any topic; a typed one only a topic of its own type.
+fn check_schema(info: &TopicInfo, handle: Option<&Schema>) -> Result<(), Refusal> {
+    match handle {
+        Some(handle) if info.options.schema.as_ref() != Some(handle) => Err(Refusal::Schema {
+            topic: info.name.clone(),
+            expected: schema_text(info.options.schema.as_ref()),
+            found: handle.to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn schema_text(schema: Option<&Schema>) -> String {
+    schema.map_or_else(|| "raw bytes".to_owned(), Schema::to_string)
+}
+
+fn unknown(name: &str) -> Refusal {
+    Refusal::UnknownTopic { topic: name.to_owned() }
+}
+
+fn too_many(what: &str, entry: &TopicEntry, limit: u32) -> Refusal {
+    let what = format!("{what} of topic {:?}", entry.info.name);
+    Refusal::Limit { what, limit: limit.into(), mend: "close some, or create the topic with more".to_owned() }
+}
+
+/// The first difference between a topic's options and those asked for.
+fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
+    let pairs = [
+        ("mode", have.mode.to_string(), asked.mode.to_string()),
+        ("messages", have.messages.to_string(), asked.messages.to_string()),
+        ("bytes", have.bytes.to_string(), asked.bytes.to_string()),
+        ("full", have.full.to_string(), asked.full.to_string()),
+        ("hold", have.hold.to_string(), asked.hold.to_string()),
+        ("max publishers", have.max_publishers.to_string(), asked.max_publishers.to_string()),
+        ("max subscribers", have.max_subscribers.to_string(), asked.max_subscribers.to_string()),
+        ("payload", schema_text(have.schema.as_ref()), schema_text(asked.schema.as_ref())),
+    ];
+    let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;
+    Some(format!("{what} is {have}, asked for {asked}"))
+}
+
+fn key_of(handle: HandleRef) -> HandleKey {
+    match handle {
+        HandleRef::Publisher { topic, slot } => (topic, false, slot),
+        HandleRef::Subscriber { topic, cursor } => (topic, true, cursor),
+    }
+}
+
+fn handle_of((topic, subscriber, index): HandleKey) -> HandleRef {
+    if subscriber {
+        HandleRef::Subscriber { topic, cursor: index }
+    } else {
+        HandleRef::Publisher { topic, slot: index }
+    }
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

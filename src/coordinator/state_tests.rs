@@ -1,0 +1,263 @@
+use super::*;
+use crate::topic::Full;
+
+const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, budget_bytes: 10_000 };
+const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100 };
+
+fn state() -> State {
+    let mut state = State::default();
+    state.apply(&Event::Began { bus: 99, stay: false });
+    state
+}
+
+fn join(state: &mut State) -> u64 {
+    let plan = state.join(&LIMITS, 4000, 1000).unwrap();
+    plan.events.iter().for_each(|event| state.apply(event));
+    let Reply::Welcome { incarnation } = plan.reply else { panic!("{plan:?}") };
+    incarnation
+}
+
+fn ask(state: &mut State, who: u64, request: Request) -> Result<Plan, Refusal> {
+    let plan = state.request(&LIMITS, FOOTPRINT, who, &request)?;
+    plan.events.iter().for_each(|event| state.apply(event));
+    Ok(plan)
+}
+
+fn create(topic: &str, options: TopicOptions) -> Request {
+    Request::CreateTopic { topic: topic.to_owned(), options, exist_ok: true }
+}
+
+fn publisher(topic: &str) -> Request {
+    Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: Some(TopicOptions::default()) }
+}
+
+fn subscriber(topic: &str) -> Request {
+    Request::OpenSubscriber { topic: topic.to_owned(), schema: None, start: StartAt::Latest, droppable: false }
+}
+
+fn mode(mode: Mode) -> TopicOptions {
+    TopicOptions { mode, ..TopicOptions::default() }
+}
+
+fn slot(plan: Result<Plan, Refusal>) -> u32 {
+    match plan.unwrap().reply {
+        Reply::Publisher { slot, .. } => slot,
+        Reply::Subscriber { cursor, .. } => cursor,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn opening_a_publisher_creates_the_topic_and_then_reuses_arenas() {
+    let mut state = state();
+    let a = join(&mut state);
+    assert_eq!(slot(ask(&mut state, a, publisher("t"))), 0);
+    let second = ask(&mut state, a, publisher("t")).unwrap();
+    assert!(matches!(
+        second.events[..],
+        [Event::ArenaAdded { slot: 1, bytes: 100, .. }, Event::PublisherOpened { .. }]
+    ));
+    assert_eq!(slot(ask(&mut state, a, publisher("t"))), 2);
+    ask(&mut state, a, Request::Close { handles: vec![HandleRef::Publisher { topic: 0, slot: 1 }] }).unwrap();
+    let reused = ask(&mut state, a, publisher("t")).unwrap();
+    assert!(matches!(reused.events[..], [Event::PublisherOpened { slot: 1, publisher: 4, .. }]));
+    assert_eq!(state.reserved_bytes(), 1_200);
+}
+
+#[test]
+fn an_exclusive_topic_has_one_publisher_and_a_channel_one_of_each() {
+    let mut state = state();
+    let (a, b) = (join(&mut state), join(&mut state));
+    ask(&mut state, a, create("x", mode(Mode::Exclusive))).unwrap();
+    ask(&mut state, a, create("c", mode(Mode::Channel))).unwrap();
+    for topic in ["x", "c"] {
+        ask(&mut state, a, publisher(topic)).unwrap();
+        assert!(matches!(ask(&mut state, b, publisher(topic)), Err(Refusal::Taken { pid: 4000, .. })));
+    }
+    ask(&mut state, a, subscriber("c")).unwrap();
+    assert!(matches!(ask(&mut state, b, subscriber("c")), Err(Refusal::Taken { .. })));
+    state.apply(&Event::Left { incarnation: a });
+    let plan = ask(&mut state, b, publisher("x")).unwrap();
+    assert!(matches!(plan.events[..], [Event::PublisherOpened { slot: 0, tenancy: 1, .. }]));
+    ask(&mut state, b, subscriber("c")).unwrap();
+}
+
+#[test]
+fn schemas_are_compared_and_raw_handles_open_anything() {
+    let mut state = state();
+    let a = join(&mut state);
+    let schema = |name: &str| Some(Schema { name: name.to_owned(), size_bytes: 8, align_bytes: 8 });
+    let typed = TopicOptions { schema: schema("Tick"), ..TopicOptions::default() };
+    ask(&mut state, a, create("typed", typed)).unwrap();
+    ask(&mut state, a, create("raw", TopicOptions::default())).unwrap();
+    let open = |topic: &str, schema| Request::OpenPublisher { topic: topic.to_owned(), schema, create: None };
+    ask(&mut state, a, open("typed", schema("Tick"))).unwrap();
+    ask(&mut state, a, open("typed", None)).unwrap();
+    ask(&mut state, a, open("raw", None)).unwrap();
+    for (topic, schema) in [("typed", schema("Tock")), ("raw", schema("Tick"))] {
+        assert!(matches!(ask(&mut state, a, open(topic, schema)), Err(Refusal::Schema { .. })));
+    }
+    assert!(matches!(ask(&mut state, a, open("none", None)), Err(Refusal::UnknownTopic { .. })));
+}
+
+#[test]
+fn creating_again_compares_every_option() {
+    let mut state = state();
+    let a = join(&mut state);
+    let options = TopicOptions::default();
+    ask(&mut state, a, create("t", options.clone())).unwrap();
+    assert_eq!(ask(&mut state, a, create("t", options.clone())).unwrap().reply, Reply::Created { existed: true });
+    let strict = Request::CreateTopic { topic: "t".to_owned(), options: options.clone(), exist_ok: false };
+    assert!(matches!(ask(&mut state, a, strict), Err(Refusal::AlreadyExists { .. })));
+    let others = [
+        TopicOptions { messages: 16, ..options.clone() },
+        TopicOptions { full: Full::Reject, ..options.clone() },
+        TopicOptions { hold: true, ..options.clone() },
+        TopicOptions { max_subscribers: 2, ..options },
+    ];
+    for other in others {
+        let Err(Refusal::Exists { difference, .. }) = ask(&mut state, a, create("t", other)) else { panic!() };
+        assert!(difference.contains("asked for"), "{difference}");
+    }
+}
+
+#[test]
+fn limits_refuse_and_give_back() {
+    let mut state = state();
+    let a = join(&mut state);
+    (0..3).for_each(|_| drop(join(&mut state)));
+    assert!(matches!(state.join(&LIMITS, 1, 1), Err(Refusal::Limit { .. })));
+    for topic in ["a", "b", "c", "d"] {
+        ask(&mut state, a, create(topic, TopicOptions::default())).unwrap();
+    }
+    assert!(matches!(ask(&mut state, a, create("e", TopicOptions::default())), Err(Refusal::Limit { .. })));
+    ask(&mut state, a, Request::RemoveTopic { topic: "b".to_owned(), force: false }).unwrap();
+    let plan = ask(&mut state, a, create("b", TopicOptions::default())).unwrap();
+    assert!(matches!(&plan.events[..], [Event::TopicCreated { info, .. }] if info.id == 4), "ids are not reused");
+
+    let poor = Limits { budget_bytes: 4_050, ..LIMITS };
+    ask(&mut state, a, publisher("a")).unwrap();
+    let refused = state.request(&poor, FOOTPRINT, a, &publisher("a"));
+    assert!(matches!(refused, Err(Refusal::Budget { needed: 100, available: 50, .. })));
+    let few = TopicOptions { max_publishers: 1, max_subscribers: 1, ..TopicOptions::default() };
+    ask(&mut state, a, Request::RemoveTopic { topic: "b".to_owned(), force: false }).unwrap();
+    ask(&mut state, a, create("few", few)).unwrap();
+    ask(&mut state, a, publisher("few")).unwrap();
+    ask(&mut state, a, subscriber("few")).unwrap();
+    assert!(matches!(ask(&mut state, a, publisher("few")), Err(Refusal::Limit { limit: 1, .. })));
+    assert!(matches!(ask(&mut state, a, subscriber("few")), Err(Refusal::Limit { limit: 1, .. })));
+    let handles = Limits { handles: 2, ..LIMITS };
+    assert!(matches!(state.request(&handles, FOOTPRINT, a, &publisher("a")), Err(Refusal::Limit { limit: 2, .. })));
+}
+
+#[test]
+fn a_topic_in_use_is_removed_by_force_only() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, publisher("t")).unwrap();
+    ask(&mut state, a, subscriber("t")).unwrap();
+    let remove = |force| Request::RemoveTopic { topic: "t".to_owned(), force };
+    assert!(matches!(ask(&mut state, a, remove(false)), Err(Refusal::InUse { publishers: 1, subscribers: 1, .. })));
+    ask(&mut state, a, remove(true)).unwrap();
+    assert!(state.handles_of(a).is_empty() && state.topics().is_empty());
+    assert_eq!(state.reserved_bytes(), 0);
+}
+
+#[test]
+fn a_returning_participant_keeps_what_it_names() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, publisher("t")).unwrap();
+    ask(&mut state, a, subscriber("t")).unwrap();
+    let kept = HandleRef::Subscriber { topic: 0, cursor: 0 };
+    let plan = state.rejoin(a, &[kept]).unwrap();
+    assert_eq!(plan.events, [Event::Closed { handle: HandleRef::Publisher { topic: 0, slot: 0 } }]);
+    plan.events.iter().for_each(|event| state.apply(event));
+    assert_eq!(state.handles_of(a), [kept]);
+    assert!(matches!(state.rejoin(77, &[]), Err(Refusal::UnknownParticipant { incarnation: 77 })));
+}
+
+#[test]
+fn only_the_owner_closes_a_handle() {
+    let mut state = state();
+    let (a, b) = (join(&mut state), join(&mut state));
+    ask(&mut state, a, publisher("t")).unwrap();
+    let handle = HandleRef::Publisher { topic: 0, slot: 0 };
+    assert!(ask(&mut state, b, Request::Close { handles: vec![handle] }).unwrap().events.is_empty());
+    let twice = ask(&mut state, a, Request::Close { handles: vec![handle, handle] }).unwrap();
+    assert_eq!(twice.events, [Event::Closed { handle }]);
+}
+
+#[test]
+fn status_pages_through_in_the_order_of_names() {
+    let mut state = state();
+    let a = join(&mut state);
+    for topic in ["b", "c", "a"] {
+        ask(&mut state, a, create(topic, TopicOptions::default())).unwrap();
+    }
+    let status = |after: Option<&str>| Request::Status { topic: None, after: after.map(str::to_owned) };
+    let Reply::Status { topics, more } = ask(&mut state, a, status(None)).unwrap().reply else { panic!() };
+    assert_eq!((topics, more), (vec![2, 0, 1], false));
+    let Reply::Status { topics, .. } = ask(&mut state, a, status(Some("b"))).unwrap().reply else { panic!() };
+    assert_eq!(topics, [1]);
+}
+
+#[test]
+fn names_from_outside_are_checked_and_shortened() {
+    let mut state = state();
+    let a = join(&mut state);
+    for bad in ["", "a/b", "..", &"x".repeat(60_000)] {
+        let Err(Refusal::Name { name, .. }) = ask(&mut state, a, publisher(bad)) else { panic!("{bad}") };
+        assert!(name.len() <= SHOWN_NAME_BYTES);
+    }
+}
+
+/// A long random life: replaying all events and replaying a snapshot both give the live state.
+#[test]
+fn replay_equals_live() {
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(crate::coordinator::random_u64);
+    println!("SEED={seed}");
+    let mut random = seed | 1;
+    let mut next = move |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    let (mut live, mut log) = (state(), vec![Event::Began { bus: 99, stay: false }]);
+    for _ in 0..5_000 {
+        let known: Vec<u64> = live.participants().keys().copied().collect();
+        let who = if known.is_empty() { 0 } else { known[next(known.len() as u64) as usize] };
+        let topic = ["a", "b", "c"][next(3) as usize].to_owned();
+        let plan = match next(10) {
+            0 => live.join(&LIMITS, 1, next(2) as u32),
+            1 if next(4) == 0 => Ok(Plan { events: vec![Event::Left { incarnation: who }], reply: Reply::Done }),
+            2 => live.rejoin(who, &live.handles_of(who)[..live.handles_of(who).len() / 2]),
+            3 => ask_only(
+                &live,
+                who,
+                create(&topic, mode([Mode::Many, Mode::Exclusive, Mode::Channel][next(3) as usize])),
+            ),
+            4 => ask_only(&live, who, Request::RemoveTopic { topic, force: next(2) == 0 }),
+            5 | 6 => ask_only(&live, who, publisher(&topic)),
+            7 | 8 => ask_only(&live, who, subscriber(&topic)),
+            _ => ask_only(&live, who, Request::Close { handles: live.handles_of(who).into_iter().take(1).collect() }),
+        };
+        for event in plan.into_iter().flat_map(|plan| plan.events) {
+            live.apply(&event);
+            log.push(event);
+        }
+    }
+    let replay = |events: &[Event]| {
+        let mut state = State::default();
+        events.iter().for_each(|event| state.apply(event));
+        state
+    };
+    assert!(log.len() > 1_000, "the life was too quiet: {}", log.len());
+    assert_eq!(replay(&log), live, "SEED={seed}");
+    assert_eq!(replay(&live.snapshot()), live, "SEED={seed}");
+}
+
+fn ask_only(state: &State, who: u64, request: Request) -> Result<Plan, Refusal> {
+    state.request(&LIMITS, FOOTPRINT, who, &request)
+}

@@ -1,0 +1,221 @@
+//! Unix seqpacket sockets: one packet is one message, descriptors ride along, a hang-up is told.
+//!
+//! Every socket is non-blocking and closed on exec. Whoever wants to wait calls [`wait`] with a deadline.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
+    accept4, bind, getsockopt, listen as listen_on, recvmsg, sendmsg, socket, socketpair, sockopt,
+};
+
+use crate::os::pidfd;
+
+/// Longest path of a Unix socket in bytes.
+pub(crate) const MAX_PATH_BYTES: usize = 107;
+
+/// Most descriptors the kernel takes in one packet (SCM_MAX_FD).
+const KERNEL_MAX_FDS: usize = 253;
+
+/// Connections that may wait to be accepted (the kernel caps it at net.core.somaxconn).
+const BACKLOG: i32 = 4096;
+
+/// Who is at the other end, by the kernel's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) pid: u32,
+    pub(crate) uid: u32,
+}
+
+/// One packet.
+pub(crate) struct Packet {
+    /// Bytes written to the caller's buffer; 0 means that the other end hung up.
+    pub(crate) len: usize,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// The packet was longer than the buffer, or carried more descriptors than asked for.
+    pub(crate) truncated: bool,
+}
+
+/// Binds and listens. The caller holds the directory's lock and has removed a stale socket.
+pub(crate) fn listen(path: &Path) -> io::Result<OwnedFd> {
+    let fd = seqpacket()?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen_on(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(fd)
+}
+
+/// Connects; `WouldBlock` when the listener's backlog is full.
+pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let fd = seqpacket()?;
+    nix::sys::socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd)
+}
+
+/// The next waiting connection, if any.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let raw = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    Ok(own(raw))
+}
+
+/// Two connected ends.
+pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?)
+}
+
+/// Sends one packet or nothing; `WouldBlock` when the other end's buffer is full.
+pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    loop {
+        match sendmsg::<UnixAddr>(fd.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives one packet into `buffer`, with at most `max_fds` descriptors; `WouldBlock` when there is none.
+pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], max_fds: usize) -> io::Result<Packet> {
+    let mut control = vec![0; control_len(max_fds)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    loop {
+        let mut pieces = [IoSliceMut::new(buffer)];
+        match recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut pieces, Some(&mut control), flags) {
+            Ok(message) => {
+                let mut fds = Vec::new();
+                // A truncated control message still names the descriptors that fitted: take them, or they leak.
+                for part in message.cmsgs().into_iter().flatten() {
+                    if let ControlMessageOwned::ScmRights(raw) = part {
+                        fds.extend(raw.into_iter().map(own));
+                    }
+                }
+                let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+                return Ok(Packet { len: message.bytes, fds, truncated });
+            }
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Waits until `fd` has one of `events` (or hangs up); false when `deadline` passes first.
+pub(crate) fn wait(fd: BorrowedFd<'_>, events: PollFlags, deadline: Option<Instant>) -> io::Result<bool> {
+    loop {
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(deadline) => round_up(deadline.saturating_duration_since(Instant::now())),
+        };
+        match poll(&mut [PollFd::new(fd, events)], timeout) {
+            Ok(0) if deadline.is_some_and(|d| Instant::now() >= d) => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Ends the connection both ways, also where a forked child still has a copy of the descriptor.
+pub(crate) fn shut_down(fd: BorrowedFd<'_>) {
+    // The other end may have done so already.
+    let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), Shutdown::Both);
+}
+
+/// The peer's process and user, as they were when it connected.
+pub(crate) fn peer(fd: BorrowedFd<'_>) -> io::Result<Peer> {
+    let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
+    Ok(Peer { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
+}
+
+/// A pidfd of the peer. Kernels before 6.5 cannot say it of the socket, so there it is opened by number: were the peer
+/// to die and its number to be given away in between, the newcomer would be watched instead, and the socket's hang-up
+/// remains as the sign of death.
+pub(crate) fn peer_pidfd(fd: BorrowedFd<'_>, peer: Peer) -> io::Result<OwnedFd> {
+    match getsockopt(&fd, sockopt::PeerPidfd) {
+        Err(Errno::ENOPROTOOPT | Errno::EINVAL) => pidfd::open(peer.pid),
+        other => Ok(other?),
+    }
+}
+
+/// A poll timeout, never rounded down to a shorter wait.
+pub(crate) fn round_up(wait: std::time::Duration) -> PollTimeout {
+    let ms = wait.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128);
+    PollTimeout::try_from(ms as i32).unwrap_or(PollTimeout::MAX)
+}
+
+fn seqpacket() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?)
+}
+
+/// Room for one SCM_RIGHTS message of that many descriptors.
+fn control_len(max_fds: usize) -> usize {
+    if max_fds == 0 {
+        return 0;
+    }
+    let payload = (max_fds.min(KERNEL_MAX_FDS) * size_of::<RawFd>()) as u32;
+    // SAFETY: CMSG_SPACE only computes; it reads no memory.
+    unsafe { libc::CMSG_SPACE(payload) as usize }
+}
+
+fn own(raw: RawFd) -> OwnedFd {
+    // SAFETY: `raw` was just handed to this process by the kernel (accept4, SCM_RIGHTS) and nobody else owns it.
+    unsafe { OwnedFd::from_raw_fd(raw) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::os::memfd;
+
+    #[test]
+    fn a_packet_carries_bytes_and_descriptors() {
+        let (a, b) = pair().unwrap();
+        let memory = memfd::create("shmbus-test", 4096).unwrap();
+        send(a.as_fd(), b"hello", &[memory.as_fd(), memory.as_fd()]).unwrap();
+        let mut buffer = [0; 16];
+        let packet = recv(b.as_fd(), &mut buffer, 4).unwrap();
+        assert_eq!((&buffer[..packet.len], packet.fds.len(), packet.truncated), (&b"hello"[..], 2, false));
+        File::from(memory).write_all_at(b"x", 0).unwrap();
+        let mut byte = [0];
+        File::from(packet.fds.into_iter().next().unwrap()).read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(&byte, b"x");
+    }
+
+    #[test]
+    fn unwanted_descriptors_and_long_packets_are_marked() {
+        let (a, b) = pair().unwrap();
+        let memory = memfd::create("shmbus-test", 4096).unwrap();
+        let mut buffer = [0; 4];
+        send(a.as_fd(), b"fd", &[memory.as_fd()]).unwrap();
+        let packet = recv(b.as_fd(), &mut buffer, 0).unwrap();
+        assert!(packet.truncated && packet.fds.is_empty());
+        send(a.as_fd(), b"too long", &[]).unwrap();
+        assert!(recv(b.as_fd(), &mut buffer, 0).unwrap().truncated);
+    }
+
+    #[test]
+    fn an_empty_socket_would_block_and_a_closed_one_says_so() {
+        let (a, b) = pair().unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(recv(b.as_fd(), &mut buffer, 0).err().unwrap().kind(), io::ErrorKind::WouldBlock);
+        let soon = Instant::now() + Duration::from_millis(2);
+        assert!(!wait(b.as_fd(), PollFlags::POLLIN, Some(soon)).unwrap());
+        drop(a);
+        assert!(wait(b.as_fd(), PollFlags::POLLIN, None).unwrap());
+        assert_eq!(recv(b.as_fd(), &mut buffer, 0).unwrap().len, 0);
+        assert_eq!(send(b.as_fd(), b"x", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}
