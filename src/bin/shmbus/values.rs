@@ -44,6 +44,12 @@ pub(crate) fn start(text: &str) -> Result<Start, String> {
     })
 }
 
+/// Two different cores, as in `0,1`.
+pub(crate) fn two_cores(text: &str) -> Result<[usize; 2], String> {
+    let cores = text.split_once(',').and_then(|(a, b)| Some([a.parse().ok()?, b.parse().ok()?]));
+    cores.filter(|[a, b]| a != b).ok_or_else(|| "write two different cores, as in 0,1".to_owned())
+}
+
 /// [`Mode`] as an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ModeArg {

@@ -79,8 +79,8 @@ pub(crate) struct Setup {
     #[arg(long, value_name = "N")]
     ring: Option<u64>,
     /// The two cores to run on [default: the first two of different physical cores]
-    #[arg(long, value_name = "A,B", value_delimiter = ',', num_args = 2)]
-    cores: Vec<usize>,
+    #[arg(long, value_name = "A,B", value_parser = values::two_cores)]
+    cores: Option<[usize; 2]>,
 }
 
 #[derive(clap::Args, Clone, Debug)]
@@ -167,7 +167,7 @@ fn measure<W: Wire>(
     for topic in [setup.topic::<W::Payload>(THERE), setup.topic(BACK)] {
         bus.create_topic(topic.name(), &topic.options(), false)?;
     }
-    let cores = pair::choose_cores(&setup.cores)?;
+    let cores = pair::choose_cores(setup.cores)?;
     match workload {
         Workload::Pingpong => {
             let ends = pingpong::Ends::open(&bus, setup, wire, THERE, BACK)?;

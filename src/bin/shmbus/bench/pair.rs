@@ -189,7 +189,8 @@ impl Peer {
         let file = File::from(unsafe { OwnedFd::from_raw_fd(args.control_fd) });
         ensure!(file.metadata()?.len() == REGION_BYTES as u64, "descriptor {} is no control region", args.control_fd);
         let peer = Peer { region: Region::map(&file)?, parent: getppid(), seen: 0 };
-        pin(*args.setup.cores.get(1).context("the peer needs --cores")?)?;
+        let [_, core] = args.setup.cores.context("the peer needs --cores")?;
+        pin(core)?;
         peer.lines().done.store(1, Ordering::Release);
         Ok(peer)
     }
@@ -270,10 +271,9 @@ fn peer_arguments(workload: Workload, setup: &Setup, cores: [usize; 2], control_
 }
 
 /// The cores asked for, else the first that we may use and the first after it that is not its SMT sibling.
-pub(super) fn choose_cores(asked: &[usize]) -> anyhow::Result<[usize; 2]> {
-    if let &[a, b] = asked {
-        ensure!(a != b, "--cores {a},{b}: two different cores are needed");
-        return Ok([a, b]);
+pub(super) fn choose_cores(asked: Option<[usize; 2]>) -> anyhow::Result<[usize; 2]> {
+    if let Some(cores) = asked {
+        return Ok(cores);
     }
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let usable: Vec<usize> = (0..CpuSet::count()).filter(|&core| allowed.is_set(core).unwrap_or(false)).collect();
