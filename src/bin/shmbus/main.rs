@@ -23,7 +23,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use shmbus::{Bus, BusOptions, ConnectError};
 
-use crate::output::{one_line, stdout_is_closed};
+use crate::output::{explain, one_line, stdout_is_closed};
 
 /// A message bus for the processes of one host, in shared memory.
 ///
@@ -112,7 +112,7 @@ fn main() -> ExitCode {
         // `shmbus sub t | head -1`: the reader has all it wanted.
         Err(e) if stdout_is_closed(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("shmbus: {}", one_line(&e.to_string()));
+            eprintln!("shmbus: {}", explain(&e));
             ExitCode::FAILURE
         }
     }

@@ -72,7 +72,8 @@ struct Published {
 impl std::fmt::Display for Published {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (messages, bytes) = (self.messages.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed));
-        write!(f, "{messages} messages ({bytes} bytes) were published")
+        let (plural, were) = if messages == 1 { ("", "was") } else { ("s", "were") };
+        write!(f, "{messages} message{plural} ({bytes} bytes) {were} published")
     }
 }
 
@@ -171,7 +172,7 @@ impl Sender {
     fn failed(&self, topic: &str, error: PublishError) -> anyhow::Error {
         let number = self.published.messages.load(Ordering::Relaxed) + 1;
         anyhow!(
-            "topic {topic:?}, message {number}: {error}; {}, message {number} and the rest were not",
+            "topic {topic:?}, message {number}: {error}; {}, message {number} and what follows were not",
             self.published
         )
     }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -15,7 +16,11 @@ use shmbus::Bus;
 /// How long the coordinator and keeper of a stopped bus may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a child may take to end when asked to.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
 pub(crate) struct Sandbox {
+    /// Ours alone: the bus's own directory lies in it, and whatever files its user makes.
     directory: PathBuf,
     stopped: bool,
 }
@@ -28,22 +33,29 @@ impl Sandbox {
         let template = base.join("shmbus-private-XXXXXX");
         let directory = nix::unistd::mkdtemp(&template)
             .map_err(|e| anyhow::anyhow!("cannot make a directory {}: {e}", template.display()))?;
-        Ok(Sandbox { directory, stopped: false })
+        let sandbox = Sandbox { directory, stopped: false };
+        fs::DirBuilder::new().mode(0o700).create(sandbox.bus_directory())?;
+        Ok(sandbox)
     }
 
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
+    fn bus_directory(&self) -> PathBuf {
+        self.directory.join("bus")
+    }
+
     /// The private bus, its coordinator started where none runs.
     pub(crate) fn open(&self) -> anyhow::Result<Bus> {
-        Ok(Bus::options().name("private").directory(self.directory.clone()).open()?)
+        Ok(Bus::options().name("private").directory(self.bus_directory()).open()?)
     }
 
     /// This program with other arguments, on the private bus. It dies with this process.
     pub(crate) fn command(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> anyhow::Result<Command> {
         let mut command = Command::new(std::env::current_exe().context("cannot find this program's own file")?);
-        command.args(args).env("SHMBUS_DIR", &self.directory).env("SHMBUS_BUS", "private");
+        command.args(args).env("SHMBUS_DIR", self.bus_directory()).env("SHMBUS_BUS", "private");
+        command.env("TMPDIR", &self.directory); // a child's sandbox goes away with ours, however the child ends
         let parent = nix::unistd::getpid();
         // SAFETY: between fork and exec only async-signal-safe calls are made (prctl and getppid); nothing is allocated.
         unsafe {
@@ -68,7 +80,7 @@ impl Sandbox {
     }
 
     fn stop_bus(&self) -> anyhow::Result<()> {
-        match Bus::options().name("private").directory(self.directory.clone()).spawn(false).open() {
+        match Bus::options().name("private").directory(self.bus_directory()).spawn(false).open() {
             Ok(bus) => bus.stop()?,
             Err(shmbus::ConnectError::NotRunning { .. }) => {}
             Err(e) => return Err(e.into()),
@@ -121,11 +133,25 @@ fn kill_all(servers: &[Server]) -> usize {
     servers.iter().filter(|server| kill(server.pid, Signal::SIGKILL).is_ok()).count()
 }
 
-/// A child process that is killed and reaped when its owner gives up on it.
+/// A child process that is ended and reaped when its owner gives up on it.
 pub(crate) struct Minder(pub(crate) Child);
 
+impl Minder {
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.id() as i32)
+    }
+}
+
 impl Drop for Minder {
+    /// Asks first: a child that has a sandbox of its own must tidy up.
     fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = kill(self.pid(), Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + END_LIMIT;
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
