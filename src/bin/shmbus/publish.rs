@@ -82,7 +82,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     let published = Arc::new(Published::default());
     let at_exit = Arc::clone(&published);
     let in_hand = move || format!("ended by a signal: {at_exit}, perhaps also the batch in hand, nothing after it");
-    signals::install(Duration::from_millis(500), Arc::new(in_hand))?;
+    signals::install(Duration::from_millis(500), Box::new(in_hand))?;
 
     let mut sender = Sender { publisher, published, first: None, last: None };
     let ended = pump(&mut sender, &args)?;

@@ -6,12 +6,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::Bus;
+
+/// The sandbox of this process, for [`Sandbox::abandon`].
+static CURRENT: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// How long the coordinator and keeper of a stopped bus may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -33,6 +37,7 @@ impl Sandbox {
         let template = base.join("shmbus-private-XXXXXX");
         let directory = nix::unistd::mkdtemp(&template)
             .map_err(|e| anyhow::anyhow!("cannot make a directory {}: {e}", template.display()))?;
+        *CURRENT.lock().unwrap_or_else(PoisonError::into_inner) = Some(directory.clone());
         let sandbox = Sandbox { directory, stopped: false };
         fs::DirBuilder::new().mode(0o700).create(sandbox.bus_directory())?;
         Ok(sandbox)
@@ -77,6 +82,15 @@ impl Sandbox {
         ended?;
         ensure!(killed == 0, "{killed} processes of the stopped bus had to be killed");
         Ok(())
+    }
+
+    /// The last resort of a process that is about to exit: no farewells, but nothing stays behind.
+    pub(crate) fn abandon() -> String {
+        if let Some(directory) = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            kill_all(&serving(&directory));
+            let _ = fs::remove_dir_all(&directory);
+        }
+        String::new()
     }
 
     fn stop_bus(&self) -> anyhow::Result<()> {

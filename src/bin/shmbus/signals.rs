@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -17,28 +18,35 @@ static CAUGHT: AtomicI32 = AtomicI32::new(0);
 /// Readable from the first signal on: what a blocked read polls beside its input.
 static WAKE: OnceLock<UnixStream> = OnceLock::new();
 
-/// What to say when a command cannot be ended tidily in time.
-type LastWords = Arc<dyn Fn() -> String + Send + Sync>;
+/// What is done, and then said, when a command cannot be ended tidily in time.
+type LastResort = Box<dyn Fn() -> String + Send>;
+
+/// A second Ctrl-C is one that comes at least this much later: `timeout` and terminals may send the first twice.
+const SECOND: Duration = Duration::from_millis(500);
 
 /// Catches Ctrl-C and SIGTERM from now on. A command that has not ended `grace` after the signal (it sits in a system
-/// call or a full ring), or a second signal, ends the process with `last_words` on standard error.
-pub(crate) fn install(grace: Duration, last_words: LastWords) -> io::Result<()> {
+/// call or a full ring), or a second signal, ends the process after `last_resort`.
+pub(crate) fn install(grace: Duration, last_resort: LastResort) -> io::Result<()> {
     let (wake, waker) = UnixStream::pair()?;
     let _ = WAKE.set(wake);
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        let Some(signal) = signals.forever().next() else { return };
+    let (noticed, first) = channel();
+    let watch = std::thread::Builder::new().name("signals".into());
+    watch.spawn(move || signals.forever().for_each(|signal| drop(noticed.send(signal))))?;
+    std::thread::Builder::new().name("last resort".into()).spawn(move || {
+        let Ok(signal) = first.recv() else { return };
         CAUGHT.store(signal, Ordering::Relaxed);
         drop(waker); // end of file: `wake` polls readable from now on
-        std::thread::spawn(move || {
-            std::thread::sleep(grace);
-            let words = last_words();
-            if !words.is_empty() {
-                eprintln!("shmbus: {words}");
+        let came = Instant::now();
+        while let Some(left) = grace.checked_sub(came.elapsed()) {
+            if first.recv_timeout(left).is_ok() && came.elapsed() >= SECOND {
+                break;
             }
-            std::process::exit(128 + signal);
-        });
-        signals.forever().next();
+        }
+        let words = last_resort();
+        if !words.is_empty() {
+            eprintln!("shmbus: {words}");
+        }
         std::process::exit(128 + signal);
     })?;
     Ok(())

@@ -2,7 +2,6 @@
 
 mod writer;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -43,7 +42,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     let subscriber = globals.open_bus()?.subscriber(topic).start(args.from).open()?;
     // The main thread looks every 100 ms; it can hang only in a write that its reader does not take.
     let stuck = || "ended by a signal while the reader of standard output took nothing".to_owned();
-    signals::install(Duration::from_secs(1), Arc::new(stuck))?;
+    signals::install(Duration::from_secs(1), Box::new(stuck))?;
     let format = if globals.json { Format::Json } else { Format::Payload };
     let mut writer = Writer::new(args.topic.as_str(), format);
     let ended = pump(subscriber, &mut writer, &args)?;

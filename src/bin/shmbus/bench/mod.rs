@@ -141,7 +141,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     };
     setup.check()?;
     // A chunk takes milliseconds and every wait looks for signals: what the grace cannot end is stuck.
-    signals::install(Duration::from_secs(15), std::sync::Arc::new(String::new))?;
+    signals::install(Duration::from_secs(15), Box::new(Sandbox::abandon))?;
     let sandbox = Sandbox::new()?;
     let measured = match setup.size {
         8 => measure(globals, workload, &setup, &sandbox, Words::<1>::new(&setup)),

@@ -52,10 +52,8 @@ pub(super) fn run(screen: &Screen, sandbox: &Sandbox, bus: &Bus) -> anyhow::Resu
     let coordinator_killed = traffic.around(|| Ok(kill(coordinator.pid, Signal::SIGKILL)?))?;
     say(screen, &format!("coordinator (process {})", coordinator.pid), &coordinator_killed)?;
 
-    let newcomer_joined_ms = traffic.newcomer(sandbox, coordinator.pid)?;
-    screen.holds(&format!(
-        "the coordinator was back {newcomer_joined_ms} ms later at most, and a new publisher joined"
-    ))?;
+    let newcomer_joined_ms = traffic.newcomer(sandbox)?;
+    screen.holds(&format!("the coordinator is back: a new publisher process joined within {newcomer_joined_ms} ms"))?;
     kill(survivor.process.pid(), Signal::SIGTERM)?;
     let published: u64 = traffic.while_waiting(|| survivor.expect("published", Instant::now()))?.parse()?;
     traffic.drain()?;

@@ -38,7 +38,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
         return worker::run(globals, worker);
     }
     // Every wait looks for signals: what the grace cannot end is stuck.
-    signals::install(Duration::from_secs(20), std::sync::Arc::new(String::new))?;
+    signals::install(Duration::from_secs(20), Box::new(Sandbox::abandon))?;
     let started = Instant::now();
     let screen = Screen::new(globals.json);
     screen.line("shmbus demo: separate processes on a private bus; every claim is checked")?;

@@ -34,7 +34,7 @@ enum Role {
 }
 
 pub(super) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    signals::install(Duration::from_secs(1), std::sync::Arc::new(String::new))?;
+    signals::install(Duration::from_secs(1), Box::new(String::new))?;
     match args.role {
         Role::Publish { topic, index, count } => publish(globals, topic, index, count),
         Role::Subscribe { topic, count } => subscribe(globals, topic, count),
