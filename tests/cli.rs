@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,7 +42,12 @@ impl TestBus {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        finish(self.command(arguments).spawn().unwrap(), LIMIT)
+        self.start(arguments).finish()
+    }
+
+    /// Starts a command in the background; its output is collected from now on, so that it never waits for us.
+    fn start(&self, arguments: &[&str]) -> Background {
+        Background::new(self.command(arguments).spawn().unwrap())
     }
 
     /// Runs a command that must succeed.
@@ -61,11 +66,10 @@ impl TestBus {
     fn publish(&self, arguments: &[&str], input: &[u8]) -> Output {
         let mut child = self.command(&[&["pub"], arguments].concat()).stdin(Stdio::piped()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
-        let input = input.to_vec();
-        let writer = thread::spawn(move || stdin.write_all(&input));
-        let output = finish(child, LIMIT);
-        let _ = writer.join().unwrap(); // a publisher that fails closes its end early
-        output
+        let publisher = Background::new(child);
+        let _ = stdin.write_all(input); // a publisher that fails closes its end early
+        drop(stdin);
+        publisher.finish()
     }
 
     fn show(&self, topic: &str) -> Value {
@@ -134,15 +138,27 @@ impl Drop for Running {
     }
 }
 
-/// Waits for a child and all its output; kills it when it takes too long.
-fn finish(child: Child, limit: Duration) -> Output {
-    let pid = Pid::from_raw(child.id() as i32);
-    let (sender, receiver) = channel();
-    thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
-    receiver.recv_timeout(limit).unwrap_or_else(|_| {
-        let _ = kill(pid, Signal::SIGKILL);
-        panic!("process {pid} did not end within {limit:?}");
-    })
+/// A process whose whole output is collected.
+struct Background {
+    pid: Pid,
+    output: Receiver<Output>,
+}
+
+impl Background {
+    fn new(child: Child) -> Background {
+        let pid = Pid::from_raw(child.id() as i32);
+        let (sender, output) = channel();
+        thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
+        Background { pid, output }
+    }
+
+    /// Waits for its end; kills it when it takes too long.
+    fn finish(self) -> Output {
+        self.output.recv_timeout(LIMIT).unwrap_or_else(|_| {
+            let _ = kill(self.pid, Signal::SIGKILL);
+            panic!("process {} did not end within {LIMIT:?}", self.pid);
+        })
+    }
 }
 
 fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
@@ -177,7 +193,7 @@ fn a_text_file_arrives_byte_for_byte_with_the_subscriber_before() {
     let bus = TestBus::new();
     let text = awkward_text(50_000);
     bus.ok(&["create", "text"]);
-    let subscriber = bus.command(&["sub", "text", "--count", &(50_000 + 9).to_string()]).spawn().unwrap();
+    let subscriber = bus.start(&["sub", "text", "--count", &(50_000 + 9).to_string()]);
     bus.await_subscribers("text", 1);
     let published = bus.publish(&["text", "--lines", "--json"], &text);
     assert!(published.status.success(), "{published:?}");
@@ -185,7 +201,7 @@ fn a_text_file_arrives_byte_for_byte_with_the_subscriber_before() {
     assert_eq!(summary["messages"], 50_009);
     assert_eq!(summary["bytes"], text.len());
     assert_eq!((&summary["first_sequence"], &summary["last_sequence"]), (&0.into(), &50_008.into()));
-    let received = finish(subscriber, LIMIT);
+    let received = subscriber.finish();
     assert!(received.status.success() && received.stderr.is_empty(), "{:?}", received.stderr);
     assert!(received.stdout == text, "the copy differs");
 }
@@ -206,7 +222,7 @@ fn a_text_file_waits_for_a_later_subscriber() {
 fn two_publishers_each_keep_their_order() {
     let bus = TestBus::new();
     bus.ok(&["create", "both"]);
-    let subscriber = bus.command(&["sub", "both", "--count", "40000"]).spawn().unwrap();
+    let subscriber = bus.start(&["sub", "both", "--count", "40000"]);
     bus.await_subscribers("both", 1);
     let lines = |name: &str| (0..20_000).map(|i| format!("{name} {i}\n")).collect::<String>();
     thread::scope(|scope| {
@@ -215,7 +231,7 @@ fn two_publishers_each_keep_their_order() {
             scope.spawn(move || assert!(bus.publish(&["both", "--lines"], lines(name).as_bytes()).status.success()));
         }
     });
-    let received = String::from_utf8(finish(subscriber, LIMIT).stdout).unwrap();
+    let received = String::from_utf8(subscriber.finish().stdout).unwrap();
     for name in ["a", "b"] {
         let own: String = received.split_inclusive('\n').filter(|line| line.starts_with(name)).collect();
         assert!(own == lines(name), "the lines of {name} are not in their order");
@@ -233,9 +249,9 @@ fn a_binary_file_in_chunks_is_the_same_again() {
         })
         .collect();
     bus.ok(&["create", "file", "--hold"]);
-    let subscriber = bus.command(&["sub", "file", "--from", "oldest", "--count", "138"]).spawn().unwrap();
+    let subscriber = bus.start(&["sub", "file", "--from", "oldest", "--count", "138"]);
     assert!(bus.publish(&["file", "--chunk", "64K"], &bytes).status.success());
-    assert!(finish(subscriber, LIMIT).stdout == bytes, "the copy differs");
+    assert!(subscriber.finish().stdout == bytes, "the copy differs");
 }
 
 #[test]
@@ -383,8 +399,8 @@ fn a_closed_standard_output_ends_quietly() {
 fn ctrl_c_writes_what_was_received() {
     let bus = TestBus::new();
     bus.ok(&["create", "t"]);
-    let subscriber = bus.command(&["sub", "t"]).spawn().unwrap();
-    let subscriber_pid = Pid::from_raw(subscriber.id() as i32);
+    let subscriber = bus.start(&["sub", "t"]);
+    let subscriber_pid = subscriber.pid;
     bus.await_subscribers("t", 1);
     let mut publisher = Running(bus.command(&["pub", "t"]).stdin(Stdio::piped()).spawn().unwrap());
     let mut input = publisher.stdin();
@@ -396,7 +412,7 @@ fn ctrl_c_writes_what_was_received() {
     let said = publisher.stderr();
     assert!(said.contains("2 messages") && said.lines().count() == 1, "{said}");
     kill(subscriber_pid, Signal::SIGINT).unwrap();
-    let output = finish(subscriber, LIMIT);
+    let output = subscriber.finish();
     assert_eq!((output.status.code(), &*output.stdout), (Some(130), &b"one\ntwo\n"[..]));
 }
 
@@ -418,15 +434,15 @@ fn topics_that_go_away() {
     let bus = TestBus::new();
     bus.ok(&["create", "a"]);
     bus.ok(&["create", "b"]);
-    let removed = bus.command(&["sub", "a"]).spawn().unwrap();
-    let stopped = bus.command(&["sub", "b"]).spawn().unwrap();
+    let removed = bus.start(&["sub", "a"]);
+    let stopped = bus.start(&["sub", "b"]);
     bus.await_subscribers("a", 1);
     bus.await_subscribers("b", 1);
     assert!(bus.fails(1, &["rm", "a"]).contains("--force"));
     bus.ok(&["rm", "a", "--force"]);
-    one_line(&finish(removed, LIMIT), 1, &["sub a"]);
+    one_line(&removed.finish(), 1, &["sub a"]);
     bus.ok(&["stop"]);
-    one_line(&finish(stopped, LIMIT), 0, &["sub b"]);
+    one_line(&stopped.finish(), 0, &["sub b"]);
     assert!(bus.ok(&["stop"]).contains("not running"));
 }
 
@@ -448,8 +464,7 @@ fn a_directory_that_must_not_be_trusted() {
 fn the_byte_budget_is_kept() {
     let bus = TestBus::new();
     let limited = |arguments: &[&str]| {
-        let child = bus.command(arguments).env("SHMBUS_BUDGET", "67108864").spawn().unwrap();
-        finish(child, LIMIT)
+        Background::new(bus.command(arguments).env("SHMBUS_BUDGET", "67108864").spawn().unwrap()).finish()
     };
     // The first one starts the coordinator, which keeps the budget it was given.
     assert!(limited(&["create", "small", "--bytes", "1M"]).status.success());
@@ -476,10 +491,11 @@ fn ls_and_show_tell_the_same_story() {
     assert_eq!(listed[0]["options"]["mode"], "exclusive");
     assert_eq!(listed[0]["options"]["messages"], 65_536);
     assert_eq!(listed[1]["tail_sequence"], 2);
-    for field in ["topic", "oldest_sequence", "publishers", "subscribers", "groups", "memory_bytes", "messages_per_s"] {
+    for field in ["topic", "oldest_sequence", "publishers", "subscribers", "groups", "options", "memory_bytes"] {
         assert!(listed[1].get(field).is_some(), "{field}");
         assert_eq!(listed[1][field], bus.show("a.two")[field], "{field}");
     }
+    assert!(listed[1]["messages_per_s"].is_number());
     let table = bus.ok(&["ls"]);
     assert!(table.contains("a.one") && table.contains("a.two"), "{table}");
     assert!(bus.ok(&["show", "a.one"]).contains("65,536"));

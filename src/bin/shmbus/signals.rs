@@ -32,7 +32,13 @@ pub(crate) fn install(grace: Duration, last_resort: LastResort) -> io::Result<()
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let (noticed, first) = channel();
     let watch = std::thread::Builder::new().name("signals".into());
-    watch.spawn(move || signals.forever().for_each(|signal| drop(noticed.send(signal))))?;
+    watch.spawn(move || {
+        for signal in signals.forever() {
+            if noticed.send(signal).is_err() {
+                return;
+            }
+        }
+    })?;
     std::thread::Builder::new().name("last resort".into()).spawn(move || {
         let Ok(signal) = first.recv() else { return };
         CAUGHT.store(signal, Ordering::Relaxed);

@@ -128,8 +128,11 @@ fn stream_line(setup: &Setup, class: Class, chunks: &[&Chunk<Flow>]) -> StreamLi
     }
 }
 
+/// A class and its chunks.
+type Of<'a, S> = (Class, Vec<&'a Chunk<S>>);
+
 /// The chunks of each class that occurred.
-fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<(Class, Vec<&Chunk<S>>)>> {
+fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<Of<'_, S>>> {
     ensure!(!chunks.kept.is_empty(), "the cores moved during each of {} chunks; measure longer", chunks.dropped);
     let of = |class| (class, chunks.kept.iter().filter(|c| c.class == class).collect::<Vec<_>>());
     Ok([Class::Smt, Class::Ccx, Class::Far].map(of).into_iter().filter(|(_, chunks)| !chunks.is_empty()).collect())
