@@ -1,0 +1,90 @@
+//! `shmbus create`: a topic with every option.
+
+use serde::Serialize;
+use shmbus::{Schema, TopicOptions};
+
+use crate::output::{json_line, line};
+use crate::values::{self, FullArg, ModeArg};
+use crate::{Ended, Globals};
+
+/// Create a topic with options of its own.
+///
+/// `shmbus pub` creates a missing topic with the defaults shown here. Sizes take the suffixes K, M and G (powers of
+/// 1,024). A topic is typed when --schema is given: every message then has exactly --size bytes.
+#[derive(clap::Args)]
+#[command(after_help = "Example: shmbus create orders --messages 1000000 --bytes 256M --hold --full reject")]
+pub(crate) struct Args {
+    /// The topic: letters, digits, '-', '_' and dots, as in md.ticks
+    #[arg(value_parser = values::topic_name)]
+    topic: String,
+    /// How many messages the ring holds at least
+    #[arg(long, value_name = "N", default_value = "4096", value_parser = values::positive_size)]
+    messages: u64,
+    /// How many payload bytes each publisher's memory holds at least; also the largest message
+    #[arg(long, value_name = "BYTES", default_value = "16M", value_parser = values::positive_size)]
+    bytes: u64,
+    /// Who may publish
+    #[arg(long, value_enum, default_value_t = ModeArg::Many)]
+    mode: ModeArg,
+    /// What happens when the slowest subscriber is a whole ring behind
+    #[arg(long, value_enum, default_value_t = FullArg::Block)]
+    full: FullArg,
+    /// Keep unread messages also while no subscriber exists (the ring then fills up)
+    #[arg(long)]
+    hold: bool,
+    /// Most publishers at once [default: 64]
+    #[arg(long, value_name = "N")]
+    publishers: Option<u32>,
+    /// Most subscribers at once [default: 256]
+    #[arg(long, value_name = "N")]
+    subscribers: Option<u32>,
+    /// Make the topic typed: the type's name, as programs declare it
+    #[arg(long, value_name = "NAME", requires = "size")]
+    schema: Option<String>,
+    /// Size of every message of a typed topic
+    #[arg(long, value_name = "BYTES", requires = "schema", value_parser = values::size)]
+    size: Option<u64>,
+    /// Alignment of every message of a typed topic
+    #[arg(long, value_name = "BYTES", requires = "schema", default_value_t = 1)]
+    align: u32,
+    /// Fine if the topic exists already with the same options
+    #[arg(long)]
+    exist_ok: bool,
+}
+
+impl Args {
+    fn options(&self) -> TopicOptions {
+        let defaults = TopicOptions::default();
+        TopicOptions {
+            mode: self.mode.into(),
+            messages: self.messages,
+            bytes: self.bytes,
+            full: self.full.into(),
+            hold: self.hold,
+            max_publishers: self.publishers.unwrap_or(defaults.max_publishers),
+            max_subscribers: self.subscribers.unwrap_or(defaults.max_subscribers),
+            schema: self.schema.clone().zip(self.size).map(|(name, size_bytes)| Schema {
+                name,
+                size_bytes,
+                align_bytes: self.align,
+            }),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Created<'a> {
+    topic: &'a str,
+    /// `false`: it existed with the same options.
+    created: bool,
+}
+
+pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
+    let existed = globals.open_bus()?.create_topic(&args.topic, &args.options(), args.exist_ok)?;
+    match (globals.json, existed) {
+        (true, _) => json_line(&Created { topic: &args.topic, created: !existed })?,
+        (false, false) => line(format_args!("created topic {}", args.topic))?,
+        (false, true) => line(format_args!("topic {} exists with these options", args.topic))?,
+    }
+    Ok(Ended::Well)
+}

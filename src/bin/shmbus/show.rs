@@ -1,0 +1,184 @@
+//! `shmbus show`: one topic in full, and the JSON view that `ls` shares.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use shmbus::{Schema, TopicOptions, TopicStatus};
+
+use crate::output::{Table, bytes, grouped, json_line, line};
+use crate::{Ended, Globals, values};
+
+/// How long a topic is watched to see its rate.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// Show one topic: options, publishers, subscribers and their lags, memory, and the rate over 100 ms.
+///
+/// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], subscribers: [{cursor,
+/// pid, sequence, lag, droppable}], groups: [], options: {mode, messages, bytes, full, hold, max_publishers,
+/// max_subscribers, schema}, memory_bytes, messages_per_s}. tail_sequence is the next message's.
+#[derive(clap::Args)]
+#[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
+pub(crate) struct Args {
+    /// The topic
+    #[arg(value_parser = values::topic_name)]
+    topic: String,
+}
+
+/// A topic as `--json` prints it.
+#[derive(Serialize)]
+pub(crate) struct TopicView {
+    pub(crate) topic: String,
+    pub(crate) oldest_sequence: u64,
+    pub(crate) tail_sequence: u64,
+    pub(crate) publishers: Vec<PublisherView>,
+    pub(crate) subscribers: Vec<SubscriberView>,
+    /// Later: the consumer groups. Always present, so that readers need not ask.
+    groups: [(); 0],
+    pub(crate) options: OptionsView,
+    pub(crate) memory_bytes: u64,
+    pub(crate) messages_per_s: f64,
+}
+
+#[derive(Serialize)]
+pub(crate) struct PublisherView {
+    slot: u32,
+    publisher: u64,
+    pid: u32,
+}
+
+#[derive(Serialize)]
+pub(crate) struct SubscriberView {
+    cursor: u32,
+    pid: u32,
+    sequence: u64,
+    pub(crate) lag: u64,
+    droppable: bool,
+}
+
+#[derive(Serialize)]
+pub(crate) struct OptionsView {
+    pub(crate) mode: String,
+    messages: u64,
+    bytes: u64,
+    full: String,
+    hold: bool,
+    max_publishers: u32,
+    max_subscribers: u32,
+    schema: Option<Schema>,
+}
+
+impl From<TopicOptions> for OptionsView {
+    fn from(options: TopicOptions) -> OptionsView {
+        OptionsView {
+            mode: options.mode.to_string(),
+            messages: options.messages,
+            bytes: options.bytes,
+            full: options.full.to_string(),
+            hold: options.hold,
+            max_publishers: options.max_publishers,
+            max_subscribers: options.max_subscribers,
+            schema: options.schema,
+        }
+    }
+}
+
+impl TopicView {
+    fn new(status: TopicStatus, messages_per_s: f64) -> TopicView {
+        let publishers = status.publishers.iter();
+        let subscribers = status.subscribers.iter();
+        TopicView {
+            topic: status.name,
+            oldest_sequence: status.oldest_sequence,
+            tail_sequence: status.tail_sequence,
+            publishers: publishers
+                .map(|p| PublisherView { slot: p.slot, publisher: p.publisher, pid: p.pid })
+                .collect(),
+            subscribers: subscribers
+                .map(|s| SubscriberView {
+                    cursor: s.cursor,
+                    pid: s.pid,
+                    sequence: s.sequence,
+                    lag: s.lag,
+                    droppable: s.droppable,
+                })
+                .collect(),
+            groups: [],
+            options: status.options.into(),
+            memory_bytes: status.memory_bytes,
+            messages_per_s,
+        }
+    }
+}
+
+/// Asks twice, 100 ms apart, and makes a rate of the difference. A topic that came in between starts at 0.
+pub(crate) fn sample(ask: impl Fn() -> anyhow::Result<Vec<TopicStatus>>) -> anyhow::Result<Vec<TopicView>> {
+    let before = ask()?;
+    if before.is_empty() {
+        return Ok(Vec::new());
+    }
+    let started = Instant::now();
+    std::thread::sleep(WATCH);
+    let after = ask()?;
+    let seconds = started.elapsed().as_secs_f64();
+    let rate = |now: &TopicStatus| {
+        let earlier = before.iter().find(|b| b.id == now.id).map_or(now.tail_sequence, |b| b.tail_sequence);
+        (now.tail_sequence.saturating_sub(earlier) as f64 / seconds).round()
+    };
+    Ok(after
+        .into_iter()
+        .map(|status| (rate(&status), status))
+        .map(|(rate, status)| TopicView::new(status, rate))
+        .collect())
+}
+
+pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
+    let bus = globals.open_bus()?;
+    let topics = sample(|| Ok(vec![bus.topic(&args.topic)?]))?;
+    for topic in &topics {
+        if globals.json { json_line(topic)? } else { print(topic)? }
+    }
+    Ok(Ended::Well)
+}
+
+fn print(topic: &TopicView) -> anyhow::Result<()> {
+    let options = &topic.options;
+    let held = topic.tail_sequence.saturating_sub(topic.oldest_sequence);
+    let payload = options.schema.as_ref().map_or("raw bytes".to_owned(), Schema::to_string);
+    let ring = format!("{} messages, {}", grouped(options.messages), bytes(options.bytes));
+    let hold = if options.hold { ", held for later subscribers" } else { "" };
+    line(format_args!("topic     {}", topic.topic))?;
+    line(format_args!("payload   {payload}"))?;
+    line(format_args!(
+        "mode      {} ({} publishers, {} subscribers at most)",
+        options.mode, options.max_publishers, options.max_subscribers
+    ))?;
+    line(format_args!("ring      {ring}; when full: {}{hold}", options.full))?;
+    line(format_args!(
+        "holds     {} messages, sequences {}..{}",
+        grouped(held),
+        topic.oldest_sequence,
+        topic.tail_sequence
+    ))?;
+    line(format_args!("rate      {} messages/s", grouped(topic.messages_per_s as u64)))?;
+    line(format_args!("memory    {}", bytes(topic.memory_bytes)))?;
+    let mut publishers = Table::new(&["PUBLISHER", "SLOT", "PROCESS"]);
+    for p in &topic.publishers {
+        publishers.row([p.publisher.to_string(), p.slot.to_string(), p.pid.to_string()]);
+    }
+    let mut subscribers = Table::new(&["SUBSCRIBER", "PROCESS", "NEXT", "LAG", "DROPPABLE"]);
+    for s in &topic.subscribers {
+        let droppable = if s.droppable { "yes" } else { "no" };
+        subscribers.row([
+            s.cursor.to_string(),
+            s.pid.to_string(),
+            grouped(s.sequence),
+            grouped(s.lag),
+            droppable.into(),
+        ]);
+    }
+    for table in [publishers, subscribers].iter().filter(|t| !t.is_empty()) {
+        line("")?;
+        table.print()?;
+    }
+    Ok(())
+}

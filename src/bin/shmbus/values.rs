@@ -1,0 +1,119 @@
+//! Argument values: sizes with suffixes, topic names, start positions.
+
+use std::num::ParseIntError;
+
+use clap::ValueEnum;
+use shmbus::{Full, Mode, Sequence, Start, check_name};
+
+/// A number with an optional suffix K, M or G (powers of 1,024).
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let trimmed = text.strip_suffix("iB").or_else(|| text.strip_suffix('B')).unwrap_or(text);
+    let (digits, shift) = match trimmed.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&trimmed[..at], 10),
+        Some((at, 'm' | 'M')) => (&trimmed[..at], 20),
+        Some((at, 'g' | 'G')) => (&trimmed[..at], 30),
+        _ => (trimmed, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| "write a number, as in 65536, 64K, 16M or 1G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "more than 2^64".to_owned())
+}
+
+/// A size that is not 0.
+pub(crate) fn positive_size(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err("must be at least 1".to_owned()),
+        n => Ok(n),
+    }
+}
+
+/// A topic name that could exist.
+pub(crate) fn topic_name(text: &str) -> Result<String, String> {
+    check_name(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
+}
+
+/// `latest`, `oldest`, `last:N` or a sequence.
+pub(crate) fn start(text: &str) -> Result<Start, String> {
+    let wrong = |_: ParseIntError| "write latest, oldest, last:N or a sequence number".to_owned();
+    Ok(match text {
+        "latest" => Start::Latest,
+        "oldest" => Start::Oldest,
+        _ => match text.strip_prefix("last:") {
+            Some(count) => Start::Last(count.parse().map_err(wrong)?),
+            None => Start::Sequence(Sequence::new(text.parse().map_err(wrong)?)),
+        },
+    })
+}
+
+/// Two different cores, as in `0,1`.
+pub(crate) fn two_cores(text: &str) -> Result<[usize; 2], String> {
+    let cores = text.split_once(',').and_then(|(a, b)| Some([a.parse().ok()?, b.parse().ok()?]));
+    cores.filter(|[a, b]| a != b).ok_or_else(|| "write two different cores, as in 0,1".to_owned())
+}
+
+/// [`Mode`] as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// Any number of publishers
+    Many,
+    /// One publisher at a time, any number of subscribers
+    Exclusive,
+    /// One publisher and one subscriber
+    Channel,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Mode {
+        match mode {
+            ModeArg::Many => Mode::Many,
+            ModeArg::Exclusive => Mode::Exclusive,
+            ModeArg::Channel => Mode::Channel,
+        }
+    }
+}
+
+/// [`Full`] as an argument.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum FullArg {
+    /// The publisher waits
+    Block,
+    /// The publisher gets an error at once
+    Reject,
+    /// The oldest messages go; whoever had not read them is told which
+    Overwrite,
+}
+
+impl From<FullArg> for Full {
+    fn from(full: FullArg) -> Full {
+        match full {
+            FullArg::Block => Full::Block,
+            FullArg::Reject => Full::Reject,
+            FullArg::Overwrite => Full::Overwrite,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("65536"), Ok(65536));
+        assert_eq!(size("64K"), Ok(65536));
+        assert_eq!(size("16MiB"), Ok(16 << 20));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        for bad in ["", "K", "x", "-1", "1.5M", "99999999999G"] {
+            assert!(size(bad).is_err(), "{bad:?}");
+        }
+        assert!(positive_size("0").is_err());
+    }
+
+    #[test]
+    fn starts() {
+        assert!(matches!(start("last:7"), Ok(Start::Last(7))));
+        assert!(matches!(start("12"), Ok(Start::Sequence(s)) if s.get() == 12));
+        for bad in ["", "last:", "newest", "-1"] {
+            assert!(start(bad).is_err(), "{bad:?}");
+        }
+    }
+}
