@@ -12,7 +12,7 @@ const NO_CHECKPOINT: u64 = u64::MAX;
 
 /// A topic's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TopicState {
+pub enum TopicState {
     Live,
     Removed,
     Stopped,
@@ -59,9 +59,9 @@ struct Tenancy {
 
 /// A place in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct Place {
-    pub(crate) position: u64,
-    pub(crate) sequence: u64,
+pub struct Place {
+    pub position: u64,
+    pub sequence: u64,
 }
 
 impl LogHeader {
@@ -100,8 +100,15 @@ impl LogHeader {
         first.position.store(start, Ordering::Relaxed);
     }
 
+    /// The confirmed floor, as a publisher would look at it (models).
+    #[cfg(loom)]
+    pub fn floor(&self) -> u64 {
+        // Acquire: A-FLOOR pairs with R-FLOOR (gate::raise).
+        self.floor.0.load(Ordering::Acquire)
+    }
+
     /// The topic's life.
-    pub(crate) fn state(&self) -> TopicState {
+    pub fn state(&self) -> TopicState {
         // Acquire: A-STATE pairs with R-STATE (end).
         match self.state.0.load(Ordering::Acquire) {
             0 => TopicState::Live,
@@ -111,13 +118,13 @@ impl LogHeader {
     }
 
     /// Ends the topic.
-    pub(crate) fn end(&self, state: TopicState) {
+    pub fn end(&self, state: TopicState) {
         // Release: R-STATE pairs with A-STATE (state).
         self.state.0.store(state as u32, Ordering::Release);
     }
 
     /// Leaves a checkpoint. `slot` is the caller's own: it is the only writer.
-    pub(crate) fn store_checkpoint(&self, slot: u32, place: Place) {
+    pub fn store_checkpoint(&self, slot: u32, place: Place) {
         let pairs = &self.checkpoints[slot as usize % CHECKPOINTS].pairs;
         // Relaxed: only we write these. The older pair goes; a pair half-written by a dead predecessor goes first.
         let at = |i: usize| pairs[i].position.load(Ordering::Relaxed).wrapping_add(1);
@@ -130,13 +137,13 @@ impl LogHeader {
     }
 
     /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
-    pub(crate) fn newest_checkpoint(&self) -> Option<Place> {
+    pub fn newest_checkpoint(&self) -> Option<Place> {
         let pairs = self.checkpoints.iter().flat_map(|c| &c.pairs);
         pairs.filter_map(Pair::read).max_by_key(|place| place.position)
     }
 
     /// Puts a tenancy in force, before its publisher learns its index.
-    pub(crate) fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
+    pub fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
         tenancy.publisher.store(publisher, Ordering::Relaxed);
         tenancy.first_number.store(first_number, Ordering::Relaxed);
@@ -145,7 +152,7 @@ impl LogHeader {
     }
 
     /// Publisher and its number of the message at `position`; `None` where the tenancy's place has been used again.
-    pub(crate) fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
+    pub fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
         // Acquire: A-TENANCY pairs with R-TENANCY (begin_tenancy).
         let first = tenancy.first_position.load(Ordering::Acquire);
