@@ -155,7 +155,7 @@ impl<const W: usize> Writer<W> {
 
     /// Counts `count` committed messages.
     #[inline]
-    pub(crate) fn advance(&mut self, count: u64) {
+    pub fn advance(&mut self, count: u64) {
         self.next += count;
     }
 

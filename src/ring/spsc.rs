@@ -215,7 +215,7 @@ impl<const W: usize> Sender<W> {
 
     /// Counts `count` committed messages.
     #[inline]
-    pub(crate) fn advance(&mut self, count: u64) {
+    pub fn advance(&mut self, count: u64) {
         self.next += count;
     }
 
