@@ -1,6 +1,6 @@
 //! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, pause};
 
 /// Checkpoints in a log; loom gets fewer, because it tracks every word.
 pub(crate) const CHECKPOINTS: usize = if cfg!(loom) { 2 } else { 64 };
@@ -9,6 +9,13 @@ pub(crate) const CHECKPOINTS: usize = if cfg!(loom) { 2 } else { 64 };
 pub(crate) const TENANCIES: usize = if cfg!(loom) { 2 } else { 256 };
 
 const NO_CHECKPOINT: u64 = u64::MAX;
+
+/// First position of a tenancy that is being written: above every message's.
+const NO_POSITION: u64 = u64::MAX;
+
+/// Looks at a checkpoint that its writer keeps changing. Each change is a chunk of the writer's messages, so a few
+/// suffice; the limit is for garbage.
+const CHECKPOINT_LOOKS: usize = 1000;
 
 /// A topic's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,8 +136,8 @@ impl LogHeader {
         // Relaxed: only we write these. The older pair goes; a pair half-written by a dead predecessor goes first.
         let at = |i: usize| pairs[i].position.load(Ordering::Relaxed).wrapping_add(1);
         let pair = &pairs[usize::from(at(1) < at(0))];
-        // Release ×3, in this order: R-CHECKPOINT pairs with A-CHECKPOINT (newest_checkpoint): who sees the new
-        // sequence sees the position change to NO_CHECKPOINT or further, and discards the pair.
+        // Release ×3, in this order: R-CHECKPOINT pairs with A-CHECKPOINT (Checkpoint::newest): who sees the new
+        // sequence sees the position change to NO_CHECKPOINT or further, and who sees that sees the other pair.
         pair.position.store(NO_CHECKPOINT, Ordering::Release);
         pair.sequence.store(place.sequence, Ordering::Release);
         pair.position.store(place.position, Ordering::Release);
@@ -138,38 +145,51 @@ impl LogHeader {
 
     /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
     pub fn newest_checkpoint(&self) -> Option<Place> {
-        let pairs = self.checkpoints.iter().flat_map(|c| &c.pairs);
-        pairs.filter_map(Pair::read).max_by_key(|place| place.position)
+        self.checkpoints.iter().filter_map(Checkpoint::newest).max_by_key(|place| place.position)
     }
 
     /// Puts a tenancy in force, before its publisher learns its index.
     pub fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
-        tenancy.publisher.store(publisher, Ordering::Relaxed);
-        tenancy.first_number.store(first_number, Ordering::Relaxed);
-        // Release: R-TENANCY pairs with A-TENANCY (publisher_at).
+        // Relaxed: the Release stores below order it.
+        tenancy.first_position.store(NO_POSITION, Ordering::Relaxed);
+        // Release ×3: R-TENANCY pairs with A-TENANCY (publisher_at): who sees one of the new values sees the position
+        // change, and who sees the new position sees both.
+        tenancy.publisher.store(publisher, Ordering::Release);
+        tenancy.first_number.store(first_number, Ordering::Release);
         tenancy.first_position.store(first_position, Ordering::Release);
     }
 
     /// Publisher and its number of the message at `position`; `None` where the tenancy's place has been used again.
     pub fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
-        // Acquire: A-TENANCY pairs with R-TENANCY (begin_tenancy).
+        // Acquire ×3: A-TENANCY pairs with R-TENANCY (begin_tenancy).
         let first = tenancy.first_position.load(Ordering::Acquire);
-        let publisher = tenancy.publisher.load(Ordering::Relaxed);
-        let number = tenancy.first_number.load(Ordering::Relaxed);
-        (position >= first).then(|| (publisher, number.wrapping_add(position - first)))
+        let publisher = tenancy.publisher.load(Ordering::Acquire);
+        let number = tenancy.first_number.load(Ordering::Acquire);
+        // Relaxed: ordered after the loads above. A tenancy that begins meanwhile must not be mixed with this one.
+        let unchanged = tenancy.first_position.load(Ordering::Relaxed) == first;
+        (unchanged && position >= first).then(|| (publisher, number.wrapping_add(position - first)))
     }
 }
 
-impl Pair {
-    /// The pair, unless it is empty or was being written.
-    fn read(&self) -> Option<Place> {
-        // Acquire ×3: A-CHECKPOINT pairs with R-CHECKPOINT (store_checkpoint).
-        let before = self.position.load(Ordering::Acquire);
-        let sequence = self.sequence.load(Ordering::Acquire);
-        let after = self.position.load(Ordering::Acquire);
-        (before == after && before != NO_CHECKPOINT).then_some(Place { position: before, sequence })
+impl Checkpoint {
+    /// The newest pair that is whole. The older one is rewritten while the newer stands, but one after the other may be
+    /// caught in the writing; so both are taken only when neither has moved. A dead writer's torn pair moves no more.
+    fn newest(&self) -> Option<Place> {
+        // Acquire: A-CHECKPOINT pairs with R-CHECKPOINT (store_checkpoint).
+        let positions = || [0, 1].map(|i: usize| self.pairs[i].position.load(Ordering::Acquire));
+        for _ in 0..CHECKPOINT_LOOKS {
+            let before = positions();
+            let sequences = [0, 1].map(|i: usize| self.pairs[i].sequence.load(Ordering::Acquire));
+            if positions() == before {
+                let places = [0, 1].map(|i| Place { position: before[i], sequence: sequences[i] });
+                let whole = places.into_iter().filter(|place| place.position != NO_CHECKPOINT);
+                return whole.max_by_key(|place| place.position);
+            }
+            pause();
+        }
+        None
     }
 }
 

@@ -119,8 +119,9 @@ impl<const W: usize> Channel<W> {
         self.ring.len()
     }
 
-    /// Where sender and receiver stand, told from the words alone: the lowest free position is the tail, the lowest
-    /// committed one below it the head.
+    /// Where sender and receiver stand, told from the words alone: the lowest position that is free, or will be when its
+    /// slot is freed, is the tail; the lowest committed one below it the head. One end may be alive meanwhile: freeing a
+    /// slot does not change what it says about the tail, nor committing one what it says about the head.
     pub fn ends(&self) -> (u64, u64) {
         let words = || {
             (0..self.ring.len()).map(|index| {
@@ -129,8 +130,9 @@ impl<const W: usize> Channel<W> {
             })
         };
         let position = |word: Word| word.0 >> 16;
-        let free = words().filter(|w| w.kind() == Kind::Empty).map(position).min();
-        let tail = free.or_else(|| words().map(|w| position(w) + 1).max()).unwrap_or(0);
+        // What a batch that died half-way left above the tail counts a lap too far on, and so does not count.
+        let free_for = |word: Word| position(word) + if word.kind() == Kind::Empty { 0 } else { self.ring.len() };
+        let tail = words().map(free_for).min().unwrap_or(0);
         let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
         (committed.min().unwrap_or(tail), tail)
     }
