@@ -40,11 +40,11 @@ pub mod model {
     pub use crate::ring::arena::Arena;
     pub use crate::ring::cursor::{Cursor, CursorsHeader};
     pub use crate::ring::doorbell::{Armed, Doorbell};
-    pub use crate::ring::exclusive::{ExclusiveLog, Reader, Writer};
-    pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, still_retained};
-    pub use crate::ring::log::LogHeader;
-    pub use crate::ring::many::{Entry, ManyLog, Reader as ManyReader, Writer as ManyWriter};
+    pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
+    pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
+    pub use crate::ring::log::{LogHeader, Place, TopicState};
+    pub use crate::ring::many::{Claim, Entry, ManyLog, Poll as ManyPoll, Reader as ManyReader, Writer as ManyWriter};
     pub use crate::ring::slot::{Ring, Slot};
-    pub use crate::ring::spsc::{Channel, ChannelHeader, Receiver, Sender};
+    pub use crate::ring::spsc::{Channel, ChannelHeader, End, Receiver, Sender};
     pub use crate::shm::shared::Shared;
 }

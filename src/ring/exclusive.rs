@@ -43,13 +43,13 @@ impl<const W: usize> ExclusiveLog<W> {
         ExclusiveLog { header, readers, cursors, ring }
     }
 
-    pub(crate) fn gate(&self) -> Gate<'_> {
+    pub fn gate(&self) -> Gate<'_> {
         Gate { header: &self.header, readers: &self.readers, cursors: &self.cursors }
     }
 
     /// The next position: the first, from the newest checkpoint on, that is not committed. True at some moment during
     /// the call. `None` where the checkpoints are garbage.
-    pub(crate) fn tail(&self) -> Option<u64> {
+    pub fn tail(&self) -> Option<u64> {
         let mut position = self.header.newest_checkpoint()?.position;
         for _ in 0..=self.ring.len() {
             // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
@@ -77,7 +77,7 @@ impl<const W: usize> ExclusiveLog<W> {
     }
 
     /// Clears what a batch that died half-way left above `tail`. Only while no writer lives (I-12). Idempotent.
-    pub(crate) fn clear_above(&self, tail: u64) {
+    pub fn clear_above(&self, tail: u64) {
         for position in tail..tail + self.ring.len() {
             let slot = self.ring.at(position);
             let word = Word(slot.word.load(Ordering::Relaxed));
@@ -119,13 +119,13 @@ impl<const W: usize> Writer<W> {
 
     /// The position of the next message.
     #[inline]
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.next
     }
 
     /// Makes sure that the next `count` positions may be written.
     #[inline]
-    pub(crate) fn reserve(&mut self, count: u64) -> Result<(), Stop> {
+    pub fn reserve(&mut self, count: u64) -> Result<(), Stop> {
         if self.next + count <= self.limit {
             return Ok(());
         }
@@ -166,7 +166,7 @@ impl<const W: usize> Writer<W> {
 
     /// Counts `count` committed messages.
     #[inline]
-    pub(crate) fn advance(&mut self, count: u64) {
+    pub fn advance(&mut self, count: u64) {
         self.next += count;
     }
 
@@ -181,6 +181,28 @@ impl<const W: usize> Writer<W> {
         Ok(self.next - 1)
     }
 
+    /// Publishes a batch of small messages (models and tests): committed from the last to the first.
+    #[cfg(loom)]
+    pub fn publish_words(&mut self, values: &[u64]) -> Result<(), Stop> {
+        self.reserve(values.len() as u64)?;
+        self.publish_words_down_to(0, values);
+        self.advance(values.len() as u64);
+        Ok(())
+    }
+
+    /// What a writer that dies in a batch has done by then (models): all is filled, and committed from the last down to
+    /// `first`. The place is reserved.
+    #[cfg(loom)]
+    pub fn publish_words_down_to(&self, first: usize, values: &[u64]) {
+        let bodies: Vec<Inline> = values.iter().map(|value| Inline::copy_of(&value.to_ne_bytes())).collect();
+        for (ahead, inline) in bodies.iter().enumerate() {
+            self.fill(ahead as u64, Body::Inline(inline, 8));
+        }
+        for (ahead, inline) in bodies.iter().enumerate().skip(first).rev() {
+            self.commit(ahead as u64, Body::Inline(inline, 8));
+        }
+    }
+
     /// Wakes readers that sleep.
     #[inline]
     pub fn notify(&self) {
@@ -190,14 +212,14 @@ impl<const W: usize> Writer<W> {
     }
 
     /// Leaves a fresh checkpoint: for whoever comes next.
-    pub(crate) fn checkpoint(&self) {
+    pub fn checkpoint(&self) {
         self.log.header.store_checkpoint(0, Place { position: self.next, sequence: self.next });
     }
 }
 
 /// What a reader finds at its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Poll {
+pub enum Poll {
     /// Nothing yet.
     Empty,
     /// A message with this word.
@@ -224,13 +246,13 @@ impl<const W: usize> Reader<W> {
 
     /// The position of the next message.
     #[inline]
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.next
     }
 
     /// Looks at the next position.
     #[inline]
-    pub(crate) fn poll(&self) -> Poll {
+    pub fn poll(&self) -> Poll {
         // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
         let word = Word(self.slot().word.load(Ordering::Acquire));
         if word.commits(self.next) {
@@ -247,14 +269,20 @@ impl<const W: usize> Reader<W> {
 
     /// Steps over the message just read.
     #[inline]
-    pub(crate) fn step(&mut self) {
+    pub fn step(&mut self) {
         self.next += 1;
     }
 
     /// Continues at the oldest position that is retained for certain.
-    pub(crate) fn skip_to_retained(&mut self) {
+    pub fn skip_to_retained(&mut self) {
         // Acquire: as in `gate::join`; what is seen here is only a place to look at next.
         self.next = self.log.header.intent.0.load(Ordering::Acquire).max(self.next + 1);
+    }
+
+    /// Copies the next small message out, if it is there, and stays where it is (models).
+    #[cfg(loom)]
+    pub fn peek_word(&self) -> Option<u64> {
+        matches!(self.poll(), Poll::Ready(_)).then(|| self.slot().read().words[0])
     }
 
     /// Receives one small message of a gated log (models and tests).

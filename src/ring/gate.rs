@@ -44,17 +44,17 @@ pub enum Stop {
 
 /// What a publisher asks of the gate.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Want {
+pub struct Want {
     /// The publisher's checkpoint slot.
-    pub(crate) slot: u32,
+    pub slot: u32,
     /// Where it will publish next.
-    pub(crate) at: Place,
+    pub at: Place,
     /// How many positions it needs there.
-    pub(crate) count: u64,
+    pub count: u64,
     /// Positions below this must be given up, because their arena space is needed.
-    pub(crate) give_up_below: u64,
+    pub give_up_below: u64,
     /// How much further the floor may be raised, to be asked less often.
-    pub(crate) slack: u64,
+    pub slack: u64,
 }
 
 /// The memory the gate looks at.
@@ -67,7 +67,7 @@ pub struct Gate<'m> {
 
 impl Gate<'_> {
     /// Makes room as wanted. Returns the position up to which the caller may write without asking again.
-    pub(crate) fn make_room(&self, policy: &Policy, want: Want) -> Result<u64, Blocked> {
+    pub fn make_room(&self, policy: &Policy, want: Want) -> Result<u64, Blocked> {
         // Before the floor may pass it: I-5.
         self.header.store_checkpoint(want.slot, want.at);
         let end = want.at.position + want.count;

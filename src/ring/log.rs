@@ -1,6 +1,6 @@
 //! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, pause};
 
 /// Checkpoints in a log; loom gets fewer, because it tracks every word.
 pub(crate) const CHECKPOINTS: usize = if cfg!(loom) { 2 } else { 64 };
@@ -10,9 +10,16 @@ pub(crate) const TENANCIES: usize = if cfg!(loom) { 2 } else { 256 };
 
 const NO_CHECKPOINT: u64 = u64::MAX;
 
+/// First position of a tenancy that is being written: above every message's.
+const NO_POSITION: u64 = u64::MAX;
+
+/// Looks at a checkpoint that its writer keeps changing. Each change is a chunk of the writer's messages, so a few
+/// suffice; the limit is for garbage.
+const CHECKPOINT_LOOKS: usize = 1000;
+
 /// A topic's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TopicState {
+pub enum TopicState {
     Live,
     Removed,
     Stopped,
@@ -59,9 +66,9 @@ struct Tenancy {
 
 /// A place in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct Place {
-    pub(crate) position: u64,
-    pub(crate) sequence: u64,
+pub struct Place {
+    pub position: u64,
+    pub sequence: u64,
 }
 
 impl LogHeader {
@@ -100,8 +107,15 @@ impl LogHeader {
         first.position.store(start, Ordering::Relaxed);
     }
 
+    /// The confirmed floor, as a publisher would look at it (models).
+    #[cfg(loom)]
+    pub fn floor(&self) -> u64 {
+        // Acquire: A-FLOOR pairs with R-FLOOR (gate::raise).
+        self.floor.0.load(Ordering::Acquire)
+    }
+
     /// The topic's life.
-    pub(crate) fn state(&self) -> TopicState {
+    pub fn state(&self) -> TopicState {
         // Acquire: A-STATE pairs with R-STATE (end).
         match self.state.0.load(Ordering::Acquire) {
             0 => TopicState::Live,
@@ -111,58 +125,71 @@ impl LogHeader {
     }
 
     /// Ends the topic.
-    pub(crate) fn end(&self, state: TopicState) {
+    pub fn end(&self, state: TopicState) {
         // Release: R-STATE pairs with A-STATE (state).
         self.state.0.store(state as u32, Ordering::Release);
     }
 
     /// Leaves a checkpoint. `slot` is the caller's own: it is the only writer.
-    pub(crate) fn store_checkpoint(&self, slot: u32, place: Place) {
+    pub fn store_checkpoint(&self, slot: u32, place: Place) {
         let pairs = &self.checkpoints[slot as usize % CHECKPOINTS].pairs;
         // Relaxed: only we write these. The older pair goes; a pair half-written by a dead predecessor goes first.
         let at = |i: usize| pairs[i].position.load(Ordering::Relaxed).wrapping_add(1);
         let pair = &pairs[usize::from(at(1) < at(0))];
-        // Release ×3, in this order: R-CHECKPOINT pairs with A-CHECKPOINT (newest_checkpoint): who sees the new
-        // sequence sees the position change to NO_CHECKPOINT or further, and discards the pair.
+        // Release ×3, in this order: R-CHECKPOINT pairs with A-CHECKPOINT (Checkpoint::newest): who sees the new
+        // sequence sees the position change to NO_CHECKPOINT or further, and who sees that sees the other pair.
         pair.position.store(NO_CHECKPOINT, Ordering::Release);
         pair.sequence.store(place.sequence, Ordering::Release);
         pair.position.store(place.position, Ordering::Release);
     }
 
     /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
-    pub(crate) fn newest_checkpoint(&self) -> Option<Place> {
-        let pairs = self.checkpoints.iter().flat_map(|c| &c.pairs);
-        pairs.filter_map(Pair::read).max_by_key(|place| place.position)
+    pub fn newest_checkpoint(&self) -> Option<Place> {
+        self.checkpoints.iter().filter_map(Checkpoint::newest).max_by_key(|place| place.position)
     }
 
     /// Puts a tenancy in force, before its publisher learns its index.
-    pub(crate) fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
+    pub fn begin_tenancy(&self, index: u32, first_position: u64, publisher: u64, first_number: u64) {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
-        tenancy.publisher.store(publisher, Ordering::Relaxed);
-        tenancy.first_number.store(first_number, Ordering::Relaxed);
-        // Release: R-TENANCY pairs with A-TENANCY (publisher_at).
+        // Relaxed: the Release stores below order it.
+        tenancy.first_position.store(NO_POSITION, Ordering::Relaxed);
+        // Release ×3: R-TENANCY pairs with A-TENANCY (publisher_at): who sees one of the new values sees the position
+        // change, and who sees the new position sees both.
+        tenancy.publisher.store(publisher, Ordering::Release);
+        tenancy.first_number.store(first_number, Ordering::Release);
         tenancy.first_position.store(first_position, Ordering::Release);
     }
 
     /// Publisher and its number of the message at `position`; `None` where the tenancy's place has been used again.
-    pub(crate) fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
+    pub fn publisher_at(&self, index: u8, position: u64) -> Option<(u64, u64)> {
         let tenancy = &self.tenancies[index as usize % TENANCIES];
-        // Acquire: A-TENANCY pairs with R-TENANCY (begin_tenancy).
+        // Acquire ×3: A-TENANCY pairs with R-TENANCY (begin_tenancy).
         let first = tenancy.first_position.load(Ordering::Acquire);
-        let publisher = tenancy.publisher.load(Ordering::Relaxed);
-        let number = tenancy.first_number.load(Ordering::Relaxed);
-        (position >= first).then(|| (publisher, number.wrapping_add(position - first)))
+        let publisher = tenancy.publisher.load(Ordering::Acquire);
+        let number = tenancy.first_number.load(Ordering::Acquire);
+        // Relaxed: ordered after the loads above. A tenancy that begins meanwhile must not be mixed with this one.
+        let unchanged = tenancy.first_position.load(Ordering::Relaxed) == first;
+        (unchanged && position >= first).then(|| (publisher, number.wrapping_add(position - first)))
     }
 }
 
-impl Pair {
-    /// The pair, unless it is empty or was being written.
-    fn read(&self) -> Option<Place> {
-        // Acquire ×3: A-CHECKPOINT pairs with R-CHECKPOINT (store_checkpoint).
-        let before = self.position.load(Ordering::Acquire);
-        let sequence = self.sequence.load(Ordering::Acquire);
-        let after = self.position.load(Ordering::Acquire);
-        (before == after && before != NO_CHECKPOINT).then_some(Place { position: before, sequence })
+impl Checkpoint {
+    /// The newest pair that is whole. The older one is rewritten while the newer stands, but one after the other may be
+    /// caught in the writing; so both are taken only when neither has moved. A dead writer's torn pair moves no more.
+    fn newest(&self) -> Option<Place> {
+        // Acquire: A-CHECKPOINT pairs with R-CHECKPOINT (store_checkpoint).
+        let positions = || [0, 1].map(|i: usize| self.pairs[i].position.load(Ordering::Acquire));
+        for _ in 0..CHECKPOINT_LOOKS {
+            let before = positions();
+            let sequences = [0, 1].map(|i: usize| self.pairs[i].sequence.load(Ordering::Acquire));
+            if positions() == before {
+                let places = [0, 1].map(|i| Place { position: before[i], sequence: sequences[i] });
+                let whole = places.into_iter().filter(|place| place.position != NO_CHECKPOINT);
+                return whole.max_by_key(|place| place.position);
+            }
+            pause();
+        }
+        None
     }
 }
 

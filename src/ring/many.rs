@@ -39,7 +39,7 @@ impl Entry {
 
 /// An entry's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct EntryWord(u64);
+pub struct EntryWord(u64);
 
 impl EntryWord {
     fn new(lap: u64, count: u64, unit: u64) -> Self {
@@ -121,7 +121,7 @@ impl ManyLog {
         ManyLog { header, readers, cursors, ring, lap_shift }
     }
 
-    pub(crate) fn gate(&self) -> Gate<'_> {
+    pub fn gate(&self) -> Gate<'_> {
         Gate { header: &self.header, readers: &self.readers, cursors: &self.cursors }
     }
 
@@ -140,7 +140,7 @@ impl ManyLog {
     }
 
     /// Walks from `place`, or from the newest checkpoint where that is further on, to the first free entry.
-    pub(crate) fn tail_from(&self, place: Option<Place>) -> Option<Place> {
+    pub fn tail_from(&self, place: Option<Place>) -> Option<Place> {
         let mut place = place.or_else(|| self.header.newest_checkpoint())?;
         let mut steps = 0;
         loop {
@@ -210,6 +210,13 @@ impl Record {
     }
 }
 
+/// Where a stopped publisher left off.
+#[cfg(loom)]
+pub struct Claim {
+    expected: EntryWord,
+    new: EntryWord,
+}
+
 /// The writing end: one publisher among many.
 pub struct Writer {
     log: ManyLog,
@@ -232,13 +239,13 @@ impl Writer {
     }
 
     /// Where this publisher last saw the tail.
-    pub(crate) fn at(&self) -> Place {
+    pub fn at(&self) -> Place {
         self.at
     }
 
     /// Makes room for one entry at the tail, and gives up what lies below `give_up_below`.
     #[cold]
-    pub(crate) fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
+    pub fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
         // A publisher that slept may stand below the floor by now; what it would announce must be true.
         self.at = self.log.tail_from(Some(self.at)).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
         let want = Want { slot: self.slot, at: self.at, count: 1, give_up_below, slack };
@@ -250,34 +257,55 @@ impl Writer {
     /// On `Stop` nothing has happened. Returns where it was committed.
     pub(crate) fn publish(&mut self, arena: &Arena, offset: u64, unit: u64, count: u64) -> Result<Place, Stop> {
         loop {
-            let expected = match self.log.look(self.at.position) {
-                Look::Committed(word) => {
-                    self.at = after(self.at, word);
-                    continue;
-                }
-                Look::Lapped => {
-                    // Slept for a lap or more: go on from the newest checkpoint, with a limit of today.
-                    self.make_room(0, self.policy.slack)?;
-                    continue;
-                }
-                Look::Free(expected) => expected,
-            };
-            if self.at.position >= self.limit {
-                self.make_room(0, self.policy.slack)?;
-                continue;
-            }
+            let expected = self.walk_to_free()?;
             Record::write_place(arena, offset, self.at);
             let new = EntryWord::new(self.at.position >> self.log.lap_shift, count, unit);
-            let word = &self.log.ring.at(self.at.position).word;
-            // Release on success: R-CLAIM pairs with A-CLAIM (ManyLog::look): the record comes before the word. Crash
-            // points: before this CAS nobody can tell that we were here, after it the message is whole. Relaxed on
-            // failure: `look` reads the word again.
-            if word.compare_exchange(expected.0, new.0, Ordering::Release, Ordering::Relaxed).is_ok() {
+            if self.claim(expected, new) {
                 let place = self.at;
                 self.at = after(place, new);
                 return Ok(place);
             }
         }
+    }
+
+    /// Walks to the first free entry that may be written. Returns what it holds now.
+    #[inline]
+    fn walk_to_free(&mut self) -> Result<EntryWord, Stop> {
+        loop {
+            match self.log.look(self.at.position) {
+                Look::Committed(word) => self.at = after(self.at, word),
+                Look::Free(expected) if self.at.position < self.limit => return Ok(expected),
+                // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today.
+                Look::Free(_) | Look::Lapped => self.make_room(0, self.policy.slack)?,
+            }
+        }
+    }
+
+    /// Swaps the entry at `self.at` from exactly what was seen there.
+    #[inline]
+    fn claim(&self, expected: EntryWord, new: EntryWord) -> bool {
+        // Release on success: R-CLAIM pairs with A-CLAIM (ManyLog::look): the record comes before the word. Crash
+        // points: before this CAS nobody can tell that we were here, after it the message is whole. Relaxed on
+        // failure: `look` reads the word again.
+        let word = &self.log.ring.at(self.at.position).word;
+        word.compare_exchange(expected.0, new.0, Ordering::Release, Ordering::Relaxed).is_ok()
+    }
+
+    /// Does all that [`Self::publish_word`] does before its compare-and-swap, which [`Self::claim_late`] may still do
+    /// (models: a publisher that stops there).
+    #[cfg(loom)]
+    pub fn stop_before_claim(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<Claim, Stop> {
+        Record::write(arena, offset, 1, 8, 1);
+        arena.store(offset + RECORD_HEADER_BYTES, value);
+        let expected = self.walk_to_free()?;
+        Record::write_place(arena, offset, self.at);
+        Ok(Claim { expected, new: EntryWord::new(self.at.position >> self.log.lap_shift, 1, unit) })
+    }
+
+    /// The compare-and-swap of a publisher that was stopped. Returns whether it published.
+    #[cfg(loom)]
+    pub fn claim_late(&self, stopped: Claim) -> bool {
+        self.claim(stopped.expected, stopped.new)
     }
 
     /// Wakes readers that sleep.
@@ -289,7 +317,7 @@ impl Writer {
     }
 
     /// Leaves a fresh checkpoint: for whoever comes next.
-    pub(crate) fn checkpoint(&self) {
+    pub fn checkpoint(&self) {
         self.log.header.store_checkpoint(self.slot, self.at);
     }
 
@@ -304,7 +332,7 @@ impl Writer {
 
 /// What a reader finds at its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Poll {
+pub enum Poll {
     Empty,
     Ready(EntryWord),
     Lapped,
@@ -328,13 +356,13 @@ impl Reader {
 
     /// Place of the next batch.
     #[inline]
-    pub(crate) fn next(&self) -> Place {
+    pub fn next(&self) -> Place {
         self.next
     }
 
     /// Looks at the next entry.
     #[inline]
-    pub(crate) fn poll(&self) -> Poll {
+    pub fn poll(&self) -> Poll {
         match self.log.look(self.next.position) {
             Look::Committed(word) => Poll::Ready(word),
             Look::Free(_) => Poll::Empty,
@@ -349,8 +377,18 @@ impl Reader {
     }
 
     /// Continues somewhere else.
-    pub(crate) fn move_to(&mut self, place: Place) {
+    pub fn move_to(&mut self, place: Place) {
         self.next = place;
+    }
+
+    /// Copies the word at the next entry out, if it is there, and stays where it is (models): what the record says
+    /// about its position, and the word. Checks nothing, because the record may be overwritten meanwhile.
+    #[cfg(loom)]
+    pub fn peek_word(&self, locate: impl Fn(u64) -> (Arena, u64)) -> Option<(u64, u64)> {
+        let Poll::Ready(word) = self.poll() else { return None };
+        let (arena, offset) = locate(word.unit());
+        let record = Record::read(&arena, offset).expect("a record in the arena");
+        Some((record.position, arena.load(offset + RECORD_HEADER_BYTES)))
     }
 
     /// Receives one word of a gated log (models and tests): record offset from `locate`.

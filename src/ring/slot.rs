@@ -36,7 +36,7 @@ pub(crate) enum Kind {
 
 /// A commit word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Word(pub(crate) u64);
+pub struct Word(pub(crate) u64);
 
 impl Word {
     /// The word that commits `position`.

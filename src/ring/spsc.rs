@@ -23,9 +23,9 @@ const RECEIVER_TAKEN: u32 = 32;
 #[repr(C)]
 pub struct ChannelHeader {
     /// The receiver sleeps here.
-    pub(crate) readers: Doorbell,
+    pub readers: Doorbell,
     /// The sender sleeps here.
-    pub(crate) writers: Doorbell,
+    pub writers: Doorbell,
     state: StateLine,
 }
 
@@ -34,14 +34,14 @@ struct StateLine(AtomicU32);
 
 /// Which end is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub enum End {
     Sender,
     Receiver,
 }
 
 /// The memory of a channel, without its arena.
 pub struct Channel<const W: usize> {
-    pub(crate) header: Shared<ChannelHeader>,
+    pub header: Shared<ChannelHeader>,
     ring: Ring<Slot<W>>,
 }
 
@@ -66,7 +66,7 @@ impl ChannelHeader {
     }
 
     /// Says that one end has gone for good.
-    pub(crate) fn close(&self, end: End) {
+    pub fn close(&self, end: End) {
         self.set(if end == End::Sender { SENDER_CLOSED } else { RECEIVER_CLOSED });
     }
 
@@ -85,7 +85,7 @@ impl ChannelHeader {
     }
 
     /// Whether that end has gone for good.
-    pub(crate) fn is_closed(&self, end: End) -> bool {
+    pub fn is_closed(&self, end: End) -> bool {
         let bit = if end == End::Sender { SENDER_CLOSED } else { RECEIVER_CLOSED };
         // Acquire: A-STATE pairs with R-STATE (set).
         self.state.0.load(Ordering::Acquire) & bit != 0
@@ -129,9 +129,10 @@ impl<const W: usize> Channel<W> {
         self.ring.len()
     }
 
-    /// Where sender and receiver stand, told from the words alone: the lowest free position is the tail, the lowest
-    /// committed one below it the head.
-    pub(crate) fn ends(&self) -> (u64, u64) {
+    /// Where sender and receiver stand, told from the words alone: the lowest position that is free, or will be when its
+    /// slot is freed, is the tail; the lowest committed one below it the head. One end may be alive meanwhile: freeing a
+    /// slot does not change what it says about the tail, nor committing one what it says about the head.
+    pub fn ends(&self) -> (u64, u64) {
         let words = || {
             (0..self.ring.len()).map(|index| {
                 // Acquire: A-COMMIT, A-FREE: whoever resumes here sees what its predecessor left.
@@ -139,14 +140,15 @@ impl<const W: usize> Channel<W> {
             })
         };
         let position = |word: Word| word.0 >> 16;
-        let free = words().filter(|w| w.kind() == Kind::Empty).map(position).min();
-        let tail = free.or_else(|| words().map(|w| position(w) + 1).max()).unwrap_or(0);
+        // What a batch that died half-way left above the tail counts a lap too far on, and so does not count.
+        let free_for = |word: Word| position(word) + if word.kind() == Kind::Empty { 0 } else { self.ring.len() };
+        let tail = words().map(free_for).min().unwrap_or(0);
         let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
         (committed.min().unwrap_or(tail), tail)
     }
 
     /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.
-    pub(crate) fn clear_above(&self, tail: u64) {
+    pub fn clear_above(&self, tail: u64) {
         for position in tail..tail + self.ring.len() {
             let slot = self.ring.at(position);
             if Word(slot.word.load(Ordering::Relaxed)).commits(position) {
@@ -189,13 +191,13 @@ impl<const W: usize> Sender<W> {
 
     /// The position of the next message.
     #[inline]
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.next
     }
 
     /// Whether the next `count` slots are free. The receiver frees in order, so the last one speaks for all.
     #[inline]
-    pub(crate) fn has_room(&self, count: u64) -> bool {
+    pub fn has_room(&self, count: u64) -> bool {
         let last = self.next + count - 1;
         // Acquire: A-FREE pairs with R-FREE (Receiver::free): its reads are over before we overwrite.
         count <= self.channel.ring.len() && self.channel.ring.at(last).word.load(Ordering::Acquire) == empty(last).0
@@ -225,7 +227,7 @@ impl<const W: usize> Sender<W> {
 
     /// Counts `count` committed messages.
     #[inline]
-    pub(crate) fn advance(&mut self, count: u64) {
+    pub fn advance(&mut self, count: u64) {
         self.next += count;
     }
 
@@ -234,6 +236,19 @@ impl<const W: usize> Sender<W> {
     pub fn notify(&self) {
         if !self.channel.header.readers.is_quiet() {
             self.channel.header.readers.ring();
+        }
+    }
+
+    /// What a sender that dies in a batch has done by then (models): all is filled, and committed from the last down to
+    /// `first`. There is room.
+    #[cfg(loom)]
+    pub fn send_words_down_to(&self, first: usize, values: &[u64]) {
+        let bodies: Vec<Inline> = values.iter().map(|value| Inline::copy_of(&value.to_ne_bytes())).collect();
+        for (ahead, inline) in bodies.iter().enumerate() {
+            self.fill(ahead as u64, Body::Inline(inline, 8));
+        }
+        for (ahead, inline) in bodies.iter().enumerate().skip(first).rev() {
+            self.commit(ahead as u64, Body::Inline(inline, 8));
         }
     }
 
@@ -271,7 +286,7 @@ impl<const W: usize> Receiver<W> {
 
     /// The position of the next message.
     #[inline]
-    pub(crate) fn next(&self) -> u64 {
+    pub fn next(&self) -> u64 {
         self.next
     }
 
@@ -291,13 +306,13 @@ impl<const W: usize> Receiver<W> {
 
     /// Steps over the message just read; its slot stays until [`Self::free`].
     #[inline]
-    pub(crate) fn step(&mut self) {
+    pub fn step(&mut self) {
         self.next += 1;
     }
 
     /// Frees what has been stepped over, and wakes the sender if it sleeps.
     #[inline]
-    pub(crate) fn free(&mut self) {
+    pub fn free(&mut self) {
         while self.freed != self.next {
             let slot = self.channel.ring.at(self.freed);
             // Release: R-FREE pairs with A-FREE (Sender::has_room): our reads come before the sender's next lap.
@@ -307,6 +322,12 @@ impl<const W: usize> Receiver<W> {
                 self.channel.header.writers.ring();
             }
         }
+    }
+
+    /// Copies the next small message out, if it is there, and stays where it is (models).
+    #[cfg(loom)]
+    pub fn peek_word(&self) -> Option<u64> {
+        self.poll().map(|_| self.slot().read().words[0])
     }
 
     /// Receives one small message (models and tests).

@@ -1,0 +1,153 @@
+//! The doorbell: nobody sleeps through a store. Loom's futex knows no time limit, so a lost wake-up is a deadlock.
+#![cfg(loom)]
+
+use std::sync::Arc;
+
+use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::thread;
+use loom_tests::*;
+use shmbus::model::*;
+
+/// A doorbell and what is waited for.
+struct Door {
+    bell: Doorbell,
+    stored: AtomicU64,
+}
+
+impl Door {
+    fn new() -> Arc<Self> {
+        Arc::new(Door { bell: Doorbell::new(), stored: AtomicU64::new(0) })
+    }
+
+    /// Relaxed on purpose: the doorbell promises that the store is seen, not more.
+    fn has(&self, count: u64) -> bool {
+        self.stored.load(Ordering::Relaxed) >= count
+    }
+
+    fn sleep_until(&self, enough: impl Fn(&Door) -> bool) {
+        while !enough(self) {
+            let armed = self.bell.arm();
+            if enough(self) {
+                break;
+            }
+            self.bell.sleep(armed, None);
+        }
+    }
+
+    fn store_and_ring(&self) {
+        self.stored.fetch_add(1, Ordering::Relaxed);
+        if !self.bell.is_quiet() {
+            self.bell.ring();
+        }
+    }
+}
+
+#[test]
+fn a_sleeper_is_woken() {
+    explore(PREEMPTIONS_SMALL, || {
+        let door = Door::new();
+        let theirs = door.clone();
+        let ringing = thread::spawn(move || theirs.store_and_ring());
+        door.sleep_until(|door| door.has(1));
+        ringing.join().unwrap();
+    });
+}
+
+/// The second ring finds the bit cleared by the first, or set again by the sleeper that goes back to sleep.
+#[test]
+fn a_sleeper_is_woken_twice() {
+    explore(PREEMPTIONS_SMALL, || {
+        let door = Door::new();
+        let theirs = door.clone();
+        let ringing = thread::spawn(move || (theirs.store_and_ring(), theirs.store_and_ring()));
+        door.sleep_until(|door| door.has(1));
+        door.sleep_until(|door| door.has(2));
+        ringing.join().unwrap();
+    });
+}
+
+#[test]
+fn two_sleepers_are_woken_by_one_ring() {
+    explore(PREEMPTIONS, || {
+        let door = Door::new();
+        let (theirs, others) = (door.clone(), door.clone());
+        let ringing = thread::spawn(move || theirs.store_and_ring());
+        let sleeping = thread::spawn(move || others.sleep_until(|door| door.has(1)));
+        door.sleep_until(|door| door.has(1));
+        (ringing.join().unwrap(), sleeping.join().unwrap());
+    });
+}
+
+#[test]
+fn two_ringers_wake_a_sleeper_that_waits_for_both() {
+    explore(PREEMPTIONS, || {
+        let door = Door::new();
+        let ringing = [door.clone(), door.clone()].map(|door| thread::spawn(move || door.store_and_ring()));
+        door.sleep_until(|door| door.has(2));
+        ringing.map(|ringing| ringing.join().unwrap());
+    });
+}
+
+/// The attention bit is seen by a sleeper that is on its way to sleep, and with it the state that was stored before.
+#[test]
+fn attention_reaches_a_sleeper() {
+    explore(PREEMPTIONS_SMALL, || {
+        let door = Door::new();
+        let theirs = door.clone();
+        let calling = thread::spawn(move || {
+            theirs.stored.store(1, Ordering::Relaxed);
+            theirs.bell.call_attention();
+        });
+        door.sleep_until(|door| door.bell.wants_attention());
+        assert!(door.has(1), "the state comes before the bit");
+        calling.join().unwrap();
+    });
+}
+
+/// A ring and a call for attention at once: neither swallows the other.
+#[test]
+fn attention_and_a_ring_do_not_swallow_each_other() {
+    explore(PREEMPTIONS, || {
+        let door = Door::new();
+        let (theirs, others) = (door.clone(), door.clone());
+        let ringing = thread::spawn(move || theirs.store_and_ring());
+        let calling = thread::spawn(move || others.bell.call_attention());
+        door.sleep_until(|door| door.has(1));
+        door.sleep_until(|door| door.bell.wants_attention());
+        (ringing.join().unwrap(), calling.join().unwrap());
+    });
+}
+
+/// Both ends of a full channel sleep and wake each other.
+#[test]
+fn a_channels_ends_never_sleep_both() {
+    explore(PREEMPTIONS, || {
+        let channel = channel(2);
+        let theirs = channel.clone();
+        let sending = thread::spawn(move || {
+            let mut sender = Sender::new(theirs.clone(), 0);
+            for value in 1..=3 {
+                while !sender.send_word(value) {
+                    let armed = theirs.header.writers.arm();
+                    if !sender.has_room(1) {
+                        theirs.header.writers.sleep(armed, None);
+                    }
+                }
+            }
+        });
+        let mut receiver = Receiver::new(channel.clone(), 0);
+        for value in 1..=3 {
+            let received = loop {
+                let armed = match receiver.recv_word() {
+                    Some(received) => break received,
+                    None => channel.header.readers.arm(),
+                };
+                if receiver.peek_word().is_none() {
+                    channel.header.readers.sleep(armed, None);
+                }
+            };
+            assert_eq!(received, value);
+        }
+        sending.join().unwrap();
+    });
+}
