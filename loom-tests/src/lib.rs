@@ -40,7 +40,7 @@ pub fn exclusive(len: u64, readers: usize) -> ExclusiveLog<1> {
 pub fn many(len: u64, readers: usize) -> ManyLog {
     let ring = Ring::new(Shared::heap((0..len).map(|_| Entry::new()).collect::<Box<[_]>>()));
     let header = Shared::heap(Box::new(LogHeader::new(0)));
-    ManyLog::new(header, Shared::heap(Box::new(CursorsHeader::new())), cursors(readers), ring)
+    ManyLog::new(header, Shared::heap(Box::new(CursorsHeader::new())), cursors(readers), ring, 26)
 }
 
 /// A formatted channel of `len` slots.

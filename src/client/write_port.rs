@@ -394,19 +394,18 @@ impl ManyPort {
     /// Arena space for a record with a body of `body` bytes.
     fn allocate(&mut self, body: u64) -> Result<u64, Stop> {
         let bytes = RECORD_HEADER_BYTES + body;
-        let unit = u64::from(self.info.geometry.unit_bytes);
-        if let Some(offset) = self.allocator.find(bytes, unit) {
+        if let Some(offset) = self.allocator.find(bytes, ARENA_ALIGN) {
             return Ok(offset);
         }
         // Acquire: A-FLOOR: others may have raised it for us.
         self.allocator.reclaim(self.writer.log().header.floor.0.load(Ordering::Acquire));
-        if let Some(offset) = self.allocator.find(bytes, unit) {
+        if let Some(offset) = self.allocator.find(bytes, ARENA_ALIGN) {
             return Ok(offset);
         }
-        let give_up_below = self.allocator.floor_for(bytes, unit).ok_or(Stop::Corrupt("arena too small"))?;
+        let give_up_below = self.allocator.floor_for(bytes, ARENA_ALIGN).ok_or(Stop::Corrupt("arena too small"))?;
         self.writer.make_room(give_up_below, arena_slack(&self.allocator))?;
         self.allocator.reclaim(self.writer.log().header.floor.0.load(Ordering::Acquire));
-        self.allocator.find(bytes, unit).ok_or(Stop::Corrupt("the floor went back"))
+        self.allocator.find(bytes, ARENA_ALIGN).ok_or(Stop::Corrupt("the floor went back"))
     }
 
     fn commit(&mut self, offset: u64, body: u64, count: u64) -> Result<u64, Stop> {

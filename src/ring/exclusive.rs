@@ -194,12 +194,12 @@ impl<const W: usize> Writer<W> {
     /// `first`. The place is reserved.
     #[cfg(loom)]
     pub fn publish_words_down_to(&self, first: usize, values: &[u64]) {
-        let bodies: Vec<Inline> = values.iter().map(|value| Inline::copy_of(&value.to_ne_bytes())).collect();
-        for (ahead, inline) in bodies.iter().enumerate() {
-            self.fill(ahead as u64, Body::Inline(inline, 8));
+        let bodies: Vec<[u8; 8]> = values.iter().map(|value| value.to_ne_bytes()).collect();
+        for (ahead, bytes) in bodies.iter().enumerate() {
+            self.fill(ahead as u64, Body::Inline(bytes));
         }
-        for (ahead, inline) in bodies.iter().enumerate().skip(first).rev() {
-            self.commit(ahead as u64, Body::Inline(inline, 8));
+        for (ahead, bytes) in bodies.iter().enumerate().skip(first).rev() {
+            self.commit(ahead as u64, Body::Inline(bytes));
         }
     }
 
@@ -282,7 +282,7 @@ impl<const W: usize> Reader<W> {
     /// Copies the next small message out, if it is there, and stays where it is (models).
     #[cfg(loom)]
     pub fn peek_word(&self) -> Option<u64> {
-        matches!(self.poll(), Poll::Ready(_)).then(|| self.slot().read().words[0])
+        matches!(self.poll(), Poll::Ready(_)).then(|| self.slot().first_word())
     }
 
     /// Receives one small message of a gated log (models and tests).

@@ -5,23 +5,23 @@
 //! published or not, and delays nobody. (RESEARCH: the anonymous claim of fetch-and-add rings is what wedges them.)
 //!
 //! ```text
-//! entry word: 63 ............ 36   35 ......... 26   25 ........ 0
-//!             lap (low 28) + 1     messages - 1      record, in units over all arenas
+//! entry word: 63 .................. u+10   u+9 ......... u    u-1 ...... 0
+//!             lap mod (2^(54-u) - 1) + 1   messages - 1      record, in units over all arenas
 //! ```
+//!
+//! where `u` is as many bits as the topic's arenas need.
 
 use crate::ring::arena::{Arena, Span};
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
 use crate::ring::log::{LogHeader, Place};
 use crate::ring::slot::Ring;
-use crate::shm::layout::{RECORD_HEADER_BYTES, UNIT_BITS};
+use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
 
-const COUNT_SHIFT: u32 = UNIT_BITS;
+/// Bits of an entry word that count messages.
 const COUNT_BITS: u32 = 10;
-const LAP_SHIFT: u32 = COUNT_SHIFT + COUNT_BITS;
-const LAP_BITS: u32 = 64 - LAP_SHIFT;
 
 /// One entry of the ring.
 #[repr(transparent)]
@@ -37,44 +37,70 @@ impl Entry {
     }
 }
 
-/// An entry's word.
+/// How an entry's word is divided: arenas that need more bits leave fewer for the lap.
+#[derive(Clone, Copy, Debug)]
+struct Format {
+    unit_bits: u32,
+    /// How many laps the field can tell apart.
+    laps: u64,
+}
+
+/// An entry's word, taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EntryWord(u64);
+pub struct EntryWord {
+    raw: u64,
+    count: u64,
+    unit: u64,
+}
+
+impl Format {
+    fn new(unit_bits: u32) -> Self {
+        Format { unit_bits, laps: (1 << (64 - COUNT_BITS - unit_bits)) - 1 }
+    }
+
+    /// The lap as stored: never 0, so that zeroed memory is no lap. Laps that lie `laps` apart share a field (I-6).
+    #[inline]
+    fn lap_field(self, lap: u64) -> u64 {
+        // A mask would do but for the 0; laps fit the field for days, so this is one comparison.
+        if lap < self.laps { lap + 1 } else { lap % self.laps + 1 }
+    }
+
+    fn word(self, lap: u64, count: u64, unit: u64) -> EntryWord {
+        let raw = self.lap_field(lap) << (self.unit_bits + COUNT_BITS) | (count - 1) << self.unit_bits | unit;
+        EntryWord { raw, count, unit }
+    }
+
+    #[inline]
+    fn read(self, raw: u64) -> EntryWord {
+        let count = (raw >> self.unit_bits & ((1 << COUNT_BITS) - 1)) + 1;
+        EntryWord { raw, count, unit: raw & ((1 << self.unit_bits) - 1) }
+    }
+
+    /// Whether `raw` commits lap `lap`.
+    #[inline]
+    fn commits(self, raw: u64, lap: u64) -> bool {
+        raw >> (self.unit_bits + COUNT_BITS) == self.lap_field(lap)
+    }
+
+    /// Whether `raw` is what lap `lap` replaces: the lap before, or nothing at all.
+    #[inline]
+    fn precedes(self, raw: u64, lap: u64) -> bool {
+        raw == 0 || lap > 0 && self.commits(raw, lap - 1)
+    }
+}
 
 impl EntryWord {
-    fn new(lap: u64, count: u64, unit: u64) -> Self {
-        EntryWord(lap_field(lap) << LAP_SHIFT | (count - 1) << COUNT_SHIFT | unit)
-    }
-
-    /// Whether this word commits lap `lap`.
-    #[inline]
-    fn commits(self, lap: u64) -> bool {
-        self.0 >> LAP_SHIFT == lap_field(lap)
-    }
-
-    /// Whether this is what lap `lap` replaces: the lap before, or nothing at all.
-    #[inline]
-    fn precedes(self, lap: u64) -> bool {
-        self.0 == 0 || self.0 >> LAP_SHIFT == lap_field(lap.wrapping_sub(1))
-    }
-
     /// Messages in the batch.
     #[inline]
     pub(crate) fn count(self) -> u64 {
-        (self.0 >> COUNT_SHIFT & ((1 << COUNT_BITS) - 1)) + 1
+        self.count
     }
 
     /// The record's place over all arenas.
     #[inline]
     pub(crate) fn unit(self) -> u64 {
-        self.0 & ((1 << UNIT_BITS) - 1)
+        self.unit
     }
-}
-
-/// The lap as stored: never 0, so that zeroed memory is no lap. Laps 2^28 - 1 apart share a field (I-6).
-#[inline]
-fn lap_field(lap: u64) -> u64 {
-    lap % ((1 << LAP_BITS) - 1) + 1
 }
 
 /// The memory of a log for many, without the arenas.
@@ -84,6 +110,7 @@ pub struct ManyLog {
     pub(crate) cursors: Shared<[Cursor]>,
     pub(crate) ring: Ring<Entry>,
     lap_shift: u32,
+    format: Format,
 }
 
 impl Clone for ManyLog {
@@ -94,6 +121,7 @@ impl Clone for ManyLog {
             cursors: self.cursors.clone(),
             ring: self.ring.clone(),
             lap_shift: self.lap_shift,
+            format: self.format,
         }
     }
 }
@@ -104,21 +132,22 @@ enum Look {
     /// Committed for this lap.
     Committed(EntryWord),
     /// Still what the previous lap left.
-    Free(EntryWord),
+    Free(u64),
     /// Already of a later lap.
     Lapped,
 }
 
 impl ManyLog {
-    /// A log over this memory.
+    /// A log over this memory; entry words say in `unit_bits` bits where a record is.
     pub fn new(
         header: Shared<LogHeader>,
         readers: Shared<CursorsHeader>,
         cursors: Shared<[Cursor]>,
         ring: Ring<Entry>,
+        unit_bits: u32,
     ) -> Self {
         let lap_shift = ring.len().trailing_zeros();
-        ManyLog { header, readers, cursors, ring, lap_shift }
+        ManyLog { header, readers, cursors, ring, lap_shift, format: Format::new(unit_bits) }
     }
 
     pub fn gate(&self) -> Gate<'_> {
@@ -129,11 +158,11 @@ impl ManyLog {
     fn look(&self, position: u64) -> Look {
         let lap = position >> self.lap_shift;
         // Acquire: A-CLAIM pairs with R-CLAIM (Writer::publish).
-        let word = EntryWord(self.ring.at(position).word.load(Ordering::Acquire));
-        if word.commits(lap) {
-            Look::Committed(word)
-        } else if word.precedes(lap) {
-            Look::Free(word)
+        let raw = self.ring.at(position).word.load(Ordering::Acquire);
+        if self.format.commits(raw, lap) {
+            Look::Committed(self.format.read(raw))
+        } else if self.format.precedes(raw, lap) {
+            Look::Free(raw)
         } else {
             Look::Lapped
         }
@@ -213,7 +242,7 @@ impl Record {
 /// Where a stopped publisher left off.
 #[cfg(loom)]
 pub struct Claim {
-    expected: EntryWord,
+    expected: u64,
     new: EntryWord,
 }
 
@@ -259,7 +288,7 @@ impl Writer {
         loop {
             let expected = self.walk_to_free()?;
             Record::write_place(arena, offset, self.at);
-            let new = EntryWord::new(self.at.position >> self.log.lap_shift, count, unit);
+            let new = self.log.format.word(self.at.position >> self.log.lap_shift, count, unit);
             if self.claim(expected, new) {
                 let place = self.at;
                 self.at = after(place, new);
@@ -270,7 +299,7 @@ impl Writer {
 
     /// Walks to the first free entry that may be written. Returns what it holds now.
     #[inline]
-    fn walk_to_free(&mut self) -> Result<EntryWord, Stop> {
+    fn walk_to_free(&mut self) -> Result<u64, Stop> {
         loop {
             match self.log.look(self.at.position) {
                 Look::Committed(word) => self.at = after(self.at, word),
@@ -283,12 +312,12 @@ impl Writer {
 
     /// Swaps the entry at `self.at` from exactly what was seen there.
     #[inline]
-    fn claim(&self, expected: EntryWord, new: EntryWord) -> bool {
+    fn claim(&self, expected: u64, new: EntryWord) -> bool {
         // Release on success: R-CLAIM pairs with A-CLAIM (ManyLog::look): the record comes before the word. Crash
         // points: before this CAS nobody can tell that we were here, after it the message is whole. Relaxed on
         // failure: `look` reads the word again.
         let word = &self.log.ring.at(self.at.position).word;
-        word.compare_exchange(expected.0, new.0, Ordering::Release, Ordering::Relaxed).is_ok()
+        word.compare_exchange(expected, new.raw, Ordering::Release, Ordering::Relaxed).is_ok()
     }
 
     /// Does all that [`Self::publish_word`] does before its compare-and-swap, which [`Self::claim_late`] may still do
@@ -299,7 +328,7 @@ impl Writer {
         arena.store(offset + RECORD_HEADER_BYTES, value);
         let expected = self.walk_to_free()?;
         Record::write_place(arena, offset, self.at);
-        Ok(Claim { expected, new: EntryWord::new(self.at.position >> self.log.lap_shift, 1, unit) })
+        Ok(Claim { expected, new: self.log.format.word(self.at.position >> self.log.lap_shift, 1, unit) })
     }
 
     /// The compare-and-swap of a publisher that was stopped. Returns whether it published.
@@ -414,9 +443,16 @@ mod tests {
 
     #[test]
     fn words_tell_their_lap_count_and_record() {
-        let word = EntryWord::new(5, 1024, (1 << UNIT_BITS) - 1);
-        assert!(word.commits(5) && !word.commits(4) && word.precedes(6) && !word.precedes(7));
-        assert_eq!((word.count(), word.unit()), (1024, (1 << UNIT_BITS) - 1));
-        assert!(EntryWord(0).precedes(0) && !EntryWord(0).commits(0));
+        for unit_bits in [1, 20, 34] {
+            let format = Format::new(unit_bits);
+            for lap in [1, 5, format.laps - 1, format.laps, format.laps + 1] {
+                let word = format.word(lap, 1024, (1 << unit_bits) - 1);
+                assert!(format.commits(word.raw, lap) && !format.commits(word.raw, lap - 1));
+                assert!(format.precedes(word.raw, lap + 1) && !format.precedes(word.raw, lap + 2));
+                assert_eq!(format.read(word.raw), word);
+                assert_eq!((word.count(), word.unit()), (1024, (1 << unit_bits) - 1));
+            }
+            assert!(format.precedes(0, 0) && !format.commits(0, 0));
+        }
     }
 }

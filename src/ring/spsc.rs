@@ -243,12 +243,12 @@ impl<const W: usize> Sender<W> {
     /// `first`. There is room.
     #[cfg(loom)]
     pub fn send_words_down_to(&self, first: usize, values: &[u64]) {
-        let bodies: Vec<Inline> = values.iter().map(|value| Inline::copy_of(&value.to_ne_bytes())).collect();
-        for (ahead, inline) in bodies.iter().enumerate() {
-            self.fill(ahead as u64, Body::Inline(inline, 8));
+        let bodies: Vec<[u8; 8]> = values.iter().map(|value| value.to_ne_bytes()).collect();
+        for (ahead, bytes) in bodies.iter().enumerate() {
+            self.fill(ahead as u64, Body::Inline(bytes));
         }
-        for (ahead, inline) in bodies.iter().enumerate().skip(first).rev() {
-            self.commit(ahead as u64, Body::Inline(inline, 8));
+        for (ahead, bytes) in bodies.iter().enumerate().skip(first).rev() {
+            self.commit(ahead as u64, Body::Inline(bytes));
         }
     }
 

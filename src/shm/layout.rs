@@ -37,10 +37,10 @@ pub(crate) const MAX_MESSAGES: u64 = 1 << 30;
 /// Most payload bytes a topic may be asked to hold, and the largest message.
 pub(crate) const MAX_BYTES: u64 = (1 << 32) - 4096;
 
-/// Bits of an entry word that say where its record is.
-pub(crate) const UNIT_BITS: u32 = 26;
+/// A commit word comes round to the same lap after at least 2 to the power of this many entries (I-6).
+const LAP_ROUND_BITS: u32 = 38;
 
-/// Fewest entries of a ring for many publishers: keeps the lap from coming round too soon (I-6).
+/// Fewest entries of a ring for many publishers.
 const MIN_ENTRIES: u64 = 1024;
 
 /// The sizes a topic's segments are built with. A pure function of the options; sent along so that both sides agree.
@@ -50,8 +50,8 @@ pub(crate) struct Geometry {
     pub(crate) slots: u64,
     /// 64 or 16 (slots), 8 (entries).
     pub(crate) slot_bytes: u32,
-    /// Granularity of arena offsets in entry words.
-    pub(crate) unit_bytes: u32,
+    /// Bits of an entry word that say where its record is (many publishers; 0 elsewhere).
+    pub(crate) unit_bits: u32,
     /// Body length of each arena.
     pub(crate) arena_bytes: u64,
 }
@@ -72,10 +72,9 @@ impl Geometry {
             }
         }
         let slots = (options.messages + slack_for(options.messages)).next_power_of_two();
-        let slots = if options.mode == Mode::Many { slots.max(MIN_ENTRIES) } else { slots.max(2) };
         Ok(match options.mode {
             Mode::Many => Self::many(options, slots),
-            Mode::Exclusive | Mode::Channel => Self::slotted(options, slots),
+            Mode::Exclusive | Mode::Channel => Self::slotted(options, slots.max(2)),
         })
     }
 
@@ -84,20 +83,19 @@ impl Geometry {
         let small = options.schema.as_ref().is_some_and(|s| s.size_bytes <= 8 && s.align_bytes <= 8);
         let slot_bytes: u32 = if small { 16 } else { 64 };
         let inline_only = options.schema.as_ref().is_some_and(|s| s.size_bytes <= u64::from(slot_bytes) - 8);
-        let arena_bytes = if inline_only { ARENA_ALIGN } else { arena_bytes(options, 0, ARENA_ALIGN) };
-        Geometry { slots, slot_bytes, unit_bytes: ARENA_ALIGN as u32, arena_bytes }
+        let arena_bytes = if inline_only { ARENA_ALIGN } else { arena_bytes(options, 0) };
+        Geometry { slots, slot_bytes, unit_bits: 0, arena_bytes }
     }
 
     /// Every payload in its publisher's arena.
     fn many(options: &TopicOptions, slots: u64) -> Geometry {
-        let mut unit = ARENA_ALIGN;
-        loop {
-            let arena = arena_bytes(options, RECORD_HEADER_BYTES, unit);
-            if (arena / unit) * u64::from(options.max_publishers) <= 1 << UNIT_BITS {
-                return Geometry { slots, slot_bytes: 8, unit_bytes: unit as u32, arena_bytes: arena };
-            }
-            unit *= 2;
-        }
+        let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES);
+        let units = arena_bytes / ARENA_ALIGN * u64::from(options.max_publishers);
+        let unit_bits = units.next_power_of_two().trailing_zeros().max(1);
+        // 10 bits count messages; what is left for the lap and the ring's length together must not come round soon.
+        let lap_bits = 54 - unit_bits;
+        let fewest = MIN_ENTRIES.max(1 << LAP_ROUND_BITS.saturating_sub(lap_bits));
+        Geometry { slots: slots.max(fewest), slot_bytes: 8, unit_bits, arena_bytes }
     }
 
     /// How far a publisher raises the floor ahead of its need; also how often a reader stores its cursor.
@@ -143,11 +141,10 @@ fn slack_for(slots: u64) -> u64 {
 }
 
 /// Room for the payloads, for what rounding up each record costs, and for the gap at the end of a lap.
-fn arena_bytes(options: &TopicOptions, header: u64, unit: u64) -> u64 {
-    let records = (options.messages + 1) * (header + unit - 1);
-    let gap = (options.bytes / 16).max(unit);
-    let one = header + options.bytes + unit;
-    (options.bytes + records + gap).max(one).next_multiple_of(unit)
+fn arena_bytes(options: &TopicOptions, header: u64) -> u64 {
+    let records = (options.messages + 1) * (header + ARENA_ALIGN - 1);
+    let gap = (options.bytes / 16).max(ARENA_ALIGN);
+    (options.bytes + records + gap).next_multiple_of(ARENA_ALIGN)
 }
 
 /// Rounds up to whole pages.

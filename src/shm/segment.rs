@@ -57,7 +57,7 @@ struct Header {
     generation: AtomicU32,
     slots: AtomicU64,
     slot_bytes: AtomicU32,
-    unit_bytes: AtomicU32,
+    unit_bits: AtomicU32,
     arena_bytes: AtomicU64,
 }
 
@@ -163,7 +163,7 @@ impl Header {
         self.generation.store(promise.generation, relaxed);
         self.slots.store(promise.geometry.slots, relaxed);
         self.slot_bytes.store(promise.geometry.slot_bytes, relaxed);
-        self.unit_bytes.store(promise.geometry.unit_bytes, relaxed);
+        self.unit_bits.store(promise.geometry.unit_bits, relaxed);
         self.arena_bytes.store(promise.geometry.arena_bytes, relaxed);
         // Release: R-MAGIC pairs with A-MAGIC (check_version): the magic vouches for the rest.
         self.magic.store(MAGIC, Ordering::Release);
@@ -193,7 +193,7 @@ impl Header {
         expect("generation", self.generation.load(relaxed).into(), promise.generation.into())?;
         expect("slots", self.slots.load(relaxed), promise.geometry.slots)?;
         expect("slot_bytes", self.slot_bytes.load(relaxed).into(), promise.geometry.slot_bytes.into())?;
-        expect("unit_bytes", self.unit_bytes.load(relaxed).into(), promise.geometry.unit_bytes.into())?;
+        expect("unit_bits", self.unit_bits.load(relaxed).into(), promise.geometry.unit_bits.into())?;
         expect("arena_bytes", self.arena_bytes.load(relaxed), promise.geometry.arena_bytes)
     }
 }

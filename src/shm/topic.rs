@@ -10,10 +10,10 @@ use crate::ring::gate::Policy;
 use crate::ring::log::LogHeader;
 use crate::ring::many::ManyLog;
 use crate::ring::spsc::{Channel, ChannelHeader};
-use crate::shm::layout::{CHANNEL_RING_OFFSET, Geometry, RING_OFFSET, cursors_len_bytes};
+use crate::shm::layout::{ARENA_ALIGN, CHANNEL_RING_OFFSET, Geometry, RING_OFFSET, cursors_len_bytes};
 use crate::shm::segment::{Kind, Promise, Segment};
 use crate::shm::shared::Shared;
-use crate::topic::{Full, Mode};
+use crate::topic::Full;
 
 impl TopicInfo {
     /// What the log segment promises.
@@ -91,7 +91,7 @@ impl LogSegments {
     /// The log of a topic with many publishers.
     pub(crate) fn many(&self, info: &TopicInfo) -> ManyLog {
         let ring = self.log.ring(RING_OFFSET, info.geometry.slots);
-        ManyLog::new(self.header(), self.readers(), self.cursor_lines(info), ring)
+        ManyLog::new(self.header(), self.readers(), self.cursor_lines(info), ring, info.geometry.unit_bits)
     }
 }
 
@@ -118,18 +118,13 @@ pub(crate) type Arenas = Vec<Option<Arena>>;
 /// Where a record lies: `unit` counts over all arenas. `None` where it lies in none.
 #[inline]
 pub(crate) fn locate(geometry: &Geometry, unit: u64) -> (u32, u64) {
-    let bytes = unit * u64::from(geometry.unit_bytes);
+    let bytes = unit * ARENA_ALIGN;
     ((bytes / geometry.arena_bytes) as u32, bytes % geometry.arena_bytes)
 }
 
 /// The number over all arenas of the record at `offset` of `slot`'s arena.
 pub(crate) fn unit_of(geometry: &Geometry, slot: u32, offset: u64) -> u64 {
-    (u64::from(slot) * geometry.arena_bytes + offset) / u64::from(geometry.unit_bytes)
-}
-
-/// Whether a topic of this mode has a log (a channel has not).
-pub(crate) fn has_log(mode: Mode) -> bool {
-    mode != Mode::Channel
+    (u64::from(slot) * geometry.arena_bytes + offset) / ARENA_ALIGN
 }
 
 /// A topic's info as handles share it.
