@@ -1,6 +1,8 @@
 //! `shmbus serve`: the coordinator and its keeper in the foreground.
 
-use shmbus::coordinator::{ServeOptions, serve};
+use std::os::fd::RawFd;
+
+use shmbus::coordinator::{Role, ServeOptions, serve};
 
 use crate::{Ended, Globals};
 
@@ -10,9 +12,25 @@ use crate::{Ended, Globals};
 /// nothing is left to keep. Use it under systemd, or to see what the coordinator says.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus --bus trading serve")]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// Start the bus in the background and return; how clients start one
+    #[arg(long, hide = true)]
+    spawned: bool,
+    /// Be one of the bus's two processes; how they start each other
+    #[arg(long, hide = true)]
+    role: Option<Role>,
+    /// The socket between the two
+    #[arg(long, hide = true)]
+    fd: Option<RawFd>,
+}
 
-pub(crate) fn run(globals: &Globals, _args: Args) -> anyhow::Result<Ended> {
-    serve(ServeOptions { name: globals.bus.clone(), directory: globals.dir.clone() })?;
+pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
+    serve(ServeOptions {
+        bus: globals.bus_name().to_owned(),
+        directory: globals.dir.clone(),
+        spawned: args.spawned,
+        role: args.role,
+        fd: args.fd,
+    })?;
     Ok(Ended::Well)
 }
