@@ -41,6 +41,7 @@ struct Cli {
 
 /// Options of every command.
 #[derive(clap::Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Globals {
     /// Which bus [default: default]
     #[arg(long, global = true, env = "SHMBUS_BUS", value_name = "NAME", hide_env_values = true)]

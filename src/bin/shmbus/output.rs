@@ -92,6 +92,11 @@ pub(crate) fn grouped(number: u64) -> String {
     out
 }
 
+/// A ratio: `1.25 ×`; small ones keep a meaning: `0.043 ×`.
+pub(crate) fn times(ratio: f64) -> String {
+    if ratio < 0.1 { format!("{ratio:.3} ×") } else { format!("{ratio:.2} ×") }
+}
+
 /// Bytes in binary units: `16 MiB`, `1.5 GiB`.
 pub(crate) fn bytes(count: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -13,19 +13,24 @@ use crate::{Ended, Globals};
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus --bus trading serve")]
 pub(crate) struct Args {
-    /// Start the bus in the background and return
+    /// Start the bus in the background and return; how clients start one
     #[arg(long, hide = true)]
     spawned: bool,
-    /// Be one of the bus's two processes
+    /// Be one of the bus's two processes; how they start each other
     #[arg(long, hide = true)]
     role: Option<Role>,
-    /// The socket inherited from the other one
-    #[arg(long, hide = true, requires = "role")]
+    /// The socket between the two
+    #[arg(long, hide = true)]
     fd: Option<RawFd>,
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let Args { spawned, role, fd } = args;
-    serve(ServeOptions { bus: globals.bus_name().to_owned(), directory: globals.dir.clone(), spawned, role, fd })?;
+    serve(ServeOptions {
+        bus: globals.bus_name().to_owned(),
+        directory: globals.dir.clone(),
+        spawned: args.spawned,
+        role: args.role,
+        fd: args.fd,
+    })?;
     Ok(Ended::Well)
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::canary::{Class, Quantiles};
 use super::stream::Flow;
 use super::{Chunk, Chunks, Setup};
-use crate::output::{Table, grouped, json_line, line};
+use crate::output::{Table, grouped, json_line, line, times};
 
 /// `bench pingpong --json`.
 #[derive(Serialize, Deserialize)]
@@ -123,7 +123,7 @@ fn stream_line(setup: &Setup, class: Class, chunks: &[&Chunk<Flow>]) -> StreamLi
         bytes_per_s,
         bare_bytes_per_s,
         bare_p50_ns: rounded(median(chunks.iter().map(|c| c.bare.0.p50_ns)), 10.0),
-        ratio_bytes: rounded(bytes_per_s / bare_bytes_per_s, 1000.0),
+        ratio_bytes: rounded(bytes_per_s / bare_bytes_per_s, 10_000.0),
         lost: chunks.iter().map(|c| c.sample.lost).sum(),
     }
 }
@@ -151,10 +151,6 @@ fn footnote(dropped: usize) -> anyhow::Result<()> {
         line(format_args!("{dropped} chunks dropped: the cores moved meanwhile"))?;
     }
     Ok(())
-}
-
-fn times(ratio: f64) -> String {
-    format!("{ratio:.2} ×")
 }
 
 fn rounded(value: f64, parts: f64) -> f64 {

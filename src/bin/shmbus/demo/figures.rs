@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::screen::Screen;
 use super::worker::check_signals;
 use crate::bench::{PingpongLine, StreamLine};
-use crate::output::grouped;
+use crate::output::{grouped, times};
 use crate::sandbox::{Minder, Sandbox};
 
 /// One JSON line of `shmbus bench`.
@@ -30,6 +30,10 @@ const RUNS: [(&str, &str, &str); 5] = [
 
 pub(super) fn run(screen: &Screen, sandbox: &Sandbox) -> anyhow::Result<()> {
     screen.heading(4, "Figures of this machine, two processes on two cores, beside the bare cache lines and memcpy")?;
+    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+        screen.line("   left out: this process may use only one core, and two processes must spin at once")?;
+        return Ok(());
+    }
     for (workload, size, mode) in RUNS {
         check_signals()?;
         let arguments = ["bench", workload, "--size", size, "--mode", mode, "--seconds", "1.5", "--json"];
@@ -52,18 +56,24 @@ pub(super) fn run(screen: &Screen, sandbox: &Sandbox) -> anyhow::Result<()> {
 fn describe(figure: &Figure) -> String {
     match figure {
         Figure::Pingpong(f) => format!(
-            "   round trip {:>6} B  {:<9}  {}  p50 {:>6.0} ns  p99 {:>6.0} ns   bare {:>4.0} ns   {:.2} × bare",
-            f.payload_bytes, f.mode, f.class, f.p50_ns, f.p99_ns, f.bare_p50_ns, f.ratio_p50
+            "   round trip {:>6} B  {:<9}  {}  p50 {:>6.0} ns  p99 {:>6.0} ns   bare {:>4.0} ns   {} bare",
+            f.payload_bytes,
+            f.mode,
+            f.class,
+            f.p50_ns,
+            f.p99_ns,
+            f.bare_p50_ns,
+            times(f.ratio_p50)
         ),
         Figure::Stream(f) => format!(
-            "   stream     {:>6} B  {:<9}  {}  {:>11} messages/s  {:>6.2} GB/s   memcpy {:.0} GB/s   {:.2} × bare, {} lost",
+            "   stream     {:>6} B  {:<9}  {}  {:>11} messages/s  {:>6.2} GB/s   memcpy {:.0} GB/s   {} bare, {} lost",
             f.payload_bytes,
             f.mode,
             f.class,
             grouped(f.messages_per_s as u64),
             f.bytes_per_s / 1e9,
             f.bare_bytes_per_s / 1e9,
-            f.ratio_bytes,
+            times(f.ratio_bytes),
             f.lost
         ),
     }

@@ -71,10 +71,11 @@ fn say(screen: &Screen, victim: &str, pause: &Pause) -> std::io::Result<()> {
     screen.holds(&format!("{victim} killed: {before} messages/s before, {after} after, longest pause {longest:.1} ms"))
 }
 
-/// The process that is asked for topics: of those that serve the bus, the one that does not keep for another.
+/// The coordinator among the processes that serve the bus: its arguments say so.
 fn coordinator_of(sandbox: &Sandbox) -> anyhow::Result<Server> {
     let servers = serving(sandbox.directory());
-    let coordinator = servers.iter().find(|server| !server.command_line.contains("keeper"));
+    let coordinator = servers.iter().find(|server| server.command_line.contains("--role coordinator"));
+    // Where the coordinator has no role of its own, the one process that serves is it.
     coordinator.or(servers.first()).cloned().context("no coordinator process was found")
 }
 

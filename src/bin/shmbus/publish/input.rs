@@ -38,13 +38,15 @@ pub(super) struct Input {
     buffer: Vec<u8>,
     /// `buffer[..filled]` is read and not yet published.
     filled: usize,
+    /// `buffer[..searched]` ends no message; a long line that comes in many pieces is searched but once.
+    searched: usize,
     ended: bool,
     read_bytes: u64,
 }
 
 impl Input {
     pub(super) fn new(cut: Cut, max_message: u64) -> io::Result<Input> {
-        Ok(Input { cut, max_message, buffer: Vec::new(), filled: 0, ended: false, read_bytes: 0 })
+        Ok(Input { cut, max_message, buffer: Vec::new(), filled: 0, searched: 0, ended: false, read_bytes: 0 })
     }
 
     /// Length of standard input where it is a file.
@@ -90,9 +92,11 @@ impl Input {
         let filled = &self.buffer[..self.filled];
         let mut messages = Vec::new();
         let mut at = 0;
-        while let Some(len) = next_message(self.cut, &filled[at..]) {
+        let mut searched = self.searched;
+        while let Some(len) = next_message(self.cut, &filled[at..], searched) {
             messages.push(&filled[at..at + len]);
             at += len;
+            searched = 0;
         }
         // An empty input is one empty message only where it was to be one message.
         if self.ended && (at < self.filled || self.cut == Cut::Whole) {
@@ -102,10 +106,11 @@ impl Input {
         (messages, at)
     }
 
-    /// Forgets the first `count` bytes.
+    /// Forgets the first `count` bytes: all that [`Input::messages`] gave out.
     pub(super) fn consume(&mut self, count: usize) {
         self.buffer.copy_within(count..self.filled, 0);
         self.filled -= count;
+        self.searched = self.filled;
     }
 
     /// Refuses a message that is already longer than any the topic takes.
@@ -118,13 +123,13 @@ impl Input {
     }
 }
 
-/// Length of the first message in `bytes`, if all of it is there.
-fn next_message(cut: Cut, mut bytes: &[u8]) -> Option<usize> {
+/// Length of the first message in `bytes`, if all of it is there; it does not end within the first `searched` bytes.
+fn next_message(cut: Cut, bytes: &[u8], searched: usize) -> Option<usize> {
     match cut {
         Cut::Lines => {
-            let whole = bytes;
-            let len = bytes.skip_until(b'\n').ok()?; // the standard library's memchr
-            whole[..len].ends_with(b"\n").then_some(len)
+            let mut rest = &bytes[searched..];
+            let len = searched + rest.skip_until(b'\n').ok()?; // the standard library's memchr
+            (len > searched && bytes[len - 1] == b'\n').then_some(len)
         }
         Cut::Chunk(len) => (bytes.len() >= len).then_some(len),
         Cut::Whole => None,
@@ -152,6 +157,20 @@ mod tests {
         );
         assert_eq!(cut(Cut::Lines, b"rest", true), (vec![b"rest".into()], 4));
         assert_eq!(cut(Cut::Lines, b"", true), (vec![], 0));
+    }
+
+    #[test]
+    fn a_line_in_pieces_is_one_message() {
+        let mut input = Input::new(Cut::Lines, 1 << 20).unwrap();
+        for (piece, expected) in [("\nfir", vec!["\n"]), ("st", vec![]), ("\n", vec!["first\n"]), ("\n", vec!["\n"])] {
+            input.buffer.truncate(input.filled);
+            input.buffer.extend(piece.bytes());
+            input.filled = input.buffer.len();
+            let (messages, consumed) = input.messages();
+            assert_eq!(messages, expected.iter().map(|m| m.as_bytes()).collect::<Vec<_>>(), "{piece:?}");
+            input.consume(consumed);
+        }
+        assert_eq!(input.filled, 0);
     }
 
     #[test]
