@@ -289,7 +289,9 @@ impl Inner {
     fn say_hello(&mut self, socket: OwnedFd) -> io::Result<()> {
         for (answer, _) in std::mem::take(&mut self.answers) {
             // It was granted, but nobody has taken it: not naming it gives it back.
-            opened_handle(&answer).inspect(|handle| drop(self.holds.remove(handle)));
+            if let Some(handle) = opened_handle(&answer) {
+                self.holds.remove(&handle);
+            }
         }
         self.welcomed = false;
         self.expected.clear();
@@ -398,7 +400,7 @@ impl Inner {
             }
             answer => {
                 // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
-                opened_handle(&answer).inspect(|handle| drop(self.holds.insert(*handle)));
+                self.holds.extend(opened_handle(&answer));
                 self.answers.push_back((answer, fds));
             }
         }

@@ -156,6 +156,10 @@ impl Server {
             };
             for event in &events[..count] {
                 self.handle(event.data(), event.events())?;
+                // Once the topics are marked as stopped nothing may be granted any more.
+                if self.ended {
+                    break;
+                }
             }
             self.look_at_the_clock()?;
         }
