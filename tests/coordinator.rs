@@ -61,6 +61,7 @@ impl Scene {
     fn kill(&self, role: &str) -> u32 {
         let pid = self.one(role);
         signal(pid, "-KILL");
+        self.wait("its death", |scene| !scene.plays(pid, None));
         pid
     }
 

@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a reader waits for an arena's descriptor after the connection broke.
 const ARENA_PATIENCE: Duration = Duration::from_millis(50);
 
+/// How long the last handle's end waits for the coordinator to confirm it.
+const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
+
 /// Longest single wait: another thread may have received the answer that this one waits for.
 const SLICE: Duration = Duration::from_millis(5);
 
@@ -229,12 +232,7 @@ impl Drop for Control {
             return;
         }
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
-        inner.holds.clear();
-        if inner.socket.is_none() && inner.end.is_none() {
-            // The connection broke and nobody has needed it since. A successor must still learn that we hold nothing
-            // any more; the listening socket keeps our Hello for it.
-            let _ = inner.connect();
-        }
+        inner.take_leave();
         if let Some(socket) = &inner.socket {
             socket::shut_down(socket.as_fd());
         }
@@ -287,7 +285,9 @@ impl Inner {
     fn say_hello(&mut self, socket: OwnedFd) -> io::Result<()> {
         for (answer, _) in std::mem::take(&mut self.answers) {
             // It was granted, but nobody has taken it: not naming it gives it back.
-            opened_handle(&answer).inspect(|handle| drop(self.holds.remove(handle)));
+            if let Some(handle) = opened_handle(&answer) {
+                self.holds.remove(&handle);
+            }
         }
         self.welcomed = false;
         self.expected.clear();
@@ -324,6 +324,25 @@ impl Inner {
                 self.socket = None;
                 Ok(false)
             }
+        }
+    }
+
+    /// Makes sure that the coordinator, or its successor if it dies just now, learns that nothing is held any more.
+    fn take_leave(&mut self) {
+        let deadline = Instant::now() + LEAVE_PATIENCE;
+        self.receive_all();
+        let handles: Vec<HandleRef> = self.holds.iter().copied().collect();
+        if !handles.is_empty() {
+            self.close(&handles);
+        }
+        while let Some(socket) = self.socket.clone().filter(|_| !self.expected.is_empty() && Instant::now() < deadline)
+        {
+            pause(Some(&socket), deadline);
+            self.receive_all();
+        }
+        if self.socket.is_none() {
+            // The listening socket keeps our Hello for the successor.
+            let _ = self.connect();
         }
     }
 
@@ -396,7 +415,7 @@ impl Inner {
             }
             answer => {
                 // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
-                opened_handle(&answer).inspect(|handle| drop(self.holds.insert(*handle)));
+                self.holds.extend(opened_handle(&answer));
                 self.answers.push_back((answer, fds));
             }
         }

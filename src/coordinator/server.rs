@@ -17,9 +17,8 @@ use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
 use crate::coordinator::limits::LINGER;
 use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
-use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, Request};
+use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::roles::{self, Role};
-use crate::coordinator::state::check_protocol;
 use crate::error::Refusal;
 use crate::os::socket::{self, Peer};
 
@@ -156,6 +155,10 @@ impl Server {
             };
             for event in &events[..count] {
                 self.handle(event.data(), event.events())?;
+                // Once the topics are marked as stopped nothing may be granted any more.
+                if self.ended {
+                    break;
+                }
             }
             self.look_at_the_clock()?;
         }
@@ -335,7 +338,7 @@ impl Server {
     }
 
     fn hello(&mut self, id: u64, protocol: u32, incarnation: Option<u64>, holds: &[HandleRef]) -> io::Result<()> {
-        if check_protocol(protocol).is_err() {
+        if protocol != PROTOCOL_VERSION {
             // Tells the client our version; it does not get any further.
             self.send(id, &self.estate.welcome(0), Vec::new())?;
             self.expel(id);

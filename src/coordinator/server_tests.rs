@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::client::control::Control;
-use crate::coordinator::protocol::{PROTOCOL_VERSION, SegmentRef, StartAt};
+use crate::coordinator::protocol::{SegmentRef, StartAt};
 use crate::error::OpenError;
 use crate::topic::{Mode, TopicOptions};
 

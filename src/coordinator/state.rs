@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
-use crate::coordinator::protocol::{HandleRef, PROTOCOL_VERSION, Request, StartAt, TopicInfo};
+use crate::coordinator::protocol::{HandleRef, Request, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::shm::layout::Geometry;
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
@@ -559,15 +559,6 @@ impl Decider<'_> {
         let pid = holder.and_then(|incarnation| self.state.participants.get(&incarnation)).map_or(0, |p| p.pid);
         Refusal::Taken { topic: entry.info.name.clone(), mode: mode.to_owned(), role: role.to_owned(), pid }
     }
-}
-
-/// Checks the first packet of a connection.
-pub(crate) fn check_protocol(protocol: u32) -> Result<(), Refusal> {
-    if protocol == PROTOCOL_VERSION {
-        return Ok(());
-    }
-    let problem = format!("the program speaks version {protocol}, the coordinator {PROTOCOL_VERSION}");
-    Err(Refusal::Protocol { problem })
 }
 
 fn checked(name: &str) -> Result<(), Refusal> {

@@ -125,7 +125,9 @@ fn creating_again_compares_every_option() {
 fn limits_refuse_and_give_back() {
     let mut state = state();
     let a = join(&mut state);
-    (0..3).for_each(|_| drop(join(&mut state)));
+    for _ in 0..3 {
+        join(&mut state);
+    }
     assert!(matches!(state.join(&LIMITS, 1, 1), Err(Refusal::Limit { .. })));
     for topic in ["a", "b", "c", "d"] {
         ask(&mut state, a, create(topic, TopicOptions::default())).unwrap();

@@ -3,7 +3,7 @@
 //! Every socket is non-blocking and closed on exec. Whoever wants to wait calls [`wait`] with a deadline.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Instant;
 
@@ -174,6 +174,7 @@ fn own(raw: RawFd) -> OwnedFd {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
     use std::time::Duration;
 
