@@ -23,7 +23,7 @@ mod real {
 
     /// A 32-bit word in shared memory that processes sleep on.
     #[repr(transparent)]
-    pub struct FutexWord(AtomicU32);
+    pub(crate) struct FutexWord(AtomicU32);
 
     impl FutexWord {
         /// The word itself.

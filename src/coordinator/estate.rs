@@ -153,7 +153,11 @@ impl Estate {
     /// Whether anybody or anything needs the bus.
     pub(crate) fn is_needed(&self) -> bool {
         let holds_messages = |memory: &TopicMemory| memory.range().is_ok_and(|(oldest, tail)| oldest < tail);
-        self.state.stay || !self.state.participants().is_empty() || self.memories.values().any(holds_messages)
+        let kept = |entry: &TopicEntry| entry.kept;
+        self.state.stay
+            || !self.state.participants().is_empty()
+            || self.state.topics().values().any(kept)
+            || self.memories.values().any(holds_messages)
     }
 
     /// Lets everybody who holds a topic know that the bus has stopped.

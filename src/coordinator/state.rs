@@ -35,7 +35,7 @@ pub(crate) enum Event {
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry).
-    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64 },
+    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool },
     /// It is gone, with all its handles.
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
@@ -88,6 +88,8 @@ pub(crate) struct TopicEntry {
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
     publishers_seen: u64,
+    /// Created by request, not by a publisher in passing: it keeps the bus until it is removed, also while it is empty.
+    pub(crate) kept: bool,
 }
 
 /// Who has a publisher slot.
@@ -183,7 +185,9 @@ impl State {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
                 self.participants.remove(incarnation);
             }
-            Event::TopicCreated { info, uid, bytes, publishers } => self.add_topic(info, *uid, *bytes, *publishers),
+            Event::TopicCreated { info, uid, bytes, publishers, kept } => {
+                self.add_topic(info, *uid, *bytes, *publishers, *kept);
+            }
             Event::TopicRemoved { topic } => self.remove_topic(*topic),
             Event::ArenaAdded { topic, slot, bytes } => {
                 let Some(entry) = self.topics.get_mut(topic) else { return };
@@ -229,7 +233,7 @@ impl State {
         events
     }
 
-    fn add_topic(&mut self, info: &TopicInfo, uid: u32, bytes: u64, publishers_seen: u64) {
+    fn add_topic(&mut self, info: &TopicInfo, uid: u32, bytes: u64, publishers_seen: u64, kept: bool) {
         self.next_topic = self.next_topic.max(info.id + 1);
         self.names.insert(info.name.clone(), info.id);
         *self.reserved.entry(uid).or_default() += bytes;
@@ -241,6 +245,7 @@ impl State {
             publishers: BTreeMap::new(),
             subscribers: BTreeMap::new(),
             publishers_seen,
+            kept,
         };
         self.topics.insert(info.id, entry);
     }
@@ -290,7 +295,8 @@ impl TopicEntry {
         let topic = self.info.id;
         // What the added arenas take is counted in the topic already; the publishers that follow count themselves.
         let publishers = self.publishers_seen - self.publishers.len() as u64;
-        events.push(Event::TopicCreated { info: self.info.clone(), uid: self.uid, bytes: self.bytes, publishers });
+        let (info, kept) = (self.info.clone(), self.kept);
+        events.push(Event::TopicCreated { info, uid: self.uid, bytes: self.bytes, publishers, kept });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
@@ -386,7 +392,7 @@ impl Decider<'_> {
     fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<Plan, Refusal> {
         checked(name)?;
         let Some(existing) = self.state.names.get(name).and_then(|id| self.state.topics.get(id)) else {
-            let events = vec![self.new_topic(name, options)?.1];
+            let events = vec![self.new_topic(name, options, true)?.1];
             return Ok(Plan { events, reply: Reply::Created { existed: false } });
         };
         if !exist_ok {
@@ -421,7 +427,7 @@ impl Decider<'_> {
         let (info, slot, tenancy) = match (existing, create) {
             (None, None) => return Err(unknown(name)),
             (None, Some(options)) => {
-                let (info, event) = self.new_topic(name, options)?;
+                let (info, event) = self.new_topic(name, options, false)?;
                 events.push(event);
                 (info, 0, 0)
             }
@@ -489,7 +495,7 @@ impl Decider<'_> {
         self.state.names.get(name).and_then(|id| self.state.topics.get(id)).ok_or_else(|| unknown(name))
     }
 
-    fn new_topic(&self, name: &str, options: &TopicOptions) -> Result<(TopicInfo, Event), Refusal> {
+    fn new_topic(&self, name: &str, options: &TopicOptions, kept: bool) -> Result<(TopicInfo, Event), Refusal> {
         let topic = name.to_owned();
         if self.state.topics.len() >= self.limits.topics {
             let mend = "remove some with `shmbus rm`".to_owned();
@@ -516,7 +522,7 @@ impl Decider<'_> {
         };
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
-        Ok((info.clone(), Event::TopicCreated { info, uid: self.uid, bytes, publishers: 0 }))
+        Ok((info.clone(), Event::TopicCreated { info, uid: self.uid, bytes, publishers: 0, kept }))
     }
 
     fn publisher_slot(&self, entry: &TopicEntry) -> Result<u32, Refusal> {

@@ -165,7 +165,7 @@ mod tests {
                 arena.reclaim(floor);
             }
             let offset = arena.find(bytes, 64).expect("floor_for promised room");
-            assert!(offset % 64 == 0 && offset + bytes <= 1024);
+            assert!(offset.is_multiple_of(64) && offset + bytes <= 1024);
             for live in &arena.live {
                 assert!(offset + bytes <= live.offset || live.end <= offset, "{live:?} against {offset}+{bytes}");
             }

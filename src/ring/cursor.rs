@@ -49,7 +49,7 @@ impl CursorsHeader {
 
 impl Cursor {
     /// A free cursor outside shared memory.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn new() -> Self {
         Cursor {
             position: AtomicU64::new(NOT_IN_FORCE),
@@ -92,12 +92,6 @@ impl Cursor {
         self.position.store(NOT_IN_FORCE, Ordering::Release);
         self.mode.store(0, Ordering::Relaxed);
         self.owner.store(0, Ordering::Relaxed);
-    }
-
-    /// Sets the sequence people see, before the first [`Self::advance`].
-    pub(crate) fn set_sequence(&self, sequence: u64) {
-        // Relaxed: only shown to people.
-        self.sequence.store(sequence, Ordering::Relaxed);
     }
 
     /// The sequence people see. Stale the moment it is read.

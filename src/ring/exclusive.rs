@@ -171,7 +171,7 @@ impl<const W: usize> Writer<W> {
     }
 
     /// Publishes one small message (models and tests; handles use the steps above).
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn publish_word(&mut self, value: u64) -> Result<u64, Stop> {
         self.reserve(1)?;
         let bytes = value.to_ne_bytes();
@@ -286,7 +286,7 @@ impl<const W: usize> Reader<W> {
     }
 
     /// Receives one small message of a gated log (models and tests).
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn recv_word(&mut self, cursor: u32) -> Option<u64> {
         let Poll::Ready(_) = self.poll() else { return None };
         let value = self.slot().first_word();

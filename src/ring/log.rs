@@ -73,7 +73,7 @@ pub struct Place {
 
 impl LogHeader {
     /// An empty log outside shared memory, starting at `start`.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn new(start: u64) -> Self {
         let pair = || Pair { position: AtomicU64::new(0), sequence: AtomicU64::new(0) };
         let header = LogHeader {

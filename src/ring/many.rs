@@ -31,7 +31,7 @@ pub struct Entry {
 
 impl Entry {
     /// A zeroed entry outside shared memory.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn new() -> Self {
         Entry { word: AtomicU64::new(0) }
     }
@@ -351,7 +351,7 @@ impl Writer {
     }
 
     /// Publishes one word as a record at `offset` (models and tests; handles use the steps above).
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn publish_word(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<u64, Stop> {
         Record::write(arena, offset, 1, 8, 1);
         arena.store(offset + RECORD_HEADER_BYTES, value);
@@ -421,7 +421,7 @@ impl Reader {
     }
 
     /// Receives one word of a gated log (models and tests): record offset from `locate`.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn recv_word(&mut self, cursor: u32, locate: impl Fn(u64) -> (Arena, u64)) -> Option<u64> {
         let Poll::Ready(word) = self.poll() else { return None };
         let (arena, offset) = locate(word.unit());

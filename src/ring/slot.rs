@@ -85,7 +85,7 @@ impl<const W: usize> Slot<W> {
     pub(crate) const INLINE_BYTES: usize = W * 8;
 
     /// A zeroed slot outside shared memory.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn new() -> Self {
         Slot { word: AtomicU64::new(0), payload: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
@@ -108,7 +108,7 @@ impl<const W: usize> Slot<W> {
     }
 
     /// The payload's first word.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub(crate) fn first_word(&self) -> u64 {
         self.payload[0].load(Ordering::Relaxed)
     }

@@ -253,7 +253,7 @@ impl<const W: usize> Sender<W> {
     }
 
     /// Sends one small message (models and tests; handles use the steps above). False where there is no room.
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn send_word(&mut self, value: u64) -> bool {
         if !self.has_room(1) {
             return false;
@@ -331,7 +331,7 @@ impl<const W: usize> Receiver<W> {
     }
 
     /// Receives one small message (models and tests).
-    #[cfg(any(test, loom))]
+    #[cfg(loom)]
     pub fn recv_word(&mut self) -> Option<u64> {
         self.poll()?;
         let value = self.slot().first_word();

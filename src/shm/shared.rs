@@ -1,5 +1,8 @@
 //! [`Shared`]: a view into memory that somebody keeps alive.
 
+// `pub` below means: visible to the loom models (`crate::model`), not to users.
+#![allow(unreachable_pub)]
+
 use std::any::Any;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -28,19 +31,14 @@ impl<T: ?Sized> Shared<T> {
         Shared { target, keep }
     }
 
-    /// A heap allocation, shared between threads (tests and models).
+    /// A heap allocation, shared between threads (models).
+    #[cfg(loom)]
     pub fn heap(value: Box<T>) -> Self
     where
         T: Sync + Send,
     {
         let owner = HeapBox(NonNull::from(Box::leak(value)));
         Shared { target: owner.0, keep: Arc::new(owner) }
-    }
-
-    /// The owner of the memory, to build further views of it.
-    #[cfg(not(loom))]
-    pub(crate) fn keeper(&self) -> Arc<dyn Any + Send + Sync> {
-        self.keep.clone()
     }
 }
 
@@ -60,14 +58,18 @@ impl<T: ?Sized> Deref for Shared<T> {
     }
 }
 
+#[cfg(loom)]
 /// Frees a leaked box; not a `Box` because that would claim sole access while views exist.
 struct HeapBox<T: ?Sized>(NonNull<T>);
 
+#[cfg(loom)]
 // SAFETY: owns a `T` that is Send and Sync (required by `Shared::heap`).
 unsafe impl<T: ?Sized> Send for HeapBox<T> {}
+#[cfg(loom)]
 // SAFETY: as above.
 unsafe impl<T: ?Sized> Sync for HeapBox<T> {}
 
+#[cfg(loom)]
 impl<T: ?Sized> Drop for HeapBox<T> {
     fn drop(&mut self) {
         // SAFETY: the pointer came from `Box::leak` and every view that used it is gone.
