@@ -196,6 +196,7 @@ fn a_bus_is_started_by_need_and_goes_when_nobody_needs_it() {
     assert!(second.create_topic("t", &small(), true).unwrap());
     drop(first);
     assert_eq!(topics(&second).len(), 1);
+    second.remove_topic("t", false).unwrap();
     drop(second);
     scene.assert_gone();
     assert_eq!(topics(&scene.open()).len(), 0, "a new bus");
@@ -210,7 +211,9 @@ fn many_programs_that_start_at_once_meet_on_one_bus() {
             scope.spawn(move || {
                 for again in 0..5 {
                     let bus = scene.open();
-                    bus.create_topic(&format!("t{round}.{again}"), &small(), true).unwrap();
+                    let name = format!("t{round}.{again}");
+                    bus.create_topic(&name, &small(), true).unwrap();
+                    bus.remove_topic(&name, false).unwrap();
                 }
             });
         }
