@@ -81,25 +81,27 @@ fn a_joiner_is_safe_from_the_publisher_that_did_not_raise() {
     });
 }
 
-/// The other publisher's writes come after the reads of readers that only the raising publisher saw pass.
+/// The other publisher's writes come after the reads of a reader that only the raising publisher saw join and pass.
 #[test]
 fn a_floor_hands_on_the_view_of_the_readers() {
     explore(PREEMPTIONS, || {
         let (log, borrowed) = (exclusive(2, 1), Arc::new(Borrowed::new(2)));
-        gate_at(log.gate(), 0, 0);
         (borrowed.write(0, value_of(0)), borrowed.write(1, value_of(1)));
         let want = |slot| Want { slot, at: Place { position: 2, sequence: 2 }, count: 1, give_up_below: 0, slack: 0 };
         let theirs = log.clone();
         let raising = thread::spawn(move || drop(theirs.gate().make_room(&gated(2), want(0))));
-        let (theirs, written) = (log.clone(), borrowed.clone());
-        let writing = thread::spawn(move || {
-            if theirs.gate().make_room(&gated(2), want(1)).is_ok() {
-                written.write(2, value_of(2));
+        let (theirs, seen) = (log.clone(), borrowed.clone());
+        let reading = thread::spawn(move || {
+            theirs.gate().cursors[0].occupy(1, false);
+            if theirs.gate().join(0, 0) == 0 {
+                assert_eq!(seen.read(0), value_of(0));
+                theirs.gate().cursors[0].advance(1, 1);
             }
         });
-        assert_eq!(borrowed.read(0), value_of(0));
-        log.gate().cursors[0].advance(1, 1);
-        (raising.join().unwrap(), writing.join().unwrap());
+        if log.gate().make_room(&gated(2), want(1)).is_ok() {
+            borrowed.write(2, value_of(2));
+        }
+        (raising.join().unwrap(), reading.join().unwrap());
     });
 }
 

@@ -167,24 +167,22 @@ fn overwriting_below_anothers_floor_is_noticed() {
         let mut reuses = ManyWriter::new(log.clone(), overwriting(2), 0).unwrap();
         assert_eq!(arenas.publish(&mut reuses, 0, value_of(0)), Ok(0));
         let (theirs, records) = (log.clone(), arenas.clone());
-        let raising = thread::spawn(move || {
-            let mut writer = ManyWriter::new(theirs, overwriting(2), 1).unwrap();
-            drop(writer.make_room(1, 0));
-            drop(records);
-        });
-        let (theirs, records) = (log.clone(), arenas.clone());
-        let reusing = thread::spawn(move || {
-            if theirs.gate().header.floor() == 1 {
-                reuses.make_room(1, 0).unwrap();
-                assert_eq!(records.publish(&mut reuses, 0, value_of(1)), Ok(1));
+        let copying = thread::spawn(move || {
+            let reader = ManyReader::new(theirs.clone(), 0, 0);
+            let (position, copy) = reader.peek_word(|unit| records.locate(unit)).expect("published before");
+            if still_retained(theirs.gate().header, 0) {
+                assert_eq!((position, copy), (0, value_of(0)));
             }
         });
-        let reader = ManyReader::new(log.clone(), 0, 0);
-        let (position, copy) = reader.peek_word(|unit| arenas.locate(unit)).expect("published before");
-        if still_retained(log.gate().header, 0) {
-            assert_eq!((position, copy), (0, value_of(0)));
-        }
-        (raising.join().unwrap(), reusing.join().unwrap());
+        let theirs = log.clone();
+        let raising = thread::spawn(move || {
+            let mut writer = ManyWriter::new(theirs, overwriting(2), 1).unwrap();
+            writer.make_room(1, 0).unwrap();
+        });
+        raising.join().unwrap();
+        reuses.make_room(1, 0).unwrap();
+        assert_eq!(arenas.publish(&mut reuses, 0, value_of(1)), Ok(1));
+        copying.join().unwrap();
     });
 }
 
