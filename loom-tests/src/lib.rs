@@ -7,11 +7,15 @@ use shmbus::model::*;
 
 /// Preemptions an execution may contain: switches away from a thread that could have gone on. Each bug these models
 /// are made for needs one or two (the joiner stops between store and look, the publisher between scan and floor); a
-/// third multiplies the time by five to ten and has found nothing more. LOOM_MAX_PREEMPTIONS overrides it.
+/// third multiplies the time by five to ten. LOOM_MAX_PREEMPTIONS overrides it.
 pub const PREEMPTIONS: usize = 2;
 
 /// For models of two short threads, which can afford one more.
 pub const PREEMPTIONS_SMALL: usize = 3;
+
+/// For models of three threads that wait for each other: a thread that waits gives way as often as it likes, and each
+/// time is one more branch.
+pub const PREEMPTIONS_LARGE: usize = 1;
 
 /// Runs `model` through all its executions with at most `preemptions` preemptions.
 pub fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {

@@ -66,6 +66,23 @@ fn two_publishers_checkpoints_do_not_hide_each_other() {
     });
 }
 
+/// Whoever finds a topic ended finds what was stored before its end.
+#[test]
+fn the_end_comes_last() {
+    explore(PREEMPTIONS_SMALL, || {
+        let header = header();
+        let theirs = header.clone();
+        let ending = thread::spawn(move || {
+            theirs.begin_tenancy(1, 10, 7, 70);
+            theirs.end(TopicState::Removed);
+        });
+        if header.state() == TopicState::Removed {
+            assert_eq!(header.publisher_at(1, 15), Some((7, 75)));
+        }
+        ending.join().unwrap();
+    });
+}
+
 /// The place of a tenancy is used again while a reader asks who published in the old one.
 #[test]
 fn a_message_is_never_ascribed_to_another_tenancy() {
@@ -76,6 +93,20 @@ fn a_message_is_never_ascribed_to_another_tenancy() {
         let beginning = thread::spawn(move || theirs.begin_tenancy(1, 20, 8, 80));
         let found = header.publisher_at(1, 15);
         assert!(matches!(found, None | Some((7, 75))), "{found:?}");
+        beginning.join().unwrap();
+    });
+}
+
+/// Who sees where the new tenancy begins sees whose it is.
+#[test]
+fn a_new_tenancy_is_seen_whole() {
+    explore(PREEMPTIONS_SMALL, || {
+        let header = header();
+        header.begin_tenancy(1, 10, 7, 70);
+        let theirs = header.clone();
+        let beginning = thread::spawn(move || theirs.begin_tenancy(1, 20, 8, 90));
+        let found = header.publisher_at(1, 22);
+        assert!(matches!(found, None | Some((7, 82) | (8, 92))), "{found:?}");
         beginning.join().unwrap();
     });
 }

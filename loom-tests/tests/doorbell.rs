@@ -107,7 +107,7 @@ fn attention_reaches_a_sleeper() {
 /// A ring and a call for attention at once: neither swallows the other.
 #[test]
 fn attention_and_a_ring_do_not_swallow_each_other() {
-    explore(PREEMPTIONS, || {
+    explore(PREEMPTIONS_LARGE, || {
         let door = Door::new();
         let (theirs, others) = (door.clone(), door.clone());
         let ringing = thread::spawn(move || theirs.store_and_ring());

@@ -143,13 +143,32 @@ fn who_sees_the_sender_gone_sees_its_last_message() {
         let channel = channel(2);
         let theirs = channel.clone();
         let sending = thread::spawn(move || {
-            assert!(Sender::new(theirs.clone(), 0).send_word(1));
+            // Not `send_word`: its look at the doorbell has a fence.
+            Sender::new(theirs.clone(), 0).send_words_down_to(0, &[1]);
             theirs.header.close(End::Sender);
         });
         let mut receiver = Receiver::new(channel.clone(), 0);
         if channel.header.is_closed(End::Sender) {
             assert_eq!(receiver.recv_word(), Some(1));
         }
+        sending.join().unwrap();
+    });
+}
+
+/// The sender reuses arena space of a message that the receiver has freed.
+#[test]
+fn a_freed_message_is_no_longer_read() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (channel, borrowed) = (channel(2), Arc::new(Borrowed::new(1)));
+        borrowed.write(0, 1);
+        Sender::new(channel.clone(), 0).send_words_down_to(0, &[1]);
+        let (theirs, written) = (channel.clone(), borrowed.clone());
+        let sending = thread::spawn(move || {
+            if theirs.is_freed(0) {
+                written.write(0, 2);
+            }
+        });
+        assert_eq!(receive_all(&mut Receiver::new(channel, 0), &borrowed, 1), [1]);
         sending.join().unwrap();
     });
 }

@@ -83,14 +83,17 @@ impl Cursor {
     pub fn occupy(&self, owner: u64, droppable: bool) {
         // Relaxed: published by `propose`.
         self.owner.store(owner, Ordering::Relaxed);
-        self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Relaxed);
+        // Release: R-MODE pairs with A-MODE (lowest), as in `vacate`.
+        self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Release);
     }
 
     /// Takes the cursor out of force.
     pub fn vacate(&self) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): a departing reader's reads are over.
         self.position.store(NOT_IN_FORCE, Ordering::Release);
-        self.mode.store(0, Ordering::Relaxed);
+        // Release: R-MODE pairs with A-MODE (lowest): a scan may see the new mode beside the old position, and takes the
+        // mode's word for it that nobody reads here any more.
+        self.mode.store(0, Ordering::Release);
         self.owner.store(0, Ordering::Relaxed);
     }
 
@@ -115,7 +118,8 @@ pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowes
     for (index, cursor) in cursors[..used].iter().enumerate() {
         // Acquire: A-CURSOR pairs with R-CURSOR (advance, propose, vacate).
         let position = cursor.position.load(Ordering::Acquire);
-        if position == NOT_IN_FORCE || cursor.mode.load(Ordering::Relaxed) != GATING {
+        // Acquire: A-MODE pairs with R-MODE (occupy, vacate).
+        if position == NOT_IN_FORCE || cursor.mode.load(Ordering::Acquire) != GATING {
             continue;
         }
         if lowest.is_none_or(|l| position < l.position) {

@@ -167,7 +167,7 @@ impl<const W: usize> Channel<W> {
     }
 
     /// Whether the receiver has freed `position`.
-    pub(crate) fn is_freed(&self, position: u64) -> bool {
+    pub fn is_freed(&self, position: u64) -> bool {
         // Acquire: A-FREE pairs with R-FREE (Receiver::free).
         !Word(self.ring.at(position).word.load(Ordering::Acquire)).commits(position)
     }
