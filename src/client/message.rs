@@ -4,7 +4,6 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use crate::client::read_port::{Found, FoundOrigin};
 use crate::client::subscriber::SubscriberCore;
 use crate::ring::sequence::Sequence;
 use crate::topic::Payload;
@@ -15,44 +14,40 @@ use crate::topic::Payload;
 /// shared memory and stays whole until then; on `overwrite` topics and for droppable subscribers it is a checked copy.
 pub struct Message<'a, T: ?Sized> {
     subscriber: &'a SubscriberCore,
-    bytes: &'a [u8],
-    sequence: u64,
-    origin: FoundOrigin,
     payload: PhantomData<fn() -> &'a T>,
 }
 
 impl<'a, T: Payload + ?Sized> Message<'a, T> {
-    /// Gives what `subscriber` found last its face.
+    /// What `subscriber` has just found.
     #[inline]
-    pub(crate) fn new(subscriber: &'a SubscriberCore, found: Found) -> Self {
-        // SAFETY: the port has checked that the payload lies in its ring, arena or buffer (I-8). There it stays until
-        // the next poll, which needs the subscriber that we borrow: its position is not below our gating cursor, so
-        // no publisher that keeps to the protocol writes there (I-2, I-9), and the mappings outlive the port (I-11).
-        let bytes = unsafe { found.payload.as_ref() };
-        Message { subscriber, bytes, sequence: found.sequence, origin: found.origin, payload: PhantomData }
+    pub(crate) fn new(subscriber: &'a SubscriberCore) -> Self {
+        Message { subscriber, payload: PhantomData }
     }
 
     /// The message's place in the topic.
     #[inline]
     pub fn sequence(&self) -> Sequence {
-        Sequence::new(self.sequence)
+        Sequence::new(self.subscriber.found().sequence)
     }
 
     /// The publisher's number on the bus. `None` on channels, and on exclusive topics where more than 255 publishers
     /// have followed since.
     pub fn publisher(&self) -> Option<u64> {
-        self.subscriber.publisher_of(self.origin).map(|(publisher, _)| publisher)
+        self.subscriber.publisher_and_number().map(|(publisher, _)| publisher)
     }
 
     /// The publisher's own number of this message, from 1. `None` where [`Self::publisher`] is.
     pub fn publisher_number(&self) -> Option<u64> {
-        self.subscriber.publisher_of(self.origin).map(|(_, number)| number)
+        self.subscriber.publisher_and_number().map(|(_, number)| number)
     }
 
     /// The payload as bytes.
     #[inline]
     pub fn as_bytes(&self) -> &[u8] {
-        self.bytes
+        // SAFETY: the port has checked that the payload lies in its ring, arena or buffer (I-8). There it stays until
+        // the next poll, which needs the subscriber that we borrow: its position is not below our gating cursor, so
+        // no publisher that keeps to the protocol writes there (I-2, I-9), and the mappings outlive the port (I-11).
+        unsafe { self.subscriber.found().payload.as_ref() }
     }
 }
 
@@ -61,7 +56,7 @@ impl<T: Payload + ?Sized> Deref for Message<'_, T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        match T::ref_from_bytes(self.bytes) {
+        match T::ref_from_bytes(self.as_bytes()) {
             Ok(payload) => payload,
             Err(_) => unreachable!("size and alignment were checked on receipt"),
         }
@@ -70,6 +65,6 @@ impl<T: Payload + ?Sized> Deref for Message<'_, T> {
 
 impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for Message<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Message").field("sequence", &self.sequence).field("payload", &&**self).finish()
+        f.debug_struct("Message").field("sequence", &self.sequence()).field("payload", &&**self).finish()
     }
 }

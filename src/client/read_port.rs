@@ -21,12 +21,40 @@ use crate::shm::shared::Shared;
 use crate::shm::topic::{self, Arenas, SharedInfo, locate};
 use crate::sync::Ordering;
 
-/// A message's whereabouts: plain data, so that a waiting loop can return it.
+/// The message found last. It lies in the handle and is filled in place: passing it up through results would cost
+/// more than finding it.
 pub(crate) struct Found {
     pub(crate) sequence: u64,
     /// In the ring or an arena, where it stays whole until the next poll, or in the handle's buffer.
     pub(crate) payload: NonNull<[u8]>,
-    pub(crate) origin: FoundOrigin,
+    origin: Origin,
+    buffer: Buffer,
+}
+
+/// Who published, in the port's own terms: index and position of a tenancy, or publisher and number.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Origin(u64, u64);
+
+// SAFETY: the pointer is only followed through the handle that owns the port whose memory it points to.
+unsafe impl Send for Found {}
+
+impl Found {
+    /// Nothing found yet.
+    pub(crate) fn nothing() -> Self {
+        let payload = NonNull::slice_from_raw_parts(NonNull::dangling(), 0);
+        Found { sequence: 0, payload, origin: Origin::default(), buffer: Buffer::default() }
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    #[inline]
+    fn set(&mut self, sequence: u64, payload: NonNull<[u8]>, origin: Origin) {
+        self.sequence = sequence;
+        self.payload = payload;
+        self.origin = origin;
+    }
 }
 
 /// `len` bytes at `pointer`, which is not null.
@@ -36,18 +64,16 @@ fn payload_at(pointer: *const u8, len: usize) -> NonNull<[u8]> {
     NonNull::slice_from_raw_parts(unsafe { NonNull::new_unchecked(pointer.cast_mut()) }, len)
 }
 
-/// Who published, as far as it was read along.
-#[derive(Clone, Copy)]
-pub(crate) enum FoundOrigin {
-    Tenancy { index: u8, position: u64 },
-    Record { publisher: u64, number: u64 },
-    Unnamed,
-}
-
 /// A kind of ring, seen from its reading end.
 pub(crate) trait ReadPort: Send {
-    /// The next message, after everything handed out before has been given back.
-    fn poll(&mut self, buffer: &mut Buffer) -> Result<Option<Found>, RecvError>;
+    /// Finds the next message if that takes a few loads and nothing else; false: call [`Self::poll`].
+    #[inline(always)]
+    fn poll_fast(&mut self, _found: &mut Found) -> bool {
+        false
+    }
+
+    /// Finds the next message, if it is there, after everything handed out before has been given back.
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError>;
 
     /// The bell to wait on for messages.
     fn bell(&self) -> &Doorbell;
@@ -59,7 +85,7 @@ pub(crate) trait ReadPort: Send {
     fn lag(&self) -> u64;
 
     /// Publisher and its number of a message, as far as they are known.
-    fn publisher_of(&self, origin: FoundOrigin) -> Option<(u64, u64)>;
+    fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)>;
 
     /// Called once, by the handle's drop.
     fn leave(&mut self);
@@ -102,10 +128,15 @@ struct CursorKeeper {
 }
 
 impl CursorKeeper {
-    /// Stores the cursor if that is due: a period has passed, or a publisher waits.
+    /// Whether it is time to store the cursor: a period has passed, or a publisher waits.
+    #[inline]
+    fn is_due(&self, position: u64) -> bool {
+        position - self.stored >= self.period || (position != self.stored && self.readers.writers.is_waited_on())
+    }
+
     #[inline]
     fn maybe_store(&mut self, position: u64, sequence: u64) {
-        if position - self.stored >= self.period || (position != self.stored && self.readers.writers.is_waited_on()) {
+        if self.is_due(position) {
             self.store(position, sequence);
         }
     }
@@ -135,17 +166,35 @@ fn reason(header: &LogHeader) -> Option<GoneReason> {
 const BAD_LENGTH: RecvError = RecvError::Corrupt("a message's length does not fit its place");
 
 /// What every port checks of a payload's length.
-fn length_fits(info: &SharedInfo, len: u64) -> bool {
-    len <= info.options.bytes && info.options.schema.as_ref().is_none_or(|schema| schema.size_bytes == len)
+#[derive(Clone, Copy)]
+struct Lengths {
+    min: u64,
+    max: u64,
+}
+
+impl Lengths {
+    fn of(info: &SharedInfo) -> Self {
+        match &info.options.schema {
+            Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
+            None => Lengths { min: 0, max: info.options.bytes },
+        }
+    }
+
+    #[inline]
+    fn allow(self, len: u64) -> bool {
+        self.min <= len && len <= self.max
+    }
 }
 
 /// A subscriber of an exclusive topic.
 pub(crate) struct ExclusivePort<const W: usize> {
     reader: exclusive::Reader<W>,
     keeper: CursorKeeper,
-    info: SharedInfo,
+    lengths: Lengths,
     arena: Arena,
     gating: bool,
+    /// Slots are aligned well enough for the payload's type.
+    in_place: bool,
     /// First lost sequence, until it has been reported.
     lost_from: Option<u64>,
 }
@@ -161,7 +210,9 @@ impl<const W: usize> ExclusivePort<W> {
         lost_from: Option<u64>,
     ) -> Self {
         let keeper = keeper(log.readers.clone(), log.cursors.clone(), cursor, position, &info);
-        ExclusivePort { reader: exclusive::Reader::new(log, position), keeper, info, arena, gating, lost_from }
+        let (lengths, in_place) = (Lengths::of(&info), fits_slots(&info));
+        let reader = exclusive::Reader::new(log, position);
+        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, lost_from }
     }
 
     #[cold]
@@ -182,10 +233,10 @@ impl<const W: usize> ExclusivePort<W> {
     fn payload(&self, word: Word, buffer: &mut Buffer) -> Result<Option<NonNull<[u8]>>, RecvError> {
         let slot = self.reader.slot();
         if word.kind() == Kind::Inline && self.gating {
-            return inline_in_place(slot, word, &self.info, buffer).map(Some);
+            return inline_in_place(slot, word, self.lengths, self.in_place, buffer).map(Some);
         }
         if self.gating {
-            return span_in_place(slot, &self.arena, &self.info).map(Some);
+            return span_in_place(slot, &self.arena, self.lengths).map(Some);
         }
         self.copy(word, buffer)
     }
@@ -208,7 +259,7 @@ impl<const W: usize> ExclusivePort<W> {
         if !still_retained(&self.reader.log().header, self.reader.next()) {
             return Ok(None);
         }
-        if sound && length_fits(&self.info, len as u64) { Ok(Some(buffer.filled(len))) } else { Err(BAD_LENGTH) }
+        if sound && self.lengths.allow(len as u64) { Ok(Some(buffer.filled(len))) } else { Err(BAD_LENGTH) }
     }
 }
 
@@ -218,14 +269,15 @@ impl<const W: usize> ExclusivePort<W> {
 fn inline_in_place<const W: usize>(
     slot: &Slot<W>,
     word: Word,
-    info: &SharedInfo,
+    lengths: Lengths,
+    in_place: bool,
     buffer: &mut Buffer,
 ) -> Result<NonNull<[u8]>, RecvError> {
     let len = word.length();
-    if len > Slot::<W>::INLINE_BYTES || !length_fits(info, len as u64) {
+    if len > Slot::<W>::INLINE_BYTES || !lengths.allow(len as u64) {
         return Err(BAD_LENGTH);
     }
-    if info.batch_align() > 8 {
+    if !in_place {
         slot.read(buffer.bytes_mut(len));
         return Ok(buffer.filled(len));
     }
@@ -233,12 +285,17 @@ fn inline_in_place<const W: usize>(
 }
 
 /// An arena payload where it lies, whole until the reader gives its slot back.
-fn span_in_place<const W: usize>(slot: &Slot<W>, arena: &Arena, info: &SharedInfo) -> Result<NonNull<[u8]>, RecvError> {
+fn span_in_place<const W: usize>(slot: &Slot<W>, arena: &Arena, lengths: Lengths) -> Result<NonNull<[u8]>, RecvError> {
     let span = slot.read_span();
-    if !arena.contains(span) || !length_fits(info, span.len) {
+    if !arena.contains(span) || !lengths.allow(span.len) {
         return Err(BAD_LENGTH);
     }
     Ok(payload_at(arena.pointer(span), span.len as usize))
+}
+
+/// Whether a slot's payload, which lies 8 bytes into it, is aligned for the payload's type.
+fn fits_slots(info: &SharedInfo) -> bool {
+    info.options.schema.as_ref().is_none_or(|schema| schema.align_bytes <= 8)
 }
 
 fn keeper(
@@ -254,10 +311,25 @@ fn keeper(
 }
 
 impl<const W: usize> ReadPort for ExclusivePort<W> {
+    #[inline(always)]
+    fn poll_fast(&mut self, found: &mut Found) -> bool {
+        let position = self.reader.next();
+        if !self.gating || !self.in_place || self.lost_from.is_some() || self.keeper.is_due(position) {
+            return false;
+        }
+        let exclusive::Poll::Ready(word) = self.reader.poll() else { return false };
+        let len = word.length();
+        if word.kind() != Kind::Inline || len > Slot::<W>::INLINE_BYTES || !self.lengths.allow(len as u64) {
+            return false;
+        }
+        found.set(position, payload_at(self.reader.slot().pointer(), len), Origin(word.tenancy().into(), position));
+        self.reader.step();
+        true
+    }
+
     #[inline]
-    fn poll(&mut self, buffer: &mut Buffer) -> Result<Option<Found>, RecvError> {
-        if self.lost_from.is_some() {
-            let from = self.lost_from.take().unwrap_or_default();
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+        if let Some(from) = self.lost_from.take() {
             let (from, to) = (Sequence::new(from), Sequence::new(self.reader.next()));
             return Err(RecvError::Lagged { from, to });
         }
@@ -269,7 +341,7 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
                 exclusive::Poll::Ready(word) => word,
                 exclusive::Poll::Empty => {
                     self.idle();
-                    return Ok(None);
+                    return Ok(false);
                 }
                 exclusive::Poll::Lapped if self.gating => {
                     return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
@@ -280,10 +352,10 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
                 self.reader.step();
                 continue;
             }
-            let Some(payload) = self.payload(word, buffer)? else { return Err(self.lagged()) };
+            let Some(payload) = self.payload(word, &mut found.buffer)? else { return Err(self.lagged()) };
             self.reader.step();
-            let origin = FoundOrigin::Tenancy { index: word.tenancy(), position };
-            return Ok(Some(Found { sequence: position, payload, origin }));
+            found.set(position, payload, Origin(word.tenancy().into(), position));
+            return Ok(true);
         }
     }
 
@@ -299,9 +371,9 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
         self.reader.log().tail().map_or(0, |tail| tail.saturating_sub(self.reader.next()))
     }
 
-    fn publisher_of(&self, origin: FoundOrigin) -> Option<(u64, u64)> {
-        let FoundOrigin::Tenancy { index, position } = origin else { return None };
-        self.reader.log().header.publisher_at(index, position)
+    fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)> {
+        let Origin(index, position) = origin;
+        self.reader.log().header.publisher_at(index as u8, position)
     }
 
     fn leave(&mut self) {
@@ -314,6 +386,7 @@ pub(crate) struct ManyPort {
     reader: many::Reader,
     keeper: CursorKeeper,
     info: SharedInfo,
+    lengths: Lengths,
     arenas: Arenas,
     control: Arc<Control>,
     gating: bool,
@@ -351,7 +424,8 @@ impl ManyPort {
     ) -> Self {
         let keeper = keeper(log.readers.clone(), log.cursors.clone(), cursor, place.position, &info);
         let reader = many::Reader::new(log, place.position, place.sequence);
-        ManyPort { reader, keeper, info, arenas, control, gating, batch: None, skip_below, lost_from }
+        let lengths = Lengths::of(&info);
+        ManyPort { reader, keeper, info, lengths, arenas, control, gating, batch: None, skip_below, lost_from }
     }
 
     /// The arena of a publisher slot. One that is new since we joined lies in our control socket: the coordinator
@@ -403,9 +477,9 @@ impl ManyPort {
         if self.gating || still_retained(&self.reader.log().header, position) { Err(error) } else { Ok(None) }
     }
 
-    /// The next message of the open batch. `Ok(None)`: overwritten meanwhile.
+    /// Finds the next message of the open batch. `Ok(false)`: overwritten meanwhile.
     #[inline]
-    fn take(&mut self, mut batch: Batch, buffer: &mut Buffer) -> Result<Option<Found>, RecvError> {
+    fn take(&mut self, mut batch: Batch, found: &mut Found) -> Result<bool, RecvError> {
         let position = batch.record.position;
         let arena = self.arena(batch.slot);
         let len = if batch.word.count() == 1 {
@@ -415,27 +489,26 @@ impl ManyPort {
         };
         let span = Span { offset: batch.at, len };
         let end = batch.start + batch.record.body_bytes;
-        if batch.at + len > end || !length_fits(&self.info, len) {
-            return self.unless_overwritten(position, BAD_LENGTH);
+        if batch.at + len > end || !self.lengths.allow(len) {
+            return self.unless_overwritten(position, BAD_LENGTH).map(|never: Option<()>| never.is_some());
         }
         let payload = if self.gating {
             payload_at(arena.pointer(span), len as usize)
         } else {
-            arena.read(span.offset, buffer.bytes_mut(len as usize));
+            arena.read(span.offset, found.buffer.bytes_mut(len as usize));
             if !still_retained(&self.reader.log().header, position) {
-                return Ok(None);
+                return Ok(false);
             }
-            buffer.filled(len as usize)
+            found.buffer.filled(len as usize)
         };
-        let record = batch.record;
-        let origin =
-            FoundOrigin::Record { publisher: record.publisher, number: record.first_number.wrapping_add(batch.index) };
+        let origin = Origin(batch.record.publisher, batch.record.first_number.wrapping_add(batch.index));
         // Our own count, not the record's: what we report follows from the words alone.
         let sequence = self.reader.next().sequence + batch.index;
         batch.index += 1;
         batch.at += len.next_multiple_of(self.info.batch_align());
         self.batch = Some(batch);
-        Ok(Some(Found { sequence, payload, origin }))
+        found.set(sequence, payload, origin);
+        Ok(true)
     }
 
     /// Gives back the batch that has been read to its end.
@@ -487,7 +560,7 @@ impl ManyPort {
 
 impl ReadPort for ManyPort {
     #[inline]
-    fn poll(&mut self, buffer: &mut Buffer) -> Result<Option<Found>, RecvError> {
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
         if let Some(from) = self.lost_from.take() {
             let (from, to) = (Sequence::new(from), Sequence::new(self.reader.next().sequence));
             return Err(RecvError::Lagged { from, to });
@@ -503,7 +576,7 @@ impl ReadPort for ManyPort {
                     },
                     many::Poll::Empty => {
                         self.idle();
-                        return Ok(None);
+                        return Ok(false);
                     }
                     many::Poll::Lapped if self.gating => {
                         return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
@@ -511,11 +584,13 @@ impl ReadPort for ManyPort {
                     many::Poll::Lapped => return Err(self.lagged()),
                 },
             };
-            match self.take(batch, buffer)? {
-                None => return Err(self.lagged()),
-                Some(found) if found.sequence < self.skip_below => self.finish_batch(),
-                Some(found) => return Ok(Some(found)),
+            if !self.take(batch, found)? {
+                return Err(self.lagged());
             }
+            if found.sequence >= self.skip_below {
+                return Ok(true);
+            }
+            self.finish_batch();
         }
     }
 
@@ -534,8 +609,8 @@ impl ReadPort for ManyPort {
         tail.map_or(0, |tail| tail.sequence.saturating_sub(next.sequence + read))
     }
 
-    fn publisher_of(&self, origin: FoundOrigin) -> Option<(u64, u64)> {
-        let FoundOrigin::Record { publisher, number } = origin else { return None };
+    fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)> {
+        let Origin(publisher, number) = origin;
         Some((publisher, number))
     }
 
@@ -548,33 +623,50 @@ impl ReadPort for ManyPort {
 /// A channel's receiver.
 pub(crate) struct ChannelPort<const W: usize> {
     receiver: spsc::Receiver<W>,
-    info: SharedInfo,
+    lengths: Lengths,
+    in_place: bool,
     arena: Arena,
     /// Stand-alone receivers tell the sender good-bye; on a bus another receiver may follow.
     stand_alone: bool,
 }
 
 impl<const W: usize> ChannelPort<W> {
-    pub(crate) fn new(channel: spsc::Channel<W>, info: SharedInfo, arena: Arena, stand_alone: bool) -> Self {
+    pub(crate) fn new(channel: spsc::Channel<W>, info: &SharedInfo, arena: Arena, stand_alone: bool) -> Self {
         let (head, _) = channel.ends();
-        ChannelPort { receiver: spsc::Receiver::new(channel, head), info, arena, stand_alone }
+        let (lengths, in_place) = (Lengths::of(info), fits_slots(info));
+        ChannelPort { receiver: spsc::Receiver::new(channel, head), lengths, in_place, arena, stand_alone }
     }
 }
 
 impl<const W: usize> ReadPort for ChannelPort<W> {
-    #[inline]
-    fn poll(&mut self, buffer: &mut Buffer) -> Result<Option<Found>, RecvError> {
+    #[inline(always)]
+    fn poll_fast(&mut self, found: &mut Found) -> bool {
         self.receiver.free();
-        let Some(word) = self.receiver.poll() else { return Ok(None) };
+        let Some(word) = self.receiver.poll() else { return false };
+        let len = word.length();
+        let small = word.kind() == Kind::Inline && len <= Slot::<W>::INLINE_BYTES;
+        if !small || !self.in_place || !self.lengths.allow(len as u64) {
+            return false;
+        }
+        found.set(self.receiver.next(), payload_at(self.receiver.slot().pointer(), len), Origin::default());
+        self.receiver.step();
+        true
+    }
+
+    #[inline]
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+        self.receiver.free();
+        let Some(word) = self.receiver.poll() else { return Ok(false) };
         let sequence = self.receiver.next();
         let slot = self.receiver.slot();
         let payload = if word.kind() == Kind::Inline {
-            inline_in_place(slot, word, &self.info, buffer)?
+            inline_in_place(slot, word, self.lengths, self.in_place, &mut found.buffer)?
         } else {
-            span_in_place(slot, &self.arena, &self.info)?
+            span_in_place(slot, &self.arena, self.lengths)?
         };
         self.receiver.step();
-        Ok(Some(Found { sequence, payload, origin: FoundOrigin::Unnamed }))
+        found.set(sequence, payload, Origin::default());
+        Ok(true)
     }
 
     fn bell(&self) -> &Doorbell {
@@ -593,7 +685,7 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
         self.receiver.channel().ends().1.saturating_sub(self.receiver.next())
     }
 
-    fn publisher_of(&self, _origin: FoundOrigin) -> Option<(u64, u64)> {
+    fn publisher_of(&self, _origin: Origin) -> Option<(u64, u64)> {
         None
     }
 

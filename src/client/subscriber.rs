@@ -9,7 +9,7 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
 use crate::client::held::Held;
 use crate::client::message::Message;
-use crate::client::read_port::{Buffer, ChannelPort, ExclusivePort, Found, FoundOrigin, ManyPort, ReadPort};
+use crate::client::read_port::{ChannelPort, ExclusivePort, Found, ManyPort, ReadPort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError};
 use crate::ring::doorbell::Doorbell;
@@ -47,7 +47,7 @@ pub struct Subscriber<T: ?Sized> {
 /// What does not depend on the payload's type.
 pub(crate) struct SubscriberCore {
     port: Port,
-    buffer: Buffer,
+    found: Found,
     options: TopicOptions,
     wait: Wait,
     held: Option<Held>,
@@ -141,7 +141,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         };
         let options = opened.info.options.clone();
         let port = opened.attach(segments.into_iter().zip(fds))?;
-        let core = SubscriberCore { port, buffer: Buffer::default(), options, wait: self.wait, held: Some(held) };
+        let core = SubscriberCore { port, found: Found::nothing(), options, wait: self.wait, held: Some(held) };
         Ok(Subscriber { core, payload: PhantomData })
     }
 }
@@ -219,10 +219,10 @@ impl Port {
     fn channel(info: &SharedInfo, segment: &Segment, stand_alone: bool) -> Port {
         if info.small_slots() {
             let (channel, arena) = topic::channel::<1>(segment, &info.geometry);
-            Port::ChannelSmall(ChannelPort::new(channel, info.clone(), arena, stand_alone))
+            Port::ChannelSmall(ChannelPort::new(channel, info, arena, stand_alone))
         } else {
             let (channel, arena) = topic::channel::<7>(segment, &info.geometry);
-            Port::Channel(ChannelPort::new(channel, info.clone(), arena, stand_alone))
+            Port::Channel(ChannelPort::new(channel, info, arena, stand_alone))
         }
     }
 }
@@ -232,50 +232,67 @@ impl SubscriberCore {
     pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
         let options = info.options.clone();
         let port = Port::channel(&Arc::new(info), segment, true);
-        SubscriberCore { port, buffer: Buffer::default(), options, wait: Wait::default(), held: None }
+        SubscriberCore { port, found: Found::nothing(), options, wait: Wait::default(), held: None }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
         self.wait = wait;
     }
 
-    /// The next message's whereabouts, if there is one.
-    #[inline]
-    fn poll(&mut self) -> Result<Option<Found>, RecvError> {
-        match with_port!(&mut self.port, port => port.poll(&mut self.buffer)) {
-            Ok(None) => self.check_gone(),
+    /// The few loads that find a small message that is there.
+    #[inline(always)]
+    fn poll_fast(&mut self) -> bool {
+        with_port!(&mut self.port, port => port.poll_fast(&mut self.found))
+    }
+
+    /// Finds the next message, if there is one.
+    fn poll(&mut self) -> Result<bool, RecvError> {
+        match with_port!(&mut self.port, port => port.poll(&mut self.found)) {
+            Ok(false) => self.check_gone(),
             other => other,
         }
     }
 
     /// Nothing is there: because the topic is gone? Looks once more, since what came before its end counts.
-    #[inline]
-    fn check_gone(&mut self) -> Result<Option<Found>, RecvError> {
-        let Some(reason) = with_port!(&self.port, port => port.gone()) else { return Ok(None) };
-        match with_port!(&mut self.port, port => port.poll(&mut self.buffer))? {
-            Some(found) => Ok(Some(found)),
-            None => Err(RecvError::Gone(reason)),
+    fn check_gone(&mut self) -> Result<bool, RecvError> {
+        let Some(reason) = with_port!(&self.port, port => port.gone()) else { return Ok(false) };
+        match with_port!(&mut self.port, port => port.poll(&mut self.found))? {
+            true => Ok(true),
+            false => Err(RecvError::Gone(reason)),
         }
     }
 
-    #[inline]
-    fn recv(&mut self, deadline: Option<Instant>) -> Result<Found, RecvError> {
-        match self.poll() {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(error) => return Err(error),
+    #[inline(always)]
+    fn recv(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
+        if self.poll_fast() { Ok(()) } else { self.wait(limit) }
+    }
+
+    fn wait(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
+        if self.poll()? {
+            return Ok(());
         }
-        let found = wait::until(self, self.wait, deadline, |core| core.bell(), |core| core.poll().transpose());
-        found.unwrap_or(Err(RecvError::TimedOut))
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let found = |core: &mut Self| match core.poll() {
+            Ok(false) => None,
+            Ok(true) => Some(Ok(())),
+            Err(error) => Some(Err(error)),
+        };
+        wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
     fn bell(&self) -> &Doorbell {
         with_port!(&self.port, port => port.bell())
     }
 
-    /// Publisher and its number of a message, as far as they are known.
-    pub(crate) fn publisher_of(&self, origin: FoundOrigin) -> Option<(u64, u64)> {
-        with_port!(&self.port, port => port.publisher_of(origin))
+    /// The message found last.
+    #[inline]
+    pub(crate) fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// Publisher and its number of the message found last, as far as they are known.
+    pub(crate) fn publisher_and_number(&self) -> Option<(u64, u64)> {
+        with_port!(&self.port, port => port.publisher_of(self.found.origin()))
     }
 }
 
@@ -299,8 +316,8 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// [`RecvError::Lagged`] says exactly what was lost; the next call goes on behind it.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
-        let found = self.core.poll()?;
-        Ok(found.map(|found| Message::new(&self.core, found)))
+        let found = self.core.poll_fast() || self.core.poll()?;
+        Ok(found.then(|| Message::new(&self.core)))
     }
 
     /// Receives the next message, waiting for it as chosen by [`SubscriberBuilder::wait`].
@@ -309,8 +326,8 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// [`RecvError`]
     #[inline]
     pub fn recv(&mut self) -> Result<Message<'_, T>, RecvError> {
-        let found = self.core.recv(None)?;
-        Ok(Message::new(&self.core, found))
+        self.core.recv(None)?;
+        Ok(Message::new(&self.core))
     }
 
     /// Receives the next message, waiting for at most `limit`.
@@ -319,8 +336,8 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// [`RecvError::TimedOut`] when nothing came.
     #[inline]
     pub fn recv_timeout(&mut self, limit: Duration) -> Result<Message<'_, T>, RecvError> {
-        let found = self.core.recv(Instant::now().checked_add(limit))?;
-        Ok(Message::new(&self.core, found))
+        self.core.recv(Some(limit))?;
+        Ok(Message::new(&self.core))
     }
 
     /// How many messages lie between this subscriber and the tail. Stale the moment it is read.

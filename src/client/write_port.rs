@@ -17,6 +17,13 @@ use crate::sync::Ordering;
 
 /// A kind of ring, seen from its writing end. Lengths have been checked against the topic's largest message.
 pub(crate) trait WritePort: Send {
+    /// Publishes one message if that takes a few stores and nothing else; `None`: call [`Self::publish`]. Compiled into
+    /// the caller, where a typed payload's length is a constant.
+    #[inline(always)]
+    fn publish_fast(&mut self, _bytes: &[u8]) -> Option<u64> {
+        None
+    }
+
     /// Publishes one message.
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop>;
 
@@ -65,6 +72,8 @@ fn reason(header: &LogHeader) -> Option<GoneReason> {
 pub(crate) trait SlotEnd: Send {
     /// The position of the next message.
     fn next(&self) -> u64;
+    /// Whether the next position may be written, nobody has to be asked and the topic lives.
+    fn is_ready(&self) -> bool;
     /// Makes sure that the next `count` positions may be written.
     fn reserve(&mut self, count: u64) -> Result<(), Stop>;
     /// Stores a payload `ahead` positions further on, uncommitted.
@@ -141,7 +150,18 @@ impl<const W: usize, E: SlotEnd> SlotPort<W, E> {
 }
 
 impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
-    #[inline]
+    #[inline(always)]
+    fn publish_fast(&mut self, bytes: &[u8]) -> Option<u64> {
+        if bytes.len() > Slot::<W>::INLINE_BYTES || !self.end.is_ready() {
+            return None;
+        }
+        let position = self.end.next();
+        self.end.fill(0, Body::Inline(bytes));
+        self.end.commit(0, Body::Inline(bytes));
+        self.end.advance(1);
+        Some(position)
+    }
+
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop> {
         self.end.reserve(1)?;
         if bytes.len() > Slot::<W>::INLINE_BYTES {
@@ -228,6 +248,11 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
         self.next()
     }
 
+    #[inline(always)]
+    fn is_ready(&self) -> bool {
+        self.has_room() && !self.log().readers.readers.wants_attention()
+    }
+
     #[inline]
     fn reserve(&mut self, count: u64) -> Result<(), Stop> {
         self.reserve(count)
@@ -305,6 +330,11 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
     #[inline]
     fn next(&self) -> u64 {
         self.sender.next()
+    }
+
+    #[inline(always)]
+    fn is_ready(&self) -> bool {
+        self.sender.has_room(1) && !self.sender.channel().header.readers.wants_attention()
     }
 
     #[inline]

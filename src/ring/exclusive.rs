@@ -123,6 +123,12 @@ impl<const W: usize> Writer<W> {
         self.next
     }
 
+    /// Whether the next position may be written without asking the gate.
+    #[inline]
+    pub(crate) fn has_room(&self) -> bool {
+        self.next < self.limit
+    }
+
     /// Makes sure that the next `count` positions may be written.
     #[inline]
     pub fn reserve(&mut self, count: u64) -> Result<(), Stop> {
