@@ -88,6 +88,8 @@ mod model {
 
     impl FutexWord {
         pub(crate) fn new() -> Self {
+            // Here, while there is one thread: whoever comes to a lazy static later synchronizes with who made it.
+            FENCES.store(0, Ordering::Relaxed);
             FutexWord { word: AtomicU32::new(0), queue: loom::sync::Mutex::new(()), woken: loom::sync::Condvar::new() }
         }
 
