@@ -4,6 +4,9 @@
 //! system call. A coordinator hands out memory and identities and repairs what the dead leave behind; it is never on
 //! a message's path.
 
+// The models use the rings and nothing else.
+#![cfg_attr(loom, allow(dead_code))]
+
 #[cfg(not(loom))]
 mod channel;
 #[cfg(not(loom))]

@@ -33,31 +33,44 @@ pub(crate) fn until<S, R>(
     bell: impl Fn(&S) -> &Doorbell,
     mut poll: impl FnMut(&mut S) -> Option<R>,
 ) -> Option<R> {
-    let spin_end = match wait {
-        Wait::Spin => None,
-        Wait::Park => Some(Instant::now()),
-        Wait::Adaptive if processors() < 2 => Some(Instant::now()),
-        Wait::Adaptive => Some(Instant::now() + SPIN),
+    let spins = match wait {
+        Wait::Spin => true,
+        Wait::Park => false,
+        Wait::Adaptive => processors() > 1,
     };
+    if spins && let Some(outcome) = spin(state, wait, deadline, &mut poll) {
+        return outcome;
+    }
+    park(state, deadline, bell, poll)
+}
+
+/// Spins until there is a result or the deadline has passed; `None`: it is time to sleep.
+fn spin<S, R>(
+    state: &mut S,
+    wait: Wait,
+    deadline: Option<Instant>,
+    poll: &mut impl FnMut(&mut S) -> Option<R>,
+) -> Option<Option<R>> {
+    // Set at the first look at the clock: what comes within the first polls should not wait for it.
+    let mut spin_end = None;
     loop {
         for _ in 0..POLLS_PER_LOOK {
             if let Some(result) = poll(state) {
-                return Some(result);
+                return Some(Some(result));
             }
             pause();
         }
-        if spin_end.is_none() && deadline.is_none() {
+        if wait == Wait::Spin && deadline.is_none() {
             continue;
         }
         let now = Instant::now();
         if deadline.is_some_and(|deadline| now >= deadline) {
+            return Some(None);
+        }
+        if wait == Wait::Adaptive && now >= *spin_end.get_or_insert(now + SPIN) {
             return None;
         }
-        if spin_end.is_some_and(|end| now >= end) {
-            break;
-        }
     }
-    park(state, deadline, bell, poll)
 }
 
 /// Sleeps until rung, looking again each time; see [`Doorbell`] for why no ring is missed.

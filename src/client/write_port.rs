@@ -73,7 +73,7 @@ pub(crate) trait SlotEnd: Send {
     /// The position of the next message.
     fn next(&self) -> u64;
     /// Whether the next position may be written, nobody has to be asked and the topic lives.
-    fn is_ready(&self) -> bool;
+    fn is_ready(&mut self) -> bool;
     /// Makes sure that the next `count` positions may be written.
     fn reserve(&mut self, count: u64) -> Result<(), Stop>;
     /// Stores a payload `ahead` positions further on, uncommitted.
@@ -249,7 +249,7 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
     }
 
     #[inline(always)]
-    fn is_ready(&self) -> bool {
+    fn is_ready(&mut self) -> bool {
         self.has_room() && !self.log().readers.readers.wants_attention()
     }
 
@@ -333,7 +333,7 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
     }
 
     #[inline(always)]
-    fn is_ready(&self) -> bool {
+    fn is_ready(&mut self) -> bool {
         self.sender.has_room(1) && !self.sender.channel().header.readers.wants_attention()
     }
 

@@ -301,7 +301,10 @@ impl TopicMemory {
         if let Some(line) = segments.cursor_lines(&self.info).get(cursor as usize) {
             line.vacate();
         }
-        segments.readers().writers.ring();
+        let readers = segments.readers();
+        if !readers.writers.is_quiet() {
+            readers.writers.ring();
+        }
     }
 
     /// Oldest retained and next sequence.

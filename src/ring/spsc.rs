@@ -5,6 +5,7 @@
 //! for. That store dirties the line in the receiver's cache, where the sender fetches it in one transfer a lap later; a
 //! line left clean in both caches would cost the sender an upgrade for each message.
 
+#[cfg(not(loom))]
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive::Body;
@@ -139,12 +140,16 @@ impl<const W: usize> Channel<W> {
                 Word(self.ring.at(index).word.load(Ordering::Acquire))
             })
         };
-        let position = |word: Word| word.0 >> 16;
+        // Positions relative to the first slot's, since words carry only 48 bits of them.
+        let base = words().next().map_or(0, |word| word.0 >> 16);
+        let position = |word: Word| word.distance_from(base);
+        let lap = self.ring.len() as i64;
         // What a batch that died half-way left above the tail counts a lap too far on, and so does not count.
-        let free_for = |word: Word| position(word) + if word.kind() == Kind::Empty { 0 } else { self.ring.len() };
+        let free_for = |word: Word| position(word) + if word.kind() == Kind::Empty { 0 } else { lap };
         let tail = words().map(free_for).min().unwrap_or(0);
         let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
-        (committed.min().unwrap_or(tail), tail)
+        let absolute = |relative: i64| base.wrapping_add_signed(relative) & (u64::MAX >> 16);
+        (absolute(committed.min().unwrap_or(tail)), absolute(tail))
     }
 
     /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.
@@ -177,12 +182,14 @@ impl<const W: usize> Channel<W> {
 pub struct Sender<const W: usize> {
     channel: Channel<W>,
     next: u64,
+    /// Slots below this position are known to be free.
+    limit: u64,
 }
 
 impl<const W: usize> Sender<W> {
     /// Goes on at `next`, the tail. The caller is the channel's only sender.
     pub fn new(channel: Channel<W>, next: u64) -> Self {
-        Sender { channel, next }
+        Sender { channel, next, limit: next }
     }
 
     pub(crate) fn channel(&self) -> &Channel<W> {
@@ -195,9 +202,23 @@ impl<const W: usize> Sender<W> {
         self.next
     }
 
-    /// Whether the next `count` slots are free. The receiver frees in order, so the last one speaks for all.
+    /// Whether the next `count` slots are free.
     #[inline]
-    pub fn has_room(&self, count: u64) -> bool {
+    pub fn has_room(&mut self, count: u64) -> bool {
+        self.next + count <= self.limit || self.look_for_room(count)
+    }
+
+    /// Looks a good way ahead first: a slot that is read before it is written costs a transfer of its line more.
+    #[cold]
+    fn look_for_room(&mut self, count: u64) -> bool {
+        let chunk = (self.channel.ring.len() / 8).max(count);
+        let found = [chunk, count].into_iter().find(|count| self.are_free(*count));
+        self.limit = found.map_or(self.limit, |found| self.next + found);
+        found.is_some()
+    }
+
+    /// The receiver frees in order, so the last slot speaks for all.
+    fn are_free(&self, count: u64) -> bool {
         let last = self.next + count - 1;
         // Acquire: A-FREE pairs with R-FREE (Receiver::free): its reads are over before we overwrite.
         count <= self.channel.ring.len() && self.channel.ring.at(last).word.load(Ordering::Acquire) == empty(last).0
@@ -327,7 +348,7 @@ impl<const W: usize> Receiver<W> {
     /// Copies the next small message out, if it is there, and stays where it is (models).
     #[cfg(loom)]
     pub fn peek_word(&self) -> Option<u64> {
-        self.poll().map(|_| self.slot().read().words[0])
+        self.poll().map(|_| self.slot().first_word())
     }
 
     /// Receives one small message (models and tests).

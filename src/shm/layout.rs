@@ -71,7 +71,9 @@ impl Geometry {
                 return Err(format!("the alignment of {schema} must be 1, 2, 4, 8, 16 or 32"));
             }
         }
-        let slots = (options.messages + slack_for(options.messages)).next_power_of_two();
+        // A log's floor is raised ahead of need; a channel's slots are freed one by one.
+        let slack = if options.mode == Mode::Channel { 0 } else { slack_for(options.messages) };
+        let slots = (options.messages + slack).next_power_of_two();
         Ok(match options.mode {
             Mode::Many => Self::many(options, slots),
             Mode::Exclusive | Mode::Channel => Self::slotted(options, slots.max(2)),
