@@ -36,6 +36,11 @@ pub use crate::{
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
 };
 
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
+
 /// The rings as the loom models see them; exists only under `--cfg loom`.
 #[cfg(loom)]
 #[allow(missing_docs)]

@@ -19,6 +19,7 @@ use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, Regi
 use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
 use crate::os::pidfd;
+use crate::ring::log::TopicState;
 use crate::topic::Mode;
 
 /// Bytes that the segments of a topic take.
@@ -27,10 +28,6 @@ const FOOTPRINT: Footprint =
 
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
-
-/// Topic states in shared memory (ARCHITECTURE.md §3.2).
-const REMOVED: u32 = 1;
-const STOPPED: u32 = 2;
 
 /// An answer with its descriptors.
 pub(crate) type Granted = (Answer, Vec<OwnedFd>);
@@ -162,7 +159,7 @@ impl Estate {
 
     /// Lets everybody who holds a topic know that the bus has stopped.
     pub(crate) fn stop(&self) {
-        self.memories.values().for_each(|memory| memory.end(STOPPED));
+        self.memories.values().for_each(|memory| memory.end(TopicState::Stopped));
     }
 
     /// Takes the arenas to be announced to the subscribers of their topics.
@@ -274,7 +271,7 @@ impl Estate {
             }
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.get(topic) {
-                    memory.end(REMOVED);
+                    memory.end(TopicState::Removed);
                 }
             }
             _ => {}

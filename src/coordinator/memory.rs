@@ -346,9 +346,8 @@ impl TopicMemory {
         }
     }
 
-    /// Marks the topic as removed (1) or its bus as stopped (2) and wakes everybody.
-    pub(crate) fn end(&self, state: u32) {
-        let state = if state == 1 { TopicState::Removed } else { TopicState::Stopped };
+    /// Marks the topic as removed or its bus as stopped, and wakes everybody.
+    pub(crate) fn end(&self, state: TopicState) {
         match &self.parts {
             Parts::Channel { segment, .. } => topic::channel_header(segment).end(state),
             Parts::Log { segments, .. } => {
