@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::unistd::Uid;
 
-use crate::client::launch::is_absent;
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
 use crate::error::{ConnectError, OpenError, Refusal};
@@ -269,7 +268,7 @@ impl Inner {
             Ok(socket) => socket,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // The keeper holds the listening socket as long as there is a bus.
-            Err(error) if is_absent(&error) => {
+            Err(error) if socket::is_absent(&error) => {
                 self.end = Some(End::Ended);
                 return Err(End::Ended.error(&self.place));
             }

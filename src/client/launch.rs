@@ -39,8 +39,8 @@ pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectErro
                 Err(IntroduceError::Leaving) => {}
                 Err(IntroduceError::Failed(error)) => return Err(error),
             },
-            Err(error) if is_absent(&error) && spawn => starter.start()?,
-            Err(error) if is_absent(&error) => {
+            Err(error) if socket::is_absent(&error) && spawn => starter.start()?,
+            Err(error) if socket::is_absent(&error) => {
                 return Err(ConnectError::NotRunning { bus: place.bus.clone(), path: place.socket().to_owned() });
             }
             // Everybody connects at once; our turn comes.
@@ -54,11 +54,6 @@ pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectErro
         }
         thread::sleep(LOOK_AGAIN);
     }
-}
-
-/// Whether nobody listens there.
-pub(crate) fn is_absent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
 /// Starts coordinators, one at a time.

@@ -6,9 +6,9 @@ mod held;
 mod launch;
 mod message;
 pub(crate) mod publisher;
-mod read_port;
+mod read;
 pub(crate) mod subscriber;
-mod write_port;
+mod write;
 
 pub use bus::{Bus, BusOptions};
 pub use message::Message;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::bus::{Bus, unexpected};
 use crate::client::held::Held;
-use crate::client::write_port::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
+use crate::client::write::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
 use crate::error::{AttachError, Holder, OpenError, PublishError};
 use crate::ring::arena::Span;
@@ -112,13 +112,13 @@ impl Port {
                 let log = segments.exclusive::<1>(info);
                 let tail = log.tail().ok_or_else(no_tail)?;
                 let writer = exclusive::Writer::new(log, info.policy(), tenancy as u8, tail);
-                Port::ExclusiveSmall(write_port::exclusive(writer, arena, messages))
+                Port::ExclusiveSmall(write::exclusive(writer, arena, messages))
             }
             (Mode::Exclusive, false) => {
                 let log = segments.exclusive::<7>(info);
                 let tail = log.tail().ok_or_else(no_tail)?;
                 let writer = exclusive::Writer::new(log, info.policy(), tenancy as u8, tail);
-                Port::Exclusive(write_port::exclusive(writer, arena, messages))
+                Port::Exclusive(write::exclusive(writer, arena, messages))
             }
             _ => {
                 let writer = many::Writer::new(segments.many(info), info.policy(), slot).ok_or_else(no_tail)?;
@@ -131,10 +131,10 @@ impl Port {
         let messages = info.options.messages;
         if info.small_slots() {
             let (channel, arena) = topic::channel::<1>(segment, &info.geometry);
-            Port::ChannelSmall(write_port::channel(channel, arena, messages, stand_alone))
+            Port::ChannelSmall(write::channel(channel, arena, messages, stand_alone))
         } else {
             let (channel, arena) = topic::channel::<7>(segment, &info.geometry);
-            Port::Channel(write_port::channel(channel, arena, messages, stand_alone))
+            Port::Channel(write::channel(channel, arena, messages, stand_alone))
         }
     }
 }

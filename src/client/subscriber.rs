@@ -9,7 +9,7 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
 use crate::client::held::Held;
 use crate::client::message::Message;
-use crate::client::read_port::{ChannelPort, ExclusivePort, Found, ManyPort, ReadPort};
+use crate::client::read::{ChannelPort, ExclusivePort, Found, ManyPort, ReadPort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError};
 use crate::ring::doorbell::Doorbell;

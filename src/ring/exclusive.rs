@@ -5,11 +5,12 @@
 //! cache line so that one line moves, not two. A message is there when its word is, so a writer that dies or stops
 //! leaves nothing to wait for.
 
+#[cfg(not(loom))]
 use crate::ring::arena::Span;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
 use crate::ring::log::{LogHeader, Place};
-use crate::ring::slot::{Kind, Ring, Slot, Word};
+use crate::ring::slot::{Body, Kind, Ring, Slot, Word};
 use crate::shm::shared::Shared;
 use crate::sync::Ordering;
 
@@ -89,15 +90,6 @@ impl<const W: usize> ExclusiveLog<W> {
     }
 }
 
-/// What a message to be published is made of.
-#[derive(Clone, Copy)]
-pub(crate) enum Body<'a> {
-    /// Travels in the slot.
-    Inline(&'a [u8]),
-    /// Lies in the arena.
-    Span(Span),
-}
-
 /// The writing end.
 pub struct Writer<const W: usize> {
     log: ExclusiveLog<W>,
@@ -150,21 +142,14 @@ impl<const W: usize> Writer<W> {
     /// Stores a payload `ahead` positions further on, uncommitted. The place is reserved.
     #[inline]
     pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
-        let slot = self.log.ring.at(self.next + ahead);
-        match body {
-            Body::Inline(bytes) => slot.write(bytes),
-            Body::Span(span) => slot.write_span(span),
-        }
+        self.log.ring.at(self.next + ahead).fill(body);
     }
 
     /// Commits what was filled `ahead` positions further on.
     #[inline]
     pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
         let position = self.next + ahead;
-        let word = match body {
-            Body::Inline(bytes) => Word::new(position, self.tenancy, Kind::Inline, bytes.len()),
-            Body::Span(_) => Word::new(position, self.tenancy, Kind::Arena, 0),
-        };
+        let word = body.word(position, self.tenancy);
         // Release: R-COMMIT pairs with A-COMMIT (Reader::poll): payload before word. Crash points: before this store
         // the message does not exist, after it it is whole.
         self.log.ring.at(position).word.store(word.0, Ordering::Release);

@@ -124,6 +124,16 @@ impl LogHeader {
         }
     }
 
+    /// Why the topic is gone, if it is.
+    #[cfg(not(loom))]
+    pub(crate) fn gone(&self) -> Option<crate::error::GoneReason> {
+        match self.state() {
+            TopicState::Live => None,
+            TopicState::Removed => Some(crate::error::GoneReason::Removed),
+            TopicState::Stopped => Some(crate::error::GoneReason::Stopped),
+        }
+    }
+
     /// Ends the topic.
     pub fn end(&self, state: TopicState) {
         // Release: R-STATE pairs with A-STATE (state).

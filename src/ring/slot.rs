@@ -80,6 +80,26 @@ impl Word {
     }
 }
 
+/// What a message to be published is made of.
+#[derive(Clone, Copy)]
+pub(crate) enum Body<'a> {
+    /// Travels in the slot.
+    Inline(&'a [u8]),
+    /// Lies in the arena.
+    Span(Span),
+}
+
+impl Body<'_> {
+    /// The word that commits it at `position`.
+    #[inline]
+    pub(crate) fn word(self, position: u64, tenancy: u8) -> Word {
+        match self {
+            Body::Inline(bytes) => Word::new(position, tenancy, Kind::Inline, bytes.len()),
+            Body::Span(_) => Word::new(position, tenancy, Kind::Arena, 0),
+        }
+    }
+}
+
 impl<const W: usize> Slot<W> {
     /// Bytes of payload that fit.
     pub(crate) const INLINE_BYTES: usize = W * 8;
@@ -90,15 +110,13 @@ impl<const W: usize> Slot<W> {
         Slot { word: AtomicU64::new(0), payload: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 
-    /// Stores a payload of at most `INLINE_BYTES`; the commit follows in a store of its own.
+    /// Stores a payload of at most `INLINE_BYTES`, or where it lies; the commit follows in a store of its own.
     #[inline]
-    pub(crate) fn write(&self, bytes: &[u8]) {
-        store_bytes(&self.payload, bytes);
-    }
-
-    /// Stores a reference to an arena payload.
-    pub(crate) fn write_span(&self, span: Span) {
-        self.payload[0].store(span.pack(), Ordering::Relaxed);
+    pub(crate) fn fill(&self, body: Body<'_>) {
+        match body {
+            Body::Inline(bytes) => store_bytes(&self.payload, bytes),
+            Body::Span(span) => self.payload[0].store(span.pack(), Ordering::Relaxed),
+        }
     }
 
     /// Copies the payload's first bytes out. Whole where the slot was not written meanwhile.

@@ -8,8 +8,7 @@
 #[cfg(not(loom))]
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
-use crate::ring::exclusive::Body;
-use crate::ring::slot::{Kind, Ring, Slot, Word};
+use crate::ring::slot::{Body, Kind, Ring, Slot, Word};
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU32, Ordering};
 
@@ -227,21 +226,14 @@ impl<const W: usize> Sender<W> {
     /// Stores a payload `ahead` positions further on, uncommitted. There is room.
     #[inline]
     pub(crate) fn fill(&self, ahead: u64, body: Body<'_>) {
-        let slot = self.channel.ring.at(self.next + ahead);
-        match body {
-            Body::Inline(bytes) => slot.write(bytes),
-            Body::Span(span) => slot.write_span(span),
-        }
+        self.channel.ring.at(self.next + ahead).fill(body);
     }
 
     /// Commits what was filled `ahead` positions further on.
     #[inline]
     pub(crate) fn commit(&self, ahead: u64, body: Body<'_>) {
         let position = self.next + ahead;
-        let word = match body {
-            Body::Inline(bytes) => Word::new(position, 0, Kind::Inline, bytes.len()),
-            Body::Span(_) => Word::new(position, 0, Kind::Arena, 0),
-        };
+        let word = body.word(position, 0);
         // Release: R-COMMIT pairs with A-COMMIT (Receiver::poll): payload before word.
         self.channel.ring.at(position).word.store(word.0, Ordering::Release);
     }

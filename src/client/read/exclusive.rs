@@ -1,0 +1,163 @@
+//! A subscriber of an exclusive topic.
+
+use std::ptr::NonNull;
+
+use super::in_place::{fits_slots, inline_in_place, span_in_place};
+use super::keeper::CursorKeeper;
+use super::{BAD_LENGTH, Buffer, Found, Lengths, Origin, ReadPort, payload_at};
+use crate::error::{GoneReason, RecvError};
+use crate::ring::arena::Arena;
+use crate::ring::doorbell::Doorbell;
+use crate::ring::exclusive;
+use crate::ring::gate::still_retained;
+use crate::ring::sequence::Sequence;
+use crate::ring::slot::{Kind, Slot, Word};
+use crate::shm::topic::SharedInfo;
+
+/// A subscriber of an exclusive topic.
+pub(crate) struct ExclusivePort<const W: usize> {
+    reader: exclusive::Reader<W>,
+    keeper: CursorKeeper,
+    lengths: Lengths,
+    arena: Arena,
+    gating: bool,
+    /// Slots are aligned well enough for the payload's type.
+    in_place: bool,
+    /// First lost sequence, until it has been reported.
+    lost_from: Option<u64>,
+}
+
+impl<const W: usize> ExclusivePort<W> {
+    pub(crate) fn new(
+        log: exclusive::ExclusiveLog<W>,
+        info: SharedInfo,
+        arena: Arena,
+        cursor: u32,
+        position: u64,
+        gating: bool,
+        lost_from: Option<u64>,
+    ) -> Self {
+        let keeper = CursorKeeper::new(log.readers.clone(), log.cursors.clone(), cursor, position, &info);
+        let (lengths, in_place) = (Lengths::of(&info), fits_slots(&info));
+        let reader = exclusive::Reader::new(log, position);
+        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, lost_from }
+    }
+
+    #[cold]
+    fn lagged(&mut self) -> RecvError {
+        let from = self.lost_from.take().unwrap_or(self.reader.next());
+        self.reader.skip_to_retained();
+        RecvError::Lagged { from: Sequence::new(from), to: Sequence::new(self.reader.next()) }
+    }
+
+    /// Nothing new: a good moment to give back what has been read.
+    #[cold]
+    fn idle(&mut self) {
+        self.keeper.store(self.reader.next(), self.reader.next());
+    }
+
+    /// The message's payload, copied where nobody keeps it for us; `None`: overwritten meanwhile.
+    #[inline]
+    fn payload(&self, word: Word, buffer: &mut Buffer) -> Result<Option<NonNull<[u8]>>, RecvError> {
+        let slot = self.reader.slot();
+        if word.kind() == Kind::Inline && self.gating {
+            return inline_in_place(slot, word, self.lengths, self.in_place, buffer).map(Some);
+        }
+        if self.gating {
+            return span_in_place(slot, &self.arena, self.lengths).map(Some);
+        }
+        self.copy(word, buffer)
+    }
+
+    /// Copies a payload that may be overwritten at any time; the copy counts if it was still retained afterwards.
+    fn copy(&self, word: Word, buffer: &mut Buffer) -> Result<Option<NonNull<[u8]>>, RecvError> {
+        let slot = self.reader.slot();
+        let (len, sound) = if word.kind() == Kind::Inline {
+            let len = word.length().min(Slot::<W>::INLINE_BYTES);
+            slot.read(buffer.bytes_mut(len));
+            (len, len == word.length())
+        } else {
+            let span = slot.read_span();
+            let sound = self.arena.contains(span);
+            if sound {
+                self.arena.read(span.offset, buffer.bytes_mut(span.len as usize));
+            }
+            (span.len as usize, sound)
+        };
+        if !still_retained(&self.reader.log().header, self.reader.next()) {
+            return Ok(None);
+        }
+        if sound && self.lengths.allow(len as u64) { Ok(Some(buffer.filled(len))) } else { Err(BAD_LENGTH) }
+    }
+}
+
+impl<const W: usize> ReadPort for ExclusivePort<W> {
+    #[inline(always)]
+    fn poll_fast(&mut self, found: &mut Found) -> bool {
+        let position = self.reader.next();
+        if !self.gating || !self.in_place || self.lost_from.is_some() || self.keeper.is_due(position) {
+            return false;
+        }
+        let exclusive::Poll::Ready(word) = self.reader.poll() else { return false };
+        let len = word.length();
+        if word.kind() != Kind::Inline || len > Slot::<W>::INLINE_BYTES || !self.lengths.allow(len as u64) {
+            return false;
+        }
+        found.set(position, payload_at(self.reader.slot().pointer(), len), Origin(word.tenancy().into(), position));
+        self.reader.step();
+        true
+    }
+
+    #[inline]
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+        if let Some(from) = self.lost_from.take() {
+            let (from, to) = (Sequence::new(from), Sequence::new(self.reader.next()));
+            return Err(RecvError::Lagged { from, to });
+        }
+        let position = self.reader.next();
+        self.keeper.maybe_store(position, position);
+        loop {
+            let position = self.reader.next();
+            let word = match self.reader.poll() {
+                exclusive::Poll::Ready(word) => word,
+                exclusive::Poll::Empty => {
+                    self.idle();
+                    return Ok(false);
+                }
+                exclusive::Poll::Lapped if self.gating => {
+                    return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
+                }
+                exclusive::Poll::Lapped => return Err(self.lagged()),
+            };
+            if word.kind() == Kind::Hole {
+                self.reader.step();
+                continue;
+            }
+            let Some(payload) = self.payload(word, &mut found.buffer)? else { return Err(self.lagged()) };
+            self.reader.step();
+            found.set(position, payload, Origin(word.tenancy().into(), position));
+            return Ok(true);
+        }
+    }
+
+    fn bell(&self) -> &Doorbell {
+        &self.keeper.readers.readers
+    }
+
+    fn gone(&self) -> Option<GoneReason> {
+        if self.bell().wants_attention() { self.reader.log().header.gone() } else { None }
+    }
+
+    fn lag(&self) -> u64 {
+        self.reader.log().tail().map_or(0, |tail| tail.saturating_sub(self.reader.next()))
+    }
+
+    fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)> {
+        let Origin(index, position) = origin;
+        self.reader.log().header.publisher_at(index as u8, position)
+    }
+
+    fn leave(&mut self) {
+        self.idle();
+    }
+}

@@ -1,0 +1,138 @@
+//! The reading end of each kind of ring behind one interface: finds the next message, never waits.
+
+mod channel;
+mod exclusive;
+mod in_place;
+mod keeper;
+mod many;
+
+use std::ptr::NonNull;
+
+use crate::error::{GoneReason, RecvError};
+use crate::ring::doorbell::Doorbell;
+use crate::shm::topic::SharedInfo;
+
+pub(crate) use channel::ChannelPort;
+pub(crate) use exclusive::ExclusivePort;
+pub(crate) use many::ManyPort;
+
+/// A kind of ring, seen from its reading end.
+pub(crate) trait ReadPort: Send {
+    /// Finds the next message if that takes a few loads and nothing else; false: call [`Self::poll`].
+    #[inline(always)]
+    fn poll_fast(&mut self, _found: &mut Found) -> bool {
+        false
+    }
+
+    /// Finds the next message, if it is there, after everything handed out before has been given back.
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError>;
+
+    /// The bell to wait on for messages.
+    fn bell(&self) -> &Doorbell;
+
+    /// Whether the topic is gone. Messages that are still there come first.
+    fn gone(&self) -> Option<GoneReason>;
+
+    /// How many messages lie between this reader and the tail; stale at once.
+    fn lag(&self) -> u64;
+
+    /// Publisher and its number of a message, as far as they are known.
+    fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)>;
+
+    /// Called once, by the handle's drop.
+    fn leave(&mut self);
+}
+
+/// The message found last. It lies in the handle and is filled in place: passing it up through results would cost
+/// more than finding it.
+pub(crate) struct Found {
+    pub(crate) sequence: u64,
+    /// In the ring or an arena, where it stays whole until the next poll, or in the handle's buffer.
+    pub(crate) payload: NonNull<[u8]>,
+    origin: Origin,
+    buffer: Buffer,
+}
+
+/// Who published, in the port's own terms: index and position of a tenancy, or publisher and number.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Origin(u64, u64);
+
+// SAFETY: the pointer is only followed through the handle that owns the port whose memory it points to.
+unsafe impl Send for Found {}
+
+impl Found {
+    /// Nothing found yet.
+    pub(crate) fn nothing() -> Self {
+        let payload = NonNull::slice_from_raw_parts(NonNull::dangling(), 0);
+        Found { sequence: 0, payload, origin: Origin::default(), buffer: Buffer::default() }
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    #[inline]
+    fn set(&mut self, sequence: u64, payload: NonNull<[u8]>, origin: Origin) {
+        self.sequence = sequence;
+        self.payload = payload;
+        self.origin = origin;
+    }
+}
+
+/// `len` bytes at `pointer`, which is not null.
+#[inline]
+fn payload_at(pointer: *const u8, len: usize) -> NonNull<[u8]> {
+    // SAFETY: every caller passes a pointer into a mapping or a buffer.
+    NonNull::slice_from_raw_parts(unsafe { NonNull::new_unchecked(pointer.cast_mut()) }, len)
+}
+
+/// A handle's own memory for copied payloads, aligned for every payload type.
+#[derive(Default)]
+pub(crate) struct Buffer {
+    blocks: Vec<Block>,
+}
+
+#[repr(C, align(32))]
+#[derive(Clone, Copy)]
+struct Block([u8; 32]);
+
+impl Buffer {
+    /// `len` bytes to fill.
+    fn bytes_mut(&mut self, len: usize) -> &mut [u8] {
+        let blocks = len.div_ceil(32);
+        if self.blocks.len() < blocks {
+            self.blocks.resize(blocks, Block([0; 32]));
+        }
+        // SAFETY: `Block` is 32 plain bytes without padding, and `len` of them are there (just resized).
+        unsafe { std::slice::from_raw_parts_mut(self.blocks.as_mut_ptr().cast::<u8>(), len) }
+    }
+
+    /// The first `len` bytes, just filled.
+    fn filled(&self, len: usize) -> NonNull<[u8]> {
+        payload_at(self.blocks.as_ptr().cast(), len)
+    }
+}
+
+/// The publisher may have died or the topic be garbled; either way this message is not one.
+const BAD_LENGTH: RecvError = RecvError::Corrupt("a message's length does not fit its place");
+
+/// What every port checks of a payload's length.
+#[derive(Clone, Copy)]
+struct Lengths {
+    min: u64,
+    max: u64,
+}
+
+impl Lengths {
+    fn of(info: &SharedInfo) -> Self {
+        match &info.options.schema {
+            Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
+            None => Lengths { min: 0, max: info.options.bytes },
+        }
+    }
+
+    #[inline]
+    fn allow(self, len: u64) -> bool {
+        self.min <= len && len <= self.max
+    }
+}

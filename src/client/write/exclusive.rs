@@ -1,0 +1,79 @@
+//! An exclusive topic's publisher as a [`SlotEnd`].
+
+use super::arena_slack;
+use super::slots::{SlotEnd, SlotPort};
+use crate::error::GoneReason;
+use crate::ring::arena::{Allocator, Arena};
+use crate::ring::doorbell::Doorbell;
+use crate::ring::exclusive;
+use crate::ring::gate::Stop;
+use crate::ring::slot::Body;
+use crate::shm::layout::ARENA_ALIGN;
+use crate::sync::Ordering;
+
+/// The port of an exclusive topic's publisher.
+pub(crate) fn exclusive<const W: usize>(
+    writer: exclusive::Writer<W>,
+    arena: Arena,
+    messages: u64,
+) -> SlotPort<W, exclusive::Writer<W>> {
+    let log = writer.log().clone();
+    // Acquire: A-FLOOR, as in the gate; what lies below is no longer ours to keep.
+    let floor = log.header.floor.0.load(Ordering::Acquire);
+    let live = (floor..writer.next()).filter_map(|position| Some((position, log.span_at(position)?)));
+    SlotPort::new(writer, arena, live, messages)
+}
+
+impl<const W: usize> SlotEnd for exclusive::Writer<W> {
+    #[inline]
+    fn next(&self) -> u64 {
+        self.next()
+    }
+
+    #[inline(always)]
+    fn is_ready(&mut self) -> bool {
+        self.has_room() && !self.log().readers.readers.wants_attention()
+    }
+
+    #[inline]
+    fn reserve(&mut self, count: u64) -> Result<(), Stop> {
+        self.reserve(count)
+    }
+
+    #[inline]
+    fn fill(&self, ahead: u64, body: Body<'_>) {
+        self.fill(ahead, body);
+    }
+
+    #[inline]
+    fn commit(&self, ahead: u64, body: Body<'_>) {
+        self.commit(ahead, body);
+    }
+
+    #[inline]
+    fn advance(&mut self, count: u64) {
+        self.advance(count);
+        self.notify();
+    }
+
+    fn reclaim(&mut self, allocator: &mut Allocator, bytes: u64) -> Result<(), Stop> {
+        let give_up_below = allocator.floor_for(bytes, ARENA_ALIGN).ok_or(Stop::Corrupt("arena too small"))?;
+        self.make_room(1, give_up_below, arena_slack(allocator))?;
+        // Acquire: A-FLOOR: readers of what lies below have finished.
+        allocator.reclaim(self.log().header.floor.0.load(Ordering::Acquire));
+        Ok(())
+    }
+
+    fn space_bell(&self) -> &Doorbell {
+        &self.log().readers.writers
+    }
+
+    #[inline]
+    fn gone(&self) -> Option<GoneReason> {
+        if self.log().readers.readers.wants_attention() { self.log().header.gone() } else { None }
+    }
+
+    fn leave(&mut self) {
+        self.checkpoint();
+    }
+}
