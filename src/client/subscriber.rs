@@ -9,7 +9,7 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
 use crate::client::held::Held;
 use crate::client::message::Message;
-use crate::client::read::{ChannelPort, ExclusivePort, Found, ManyPort, ReadPort};
+use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, ReadPort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError};
 use crate::ring::doorbell::Doorbell;
@@ -239,14 +239,17 @@ impl SubscriberCore {
         self.wait = wait;
     }
 
-    /// The few loads that find a small message that is there.
+    /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
     #[inline(always)]
-    fn poll_fast(&mut self) -> bool {
-        with_port!(&mut self.port, port => port.poll_fast(&mut self.found))
+    fn poll(&mut self) -> Result<bool, RecvError> {
+        match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
+            Glance::Found => Ok(true),
+            Glance::Nothing => Ok(false),
+            Glance::Unclear => self.poll_slow(),
+        }
     }
 
-    /// Finds the next message, if there is one.
-    fn poll(&mut self) -> Result<bool, RecvError> {
+    fn poll_slow(&mut self) -> Result<bool, RecvError> {
         match with_port!(&mut self.port, port => port.poll(&mut self.found)) {
             Ok(false) => self.check_gone(),
             other => other,
@@ -264,13 +267,10 @@ impl SubscriberCore {
 
     #[inline(always)]
     fn recv(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.poll_fast() { Ok(()) } else { self.wait(limit) }
+        if self.poll()? { Ok(()) } else { self.wait(limit) }
     }
 
     fn wait(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.poll()? {
-            return Ok(());
-        }
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let found = |core: &mut Self| match core.poll() {
             Ok(false) => None,
@@ -316,7 +316,7 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// [`RecvError::Lagged`] says exactly what was lost; the next call goes on behind it.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
-        let found = self.core.poll_fast() || self.core.poll()?;
+        let found = self.core.poll()?;
         Ok(found.then(|| Message::new(&self.core)))
     }
 

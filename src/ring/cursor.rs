@@ -110,6 +110,14 @@ pub(crate) fn mark_used(header: &CursorsHeader, cursor: u32) {
     header.used.0.fetch_max(u64::from(cursor) + 1, Ordering::Relaxed);
 }
 
+/// How many cursors are in force. Stale the moment it is counted.
+#[cfg(not(loom))]
+pub(crate) fn in_force(header: &CursorsHeader, cursors: &[Cursor]) -> usize {
+    // Relaxed: a hint.
+    let used = (header.used.0.load(Ordering::Relaxed) as usize).min(cursors.len());
+    cursors[..used].iter().filter(|cursor| cursor.position.load(Ordering::Relaxed) != NOT_IN_FORCE).count()
+}
+
 /// The lowest gating cursor. Positions only grow while a cursor is in force, so an old answer is a careful one.
 pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowest> {
     // Relaxed: ordered against a joiner's store by the fences in `gate` (I-4).

@@ -1,7 +1,7 @@
 //! A channel's receiver.
 
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
-use super::{Found, Lengths, Origin, ReadPort, payload_at};
+use super::{Found, Glance, Lengths, Origin, ReadPort, payload_at};
 use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
@@ -29,17 +29,20 @@ impl<const W: usize> ChannelPort<W> {
 
 impl<const W: usize> ReadPort for ChannelPort<W> {
     #[inline(always)]
-    fn poll_fast(&mut self, found: &mut Found) -> bool {
+    fn poll_fast(&mut self, found: &mut Found) -> Glance {
         self.receiver.free();
-        let Some(word) = self.receiver.poll() else { return false };
+        let Some(word) = self.receiver.poll() else {
+            let gone = self.receiver.channel().header.readers.wants_attention();
+            return if gone { Glance::Unclear } else { Glance::Nothing };
+        };
         let len = word.length();
         let small = word.kind() == Kind::Inline && len <= Slot::<W>::INLINE_BYTES;
         if !small || !self.in_place || !self.lengths.allow(len as u64) {
-            return false;
+            return Glance::Unclear;
         }
         found.set(self.receiver.next(), payload_at(self.receiver.slot().pointer(), len), Origin::default());
         self.receiver.step();
-        true
+        Glance::Found
     }
 
     #[inline]

@@ -4,8 +4,9 @@ use std::ptr::NonNull;
 
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
 use super::keeper::CursorKeeper;
-use super::{BAD_LENGTH, Buffer, Found, Lengths, Origin, ReadPort, payload_at};
+use super::{BAD_LENGTH, Buffer, Found, Glance, Lengths, Origin, ReadPort, payload_at};
 use crate::error::{GoneReason, RecvError};
+use crate::os::cache::evict_line;
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive;
@@ -23,6 +24,8 @@ pub(crate) struct ExclusivePort<const W: usize> {
     gating: bool,
     /// Slots are aligned well enough for the payload's type.
     in_place: bool,
+    /// Where the ring was last found empty.
+    dry_at: u64,
     /// First lost sequence, until it has been reported.
     lost_from: Option<u64>,
 }
@@ -40,7 +43,19 @@ impl<const W: usize> ExclusivePort<W> {
         let keeper = CursorKeeper::new(log.readers.clone(), log.cursors.clone(), cursor, position, &info);
         let (lengths, in_place) = (Lengths::of(&info), fits_slots(&info));
         let reader = exclusive::Reader::new(log, position);
-        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, lost_from }
+        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, dry_at: position, lost_from }
+    }
+
+    /// Evicts the line of the message before, if the one at `position` was there already when it was asked for: the
+    /// writer then finds the line nowhere, instead of having to take it from this reader, a lap later. A reader in
+    /// lockstep with the writer never does so (the line it would evict is the one that comes next but one), nor does one
+    /// of several readers (the others would have to fetch it from memory).
+    #[inline(always)]
+    fn hand_back_line(&mut self, position: u64) {
+        let line_is_read = W == 7 || position.is_multiple_of(4);
+        if line_is_read && self.keeper.is_alone() && position != self.dry_at {
+            evict_line(self.reader.log().ring.at(position.wrapping_sub(1)).pointer());
+        }
     }
 
     #[cold]
@@ -53,6 +68,7 @@ impl<const W: usize> ExclusivePort<W> {
     /// Nothing new: a good moment to give back what has been read.
     #[cold]
     fn idle(&mut self) {
+        self.dry_at = self.reader.next();
         self.keeper.store(self.reader.next(), self.reader.next());
     }
 
@@ -93,19 +109,24 @@ impl<const W: usize> ExclusivePort<W> {
 
 impl<const W: usize> ReadPort for ExclusivePort<W> {
     #[inline(always)]
-    fn poll_fast(&mut self, found: &mut Found) -> bool {
+    fn poll_fast(&mut self, found: &mut Found) -> Glance {
         let position = self.reader.next();
         if !self.gating || !self.in_place || self.lost_from.is_some() || self.keeper.is_due(position) {
-            return false;
+            return Glance::Unclear;
         }
-        let exclusive::Poll::Ready(word) = self.reader.poll() else { return false };
+        let word = match self.reader.poll() {
+            exclusive::Poll::Ready(word) => word,
+            exclusive::Poll::Empty => return self.keeper.glance_at_nothing(position),
+            exclusive::Poll::Lapped => return Glance::Unclear,
+        };
         let len = word.length();
         if word.kind() != Kind::Inline || len > Slot::<W>::INLINE_BYTES || !self.lengths.allow(len as u64) {
-            return false;
+            return Glance::Unclear;
         }
         found.set(position, payload_at(self.reader.slot().pointer(), len), Origin(word.tenancy().into(), position));
+        self.hand_back_line(position);
         self.reader.step();
-        true
+        Glance::Found
     }
 
     #[inline]

@@ -1,6 +1,7 @@
 //! The reader's side of the gate.
 
-use crate::ring::cursor::{Cursor, CursorsHeader};
+use super::Glance;
+use crate::ring::cursor::{Cursor, CursorsHeader, in_force};
 use crate::shm::shared::Shared;
 use crate::shm::topic::SharedInfo;
 
@@ -11,6 +12,7 @@ pub(super) struct CursorKeeper {
     index: usize,
     stored: u64,
     period: u64,
+    alone: bool,
 }
 
 impl CursorKeeper {
@@ -23,7 +25,20 @@ impl CursorKeeper {
     ) -> Self {
         // Often enough that a full ring never waits for a reader that has long read on.
         let period = (info.options.messages / 16).clamp(1, info.geometry.slack());
-        CursorKeeper { readers, cursors, index: cursor as usize, stored, period }
+        CursorKeeper { readers, cursors, index: cursor as usize, stored, period, alone: false }
+    }
+
+    /// The ring is empty at `position`: is there anything to be done about it?
+    #[inline]
+    pub(super) fn glance_at_nothing(&self, position: u64) -> Glance {
+        let settled = position == self.stored && !self.readers.readers.wants_attention();
+        if settled { Glance::Nothing } else { Glance::Unclear }
+    }
+
+    /// Whether no other reader's cursor was in force when ours was last stored.
+    #[inline]
+    pub(super) fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// Whether it is time to store the cursor: a period has passed, or a publisher waits.
@@ -46,6 +61,7 @@ impl CursorKeeper {
         }
         self.cursors[self.index].advance(position, sequence);
         self.stored = position;
+        self.alone = in_force(&self.readers, &self.cursors) == 1;
         if !self.readers.writers.is_quiet() {
             self.readers.writers.ring();
         }

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::keeper::CursorKeeper;
-use super::{BAD_LENGTH, Found, Lengths, Origin, ReadPort, payload_at};
+use super::{BAD_LENGTH, Found, Glance, Lengths, Origin, ReadPort, payload_at};
 use crate::client::control::Control;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::{Arena, Span};
@@ -196,6 +196,14 @@ impl ManyPort {
 }
 
 impl ReadPort for ManyPort {
+    #[inline(always)]
+    fn poll_fast(&mut self, _found: &mut Found) -> Glance {
+        if self.batch.is_some() || self.lost_from.is_some() || self.reader.poll() != many::Poll::Empty {
+            return Glance::Unclear;
+        }
+        self.keeper.glance_at_nothing(self.reader.next().position)
+    }
+
     #[inline]
     fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
         if let Some(from) = self.lost_from.take() {

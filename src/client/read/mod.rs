@@ -18,11 +18,9 @@ pub(crate) use many::ManyPort;
 
 /// A kind of ring, seen from its reading end.
 pub(crate) trait ReadPort: Send {
-    /// Finds the next message if that takes a few loads and nothing else; false: call [`Self::poll`].
-    #[inline(always)]
-    fn poll_fast(&mut self, _found: &mut Found) -> bool {
-        false
-    }
+    /// Finds the next message, or that there is none, if that takes a few loads and nothing else. It looks at the ring
+    /// once: a second look without a pause would take the line from a publisher that is writing it.
+    fn poll_fast(&mut self, found: &mut Found) -> Glance;
 
     /// Finds the next message, if it is there, after everything handed out before has been given back.
     fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError>;
@@ -41,6 +39,17 @@ pub(crate) trait ReadPort: Send {
 
     /// Called once, by the handle's drop.
     fn leave(&mut self);
+}
+
+/// What a glance at the ring showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Glance {
+    /// The next message.
+    Found,
+    /// Nothing, and nothing to be done about it.
+    Nothing,
+    /// Something that takes [`ReadPort::poll`] to tell.
+    Unclear,
 }
 
 /// The message found last. It lies in the handle and is filled in place: passing it up through results would cost
