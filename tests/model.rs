@@ -18,7 +18,7 @@ const HANDLES: usize = 3;
 /// With at most so many messages a reader's cursor is stored at each receive, so the model can tell where it stands.
 const MESSAGES: std::ops::RangeInclusive<u64> = 1..=31;
 
-const CASES: u32 = 160;
+const CASES: u32 = 256;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -118,6 +118,8 @@ struct World {
     /// Where a channel's receiver left off.
     head: u64,
     had_reader: bool,
+    /// Positions and bytes for which a publisher made room without publishing.
+    in_flight: (u64, u64),
     random: Random,
 }
 
@@ -137,6 +139,7 @@ impl World {
             loose_until: 0,
             head: 0,
             had_reader: false,
+            in_flight: (0, 0),
             random: Random::new(7),
         }
     }
@@ -200,10 +203,11 @@ impl World {
 
     /// Everything from here on must still be there, whoever reads.
     fn surely_retained(&self) -> u64 {
-        let (mut first, mut bytes) = (self.tail(), 0);
+        let (positions, mut bytes) = self.in_flight;
+        let (mut first, end) = (self.tail(), self.positions + positions);
         while first > 0 {
             bytes += self.charge(first - 1);
-            if bytes > self.options.bytes || self.position(first - 1) + self.options.messages < self.positions {
+            if bytes > self.options.bytes || self.position(first - 1) + self.options.messages < end {
                 break;
             }
             first -= 1;
@@ -260,6 +264,7 @@ impl World {
         }
         let fits_ring = self.options.mode == Mode::Many || lens.len() as u64 <= self.options.messages;
         let held = self.held();
+        self.in_flight = (lens.len() as u64, lens.iter().map(|len| len + 16).sum());
         let writer = &mut self.writers[who];
         let outcome = match way {
             Way::Plain if self.random.below(2) == 0 => writer.handle.try_publish(&payloads[0]),
@@ -310,6 +315,7 @@ impl World {
             self.log.push(Expected { payload, publisher, number, position: self.positions });
             self.positions += u64::from(!many);
         }
+        self.in_flight = (0, 0);
         self.positions += u64::from(many);
     }
 
@@ -449,7 +455,7 @@ fn a_topic_does_what_the_model_does() {
     let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let case = std::cell::Cell::new(0);
-    let strategy = (options(), prop::collection::vec(step(), 1..150));
+    let strategy = (options(), prop::collection::vec(step(), 1..200));
     let outcome = runner.run(&strategy, |(options, steps)| {
         case.set(case.get() + 1);
         let topic = Topic::named(format!("case{}", case.get()));

@@ -71,12 +71,11 @@ impl Geometry {
                 return Err(format!("the alignment of {schema} must be 1, 2, 4, 8, 16 or 32"));
             }
         }
-        // A log's floor is raised ahead of need; a channel's slots are freed one by one.
-        let slack = if options.mode == Mode::Channel { 0 } else { slack_for(options.messages) };
-        let slots = (options.messages + slack).next_power_of_two();
         Ok(match options.mode {
-            Mode::Many => Self::many(options, slots),
-            Mode::Exclusive | Mode::Channel => Self::slotted(options, slots.max(2)),
+            Mode::Many => Self::many(options, log_slots(options.messages)),
+            Mode::Exclusive => Self::slotted(options, log_slots(options.messages)),
+            // Its slots are freed one by one.
+            Mode::Channel => Self::slotted(options, options.messages.next_power_of_two().max(2)),
         })
     }
 
@@ -136,6 +135,12 @@ fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{what} is {found}; {min} to {max} are allowed"))
+}
+
+/// The shortest ring of a log that still holds `messages` when its floor has been raised ahead of need.
+fn log_slots(messages: u64) -> u64 {
+    let slots = (messages + 1).next_power_of_two();
+    if slots - slack_for(slots) >= messages { slots } else { slots * 2 }
 }
 
 fn slack_for(slots: u64) -> u64 {
