@@ -90,7 +90,9 @@ impl Geometry {
 
     /// Every payload in its publisher's arena.
     fn many(options: &TopicOptions, slots: u64) -> Geometry {
-        let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES);
+        // A batch is one record: the largest must fit, with its table and each payload rounded up.
+        let batch = options.bytes + RECORD_HEADER_BYTES + MAX_BATCH as u64 * (4 + 7) + ARENA_ALIGN;
+        let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES).max(batch.next_multiple_of(ARENA_ALIGN));
         let units = arena_bytes / ARENA_ALIGN * u64::from(options.max_publishers);
         let unit_bits = units.next_power_of_two().trailing_zeros().max(1);
         // 10 bits count messages; what is left for the lap and the ring's length together must not come round soon.
