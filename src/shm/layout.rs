@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::topic::{Mode, TopicOptions};
+use crate::topic::{Full, Mode, TopicOptions};
 
 /// Bumped with every change of a byte in any segment.
 pub(crate) const LAYOUT_VERSION: u32 = 1;
@@ -63,6 +63,9 @@ impl Geometry {
         check("--bytes", options.bytes, 1, MAX_BYTES)?;
         check("the number of publishers", options.max_publishers.into(), 1, MAX_PUBLISHERS.into())?;
         check("the number of subscribers", options.max_subscribers.into(), 1, MAX_SUBSCRIBERS.into())?;
+        if options.mode == Mode::Channel && options.full == Full::Overwrite {
+            return Err("a channel overwrites nothing; choose block or reject, or an exclusive topic".to_owned());
+        }
         if let Some(schema) = &options.schema {
             if schema.size_bytes > options.bytes {
                 return Err(format!("a {schema} does not fit in {} bytes; raise --bytes", options.bytes));
