@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -33,7 +34,8 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn new(name: &str) -> Scene {
-        let name = format!("{name}-{}", std::process::id());
+        static SCENES: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{name}-{}-{}", std::process::id(), SCENES.fetch_add(1, Ordering::Relaxed));
         Scene { directory: tempfile::Builder::new().prefix("shmbus-test-").tempdir().unwrap(), name }
     }
 
