@@ -158,7 +158,7 @@ impl Default for TopicOptions {
 /// const LOG_LINES: Topic<[u8]> = Topic::new("log.lines");
 /// const PRICES: Topic<u64> = Topic::new("md.prices").exclusive().messages(65_536);
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Topic<T: ?Sized> {
     name: Cow<'static, str>,
     mode: Mode,
@@ -167,6 +167,13 @@ pub struct Topic<T: ?Sized> {
     full: Full,
     hold: bool,
     payload: PhantomData<fn(&T)>,
+}
+
+// Derived, it would ask for `T: Clone`, which raw bytes are not.
+impl<T: ?Sized> Clone for Topic<T> {
+    fn clone(&self) -> Self {
+        Topic { name: self.name.clone(), ..*self }
+    }
 }
 
 impl<T: ?Sized> Topic<T> {

@@ -127,7 +127,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         let topic = self.topic.name().to_owned();
         let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
         let (answer, fds) = control.request(&request)?;
-        let Answer::SubscriberOpened { info, cursor, position, sequence, segments } = answer else {
+        let Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments } = answer else {
             return Err(unexpected(&answer));
         };
         let held = Held::new(control.clone(), HandleRef::Subscriber { topic: info.id, cursor });
@@ -136,7 +136,8 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             control: control.clone(),
             cursor,
             place: Place { position, sequence },
-            asked: if let Start::Sequence(sequence) = self.start { Some(sequence.get()) } else { None },
+            asked,
+            exactly: matches!(self.start, Start::Sequence(_)),
             droppable: self.droppable,
         };
         let options = opened.info.options.clone();
@@ -152,7 +153,9 @@ struct Opened {
     control: Arc<Control>,
     cursor: u32,
     place: Place,
-    asked: Option<u64>,
+    asked: u64,
+    /// Whether the caller named the sequence, and so must be told if it is gone.
+    exactly: bool,
     droppable: bool,
 }
 
@@ -201,7 +204,7 @@ impl Opened {
     fn many(&self, segments: &LogSegments, arenas: Arenas) -> ManyPort {
         let log = segments.many(&self.info);
         let (info, control) = (self.info.clone(), self.control.clone());
-        let (gating, skip_below, lost) = (self.gating(), self.asked.unwrap_or(0), self.lost_from());
+        let (gating, skip_below, lost) = (self.gating(), self.asked, self.lost_from());
         ManyPort::new(log, info, arenas, control, self.cursor, self.place, gating, skip_below, lost)
     }
 
@@ -211,7 +214,7 @@ impl Opened {
 
     /// What was asked for and is not retained any more.
     fn lost_from(&self) -> Option<u64> {
-        self.asked.filter(|asked| *asked < self.place.sequence)
+        (self.exactly && self.asked < self.place.sequence).then_some(self.asked)
     }
 }
 

@@ -439,11 +439,11 @@ impl Estate {
     }
 
     fn subscriber_opened(&mut self, topic: u64, cursor: u32) -> Result<Granted, Refusal> {
-        let Joined { position, sequence } =
+        let Joined { position, sequence, asked } =
             self.joined.take().ok_or_else(|| broken("a subscriber that never joined"))?;
         let (segments, fds) = self.memory(topic)?.subscriber_fds()?.into_iter().unzip();
         let info = self.entry(topic)?.info.clone();
-        Ok((Answer::SubscriberOpened { info, cursor, position, sequence, segments }, fds))
+        Ok((Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments }, fds))
     }
 
     /// As many topics as fit in a packet, at least one.

@@ -42,6 +42,8 @@ pub(crate) struct StoredSegment<'a> {
 pub(crate) struct Joined {
     pub(crate) position: u64,
     pub(crate) sequence: u64,
+    /// The sequence asked for: what the batch holds below it is not to be delivered.
+    pub(crate) asked: u64,
 }
 
 impl TopicMemory {
@@ -252,13 +254,13 @@ impl TopicMemory {
             }
         };
         line.advance(place.position, place.sequence);
-        Ok(Joined { position: place.position, sequence: place.sequence })
+        Ok(Joined { position: place.position, sequence: place.sequence, asked })
     }
 
     fn join_channel(&self) -> Result<Joined, Refusal> {
         let Parts::Channel { segment, .. } = &self.parts else { unreachable!("join handles logs") };
         let (head, _) = channel_ends(segment, &self.info);
-        Ok(Joined { position: head, sequence: head })
+        Ok(Joined { position: head, sequence: head, asked: head })
     }
 
     /// The batch that holds `sequence`, or the oldest from `oldest` on.

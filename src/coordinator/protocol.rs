@@ -90,7 +90,15 @@ pub(crate) enum Answer {
     /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone).
     PublisherOpened { info: TopicInfo, slot: u32, publisher: u64, tenancy: u32, segments: Vec<SegmentRef> },
     /// To `OpenSubscriber`. Segments: log, cursors, every arena there is (a channel: the channel segment alone).
-    SubscriberOpened { info: TopicInfo, cursor: u32, position: u64, sequence: u64, segments: Vec<SegmentRef> },
+    /// It begins with the batch at `position`, whose first sequence may lie below the one asked for.
+    SubscriberOpened {
+        info: TopicInfo,
+        cursor: u32,
+        position: u64,
+        sequence: u64,
+        asked: u64,
+        segments: Vec<SegmentRef>,
+    },
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
     /// The request was declined; nothing changed.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::topic::{Mode, TopicOptions};
+use crate::topic::{Full, Mode, TopicOptions};
 
 /// Bumped with every change of a byte in any segment.
 pub(crate) const LAYOUT_VERSION: u32 = 1;
@@ -63,6 +63,9 @@ impl Geometry {
         check("--bytes", options.bytes, 1, MAX_BYTES)?;
         check("the number of publishers", options.max_publishers.into(), 1, MAX_PUBLISHERS.into())?;
         check("the number of subscribers", options.max_subscribers.into(), 1, MAX_SUBSCRIBERS.into())?;
+        if options.mode == Mode::Channel && options.full == Full::Overwrite {
+            return Err("a channel overwrites nothing; choose block or reject, or an exclusive topic".to_owned());
+        }
         if let Some(schema) = &options.schema {
             if schema.size_bytes > options.bytes {
                 return Err(format!("a {schema} does not fit in {} bytes; raise --bytes", options.bytes));
@@ -71,12 +74,11 @@ impl Geometry {
                 return Err(format!("the alignment of {schema} must be 1, 2, 4, 8, 16 or 32"));
             }
         }
-        // A log's floor is raised ahead of need; a channel's slots are freed one by one.
-        let slack = if options.mode == Mode::Channel { 0 } else { slack_for(options.messages) };
-        let slots = (options.messages + slack).next_power_of_two();
         Ok(match options.mode {
-            Mode::Many => Self::many(options, slots),
-            Mode::Exclusive | Mode::Channel => Self::slotted(options, slots.max(2)),
+            Mode::Many => Self::many(options, log_slots(options.messages)),
+            Mode::Exclusive => Self::slotted(options, log_slots(options.messages)),
+            // Its slots are freed one by one.
+            Mode::Channel => Self::slotted(options, options.messages.next_power_of_two().max(2)),
         })
     }
 
@@ -91,7 +93,9 @@ impl Geometry {
 
     /// Every payload in its publisher's arena.
     fn many(options: &TopicOptions, slots: u64) -> Geometry {
-        let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES);
+        // A batch is one record: the largest must fit, with its table and each payload rounded up.
+        let batch = options.bytes + RECORD_HEADER_BYTES + MAX_BATCH as u64 * (4 + 7) + ARENA_ALIGN;
+        let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES).max(batch.next_multiple_of(ARENA_ALIGN));
         let units = arena_bytes / ARENA_ALIGN * u64::from(options.max_publishers);
         let unit_bits = units.next_power_of_two().trailing_zeros().max(1);
         // 10 bits count messages; what is left for the lap and the ring's length together must not come round soon.
@@ -136,6 +140,12 @@ fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{what} is {found}; {min} to {max} are allowed"))
+}
+
+/// The shortest ring of a log that still holds `messages` when its floor has been raised ahead of need.
+fn log_slots(messages: u64) -> u64 {
+    let slots = (messages + 1).next_power_of_two();
+    if slots - slack_for(slots) >= messages { slots } else { slots * 2 }
 }
 
 fn slack_for(slots: u64) -> u64 {

@@ -1,0 +1,269 @@
+//! What the tests of the library share: a bus of their own, other processes, deadlines, payloads that check themselves.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shmbus::{Bus, Mode, Publisher, Subscriber, Topic};
+
+/// Everything here happens within milliseconds; this is for a machine that is very busy.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// Names the role that a test binary started by another one plays.
+const ROLE: &str = "SHMBUS_TEST_ROLE";
+
+/// Names the topic of a role and whatever else it must know.
+const ARGUMENTS: &str = "SHMBUS_TEST_ARGUMENTS";
+
+/// Starts every line that a role has for its test; everything else on standard output is libtest's.
+const MARK: &str = "@@";
+
+/// A bus of its own in a directory of its own; nothing of it survives the test.
+pub(crate) struct Scene {
+    directory: tempfile::TempDir,
+    name: String,
+}
+
+impl Scene {
+    pub(crate) fn new(name: &str) -> Scene {
+        static SCENES: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{name}-{}-{}", std::process::id(), SCENES.fetch_add(1, Ordering::Relaxed));
+        Scene { directory: tempfile::Builder::new().prefix("shmbus-test-").tempdir().unwrap(), name }
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A connection, as another program would have one.
+    pub(crate) fn open(&self) -> Bus {
+        Bus::options().name(&self.name).directory(self.directory().to_owned()).open().unwrap()
+    }
+
+    /// Starts this test binary again as another process, which runs the test `role` and nothing else.
+    pub(crate) fn start(&self, role: &str, arguments: &str) -> Process {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
+        command.env(ROLE, role).env(ARGUMENTS, arguments);
+        command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
+        Process::new(command)
+    }
+
+    /// The living processes that serve this bus in a role (`None`: all of them).
+    pub(crate) fn servers(&self, role: Option<&str>) -> Vec<Pid> {
+        let numbers =
+            fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        numbers.filter(|pid| self.serves(*pid, role)).map(Pid::from_raw).collect()
+    }
+
+    fn serves(&self, pid: i32, role: Option<&str>) -> bool {
+        // A zombie has no command line, so it is rightly counted as dead.
+        let Ok(line) = fs::read_to_string(format!("/proc/{pid}/cmdline")) else { return false };
+        let args: Vec<&str> = line.split('\0').collect();
+        let ours = args.contains(&"serve") && args.contains(&self.name.as_str());
+        let played = args.windows(2).find(|pair| pair[0] == "--role").map_or("keeper", |pair| pair[1]);
+        ours && role.is_none_or(|role| role == played)
+    }
+
+    /// The one living process that serves this bus in that role.
+    pub(crate) fn server(&self, role: &str) -> Pid {
+        await_that(role, || self.servers(Some(role)).len() == 1);
+        self.servers(Some(role))[0]
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        // Keeper and coordinator restart each other, so both must go before either comes back.
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            let servers = self.servers(None);
+            if servers.is_empty() {
+                return;
+            }
+            for pid in servers {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+/// Another process under test; killed when its test is over.
+pub(crate) struct Process {
+    child: Child,
+    lines: Receiver<String>,
+    stdin: Option<ChildStdin>,
+}
+
+impl Process {
+    fn new(mut command: Command) -> Process {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some((_, said)) = line.split_once(MARK) {
+                    let _ = sender.send(said.to_owned());
+                }
+            }
+        });
+        Process { child, lines, stdin }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// The next thing it says.
+    pub(crate) fn line(&mut self) -> String {
+        match self.lines.recv_timeout(LIMIT) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => panic!("process {} says nothing", self.pid()),
+            Err(RecvTimeoutError::Disconnected) => panic!("process {} ended: {:?}", self.pid(), self.child.wait()),
+        }
+    }
+
+    pub(crate) fn expect(&mut self, line: &str) {
+        assert_eq!(self.line(), line);
+    }
+
+    pub(crate) fn tell(&mut self, line: &str) {
+        writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Kills it and waits until it is dead.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The role to play and its arguments, if this process was started by [`Scene::start`].
+pub(crate) fn role() -> Option<(String, String)> {
+    let role = std::env::var(ROLE).ok()?;
+    Some((role, std::env::var(ARGUMENTS).unwrap()))
+}
+
+/// Tells the test something.
+pub(crate) fn say(line: &str) {
+    println!("{MARK}{line}");
+}
+
+/// What the test says next. When the test is gone, so are we.
+pub(crate) fn hear() -> String {
+    let mut line = String::new();
+    if std::io::stdin().read_line(&mut line).unwrap_or(0) == 0 {
+        std::process::exit(0);
+    }
+    line.trim_end().to_owned()
+}
+
+/// Makes this process end when its test does; for roles that never listen.
+pub(crate) fn end_with_the_test() {
+    thread::spawn(|| {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+}
+
+/// Waits for a condition.
+pub(crate) fn await_that(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Opens a publisher as soon as its predecessor's death has been noticed.
+pub(crate) fn publisher_after<T: shmbus::Payload + ?Sized>(bus: &Bus, topic: &Topic<T>) -> Publisher<T> {
+    let mut opened = None;
+    await_that("the publisher's place", || match bus.publisher(topic.clone()) {
+        Ok(publisher) => {
+            opened = Some(publisher);
+            true
+        }
+        Err(shmbus::OpenError::Refused(shmbus::Refusal::Taken { .. })) => false,
+        Err(error) => panic!("{error}"),
+    });
+    opened.unwrap()
+}
+
+/// Receives or fails the test.
+pub(crate) fn receive(subscriber: &mut Subscriber<[u8]>) -> (u64, Vec<u8>) {
+    let message = subscriber.recv_timeout(LIMIT).unwrap();
+    (message.sequence().get(), message.to_vec())
+}
+
+pub(crate) const MODES: [Mode; 3] = [Mode::Exclusive, Mode::Many, Mode::Channel];
+
+/// A raw topic of a mode.
+pub(crate) fn raw(mode: Mode, name: &str) -> Topic<[u8]> {
+    let topic = Topic::named(format!("{name}.{mode}"));
+    match mode {
+        Mode::Many => topic,
+        Mode::Exclusive => topic.exclusive(),
+        Mode::Channel => topic.channel(),
+    }
+}
+
+/// A seed from `SHMBUS_TEST_SEED` or the clock; printed, so that a failure can be repeated.
+pub(crate) fn seed() -> u64 {
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let given = std::env::var("SHMBUS_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(clock);
+    println!("SHMBUS_TEST_SEED={seed}");
+    seed
+}
+
+/// Marsaglia's xorshift64*: enough to choose lengths and moments.
+#[derive(Clone)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `end`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 16) % end
+    }
+
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]));
+    }
+}
+
+/// FNV-1a over words, so that large payloads are quick to check in a debug build, too.
+pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+    let word = |chunk: &[u8]| chunk.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let start = 0xcbf2_9ce4_8422_2325 ^ bytes.len() as u64;
+    bytes.chunks(8).fold(start, |sum, chunk| (sum ^ word(chunk)).wrapping_mul(0x0100_0000_01b3).rotate_left(23))
+}
