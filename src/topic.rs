@@ -18,13 +18,24 @@ pub const MAX_PAYLOAD_ALIGN: usize = 32;
 ///
 /// Implemented for `[u8]` and for every `T: FromBytes + IntoBytes + Immutable + KnownLayout`: such a type has no
 /// padding, no invalid bit pattern and no interior pointer, so bytes written by another process are always a `T`.
-pub trait Payload: FromBytes + IntoBytes + Immutable + KnownLayout + 'static {
+pub trait Payload: FromBytes + IntoBytes + Immutable + KnownLayout + sealed::Sealed + 'static {
     /// Whether all messages have one size, which is compared when a handle is opened.
     #[doc(hidden)]
     const FIXED_SIZE: bool;
 
     /// The schema every message of this type follows; `None` for raw bytes.
     fn schema() -> Option<Schema>;
+}
+
+mod sealed {
+    use super::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+    /// Keeps `Payload` to what the handles check: raw bytes and sized types.
+    pub trait Sealed {}
+
+    impl Sealed for [u8] {}
+
+    impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + 'static> Sealed for T {}
 }
 
 impl Payload for [u8] {
@@ -119,10 +130,13 @@ impl std::fmt::Display for Full {
 pub struct TopicOptions {
     /// Who may publish.
     pub mode: Mode,
-    /// How many messages the ring holds at least. A publisher meets `Full` when the slowest gating reader is exactly
-    /// this many positions behind.
+    /// How many messages the ring holds at least. A publisher meets `Full` when the slowest gating reader is this many
+    /// positions behind; a position is a message or, on topics for many, a batch. Readers give back what they have read
+    /// in steps of a sixteenth, at once when they run dry, and soon after a publisher has met `Full`. Channels round it
+    /// up to a power of two.
     pub messages: u64,
-    /// How many payload bytes the ring holds at least (for each publisher slot); also the largest message.
+    /// How many payload bytes the ring holds at least (for each publisher slot, in payloads of up to a sixteenth of
+    /// it: larger ones need their room in one piece); also the largest message.
     pub bytes: u64,
     /// What happens when the ring is full.
     pub full: Full,

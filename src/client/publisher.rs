@@ -38,6 +38,7 @@ pub(crate) struct PublisherCore {
     id: u64,
     wait: Wait,
     held: Option<Held>,
+    opened_by: u32,
 }
 
 /// The kinds of ring: closed, so that publishing is a branch and not an indirect call.
@@ -79,7 +80,14 @@ impl Bus {
         let info = Arc::new(info);
         let port = Port::attach(&info, slot, publisher, tenancy, &fds)?;
         let options = info.options.clone();
-        let core = PublisherCore { port, options, id: publisher, wait: Wait::default(), held: Some(held) };
+        let core = PublisherCore {
+            port,
+            options,
+            id: publisher,
+            wait: Wait::default(),
+            held: Some(held),
+            opened_by: std::process::id(),
+        };
         Ok(Publisher { core, payload: PhantomData })
     }
 }
@@ -147,7 +155,8 @@ impl PublisherCore {
     /// A stand-alone channel's sender.
     pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
         let port = Port::channel(info, segment, true);
-        PublisherCore { port, options: info.options.clone(), id: 0, wait: Wait::default(), held: None }
+        let options = info.options.clone();
+        PublisherCore { port, options, id: 0, wait: Wait::default(), held: None, opened_by: std::process::id() }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -268,6 +277,8 @@ impl PublisherCore {
         match stop {
             Stop::Corrupt(problem) => PublishError::Corrupt(problem),
             Stop::Blocked(Blocked { cursor, position }) => {
+                // Readers give back in steps; whoever meets a full ring wants what they have read already.
+                self.space_bell().urge();
                 let holder = match (self.options.mode, cursor) {
                     (Mode::Channel, _) => Holder::Receiver,
                     (_, Some(cursor)) => Holder::Subscriber(cursor),
@@ -281,6 +292,10 @@ impl PublisherCore {
 
 impl Drop for PublisherCore {
     fn drop(&mut self) {
+        // A forked child drops a copy: the original is its parent's.
+        if self.opened_by != std::process::id() {
+            return;
+        }
         with_port!(&mut self.port, port => port.leave());
         // Only now may the coordinator give the place away.
         drop(self.held.take());

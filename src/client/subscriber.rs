@@ -51,6 +51,7 @@ pub(crate) struct SubscriberCore {
     options: TopicOptions,
     wait: Wait,
     held: Option<Held>,
+    opened_by: u32,
 }
 
 /// The kinds of ring: closed, so that receiving is a branch and not an indirect call.
@@ -142,7 +143,14 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         };
         let options = opened.info.options.clone();
         let port = opened.attach(segments.into_iter().zip(fds))?;
-        let core = SubscriberCore { port, found: Found::nothing(), options, wait: self.wait, held: Some(held) };
+        let core = SubscriberCore {
+            port,
+            found: Found::nothing(),
+            options,
+            wait: self.wait,
+            held: Some(held),
+            opened_by: std::process::id(),
+        };
         Ok(Subscriber { core, payload: PhantomData })
     }
 }
@@ -235,7 +243,14 @@ impl SubscriberCore {
     pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
         let options = info.options.clone();
         let port = Port::channel(&Arc::new(info), segment, true);
-        SubscriberCore { port, found: Found::nothing(), options, wait: Wait::default(), held: None }
+        SubscriberCore {
+            port,
+            found: Found::nothing(),
+            options,
+            wait: Wait::default(),
+            held: None,
+            opened_by: std::process::id(),
+        }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -301,6 +316,10 @@ impl SubscriberCore {
 
 impl Drop for SubscriberCore {
     fn drop(&mut self) {
+        // A forked child drops a copy: the original, and its cursor, are its parent's.
+        if self.opened_by != std::process::id() {
+            return;
+        }
         with_port!(&mut self.port, port => port.leave());
         // Only now may the coordinator give the cursor away.
         drop(self.held.take());

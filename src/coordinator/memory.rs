@@ -6,6 +6,8 @@ use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::os::memfd;
 use crate::ring::arena::Arena;
+use crate::ring::doorbell::Doorbell;
+use crate::ring::gate::Gate;
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::slot::Slot;
@@ -230,7 +232,7 @@ impl TopicMemory {
         let lines = segments.cursor_lines(&self.info);
         let line = lines.get(cursor as usize).ok_or_else(|| corrupt(&self.info, format!("no cursor {cursor}")))?;
         let (header, readers) = (segments.header(), segments.readers());
-        let gate = crate::ring::gate::Gate { header: &header, readers: &readers, cursors: &lines };
+        let gate = Gate { header: &header, readers: &readers, cursors: &lines };
         let tail = self.tail()?;
         let asked = match start {
             StartAt::Latest => tail.sequence,
@@ -243,18 +245,39 @@ impl TopicMemory {
             StartAt::Sequence(sequence) => sequence,
         };
         line.occupy(owner, droppable);
-        // In force at the oldest first: from here on the search below runs over memory that stays (I-4).
-        let first = if asked >= tail.sequence { tail.position } else { 0 };
-        let oldest = gate.join(cursor, first);
-        let place = match self.place_of(asked, oldest, tail) {
-            Some(place) => place,
-            None => {
-                line.vacate();
-                return Err(corrupt(&self.info, "no record leads to the start position".into()));
+        let place = self.find_start(&gate, cursor, asked, tail);
+        match place {
+            Some(place) => line.advance(place.position, place.sequence),
+            None => line.vacate(),
+        }
+        // While the search ran, the cursor stood lower than it stands now: a publisher may have gone to sleep over that.
+        wake(&readers.writers);
+        let Place { position, sequence } =
+            place.ok_or_else(|| corrupt(&self.info, "no record leads to the start position".into()))?;
+        Ok(Joined { position, sequence, asked })
+    }
+
+    /// Puts the cursor in force at the batch that holds `asked`, or at the oldest retained one.
+    fn find_start(&self, gate: &Gate<'_>, cursor: u32, asked: u64, tail: Place) -> Option<Place> {
+        if asked >= tail.sequence || self.info.options.mode == Mode::Exclusive {
+            let wanted = if asked >= tail.sequence { tail } else { Place { position: asked, sequence: asked } };
+            let position = gate.join(cursor, wanted.position);
+            if position == wanted.position {
+                return Some(wanted);
             }
-        };
-        line.advance(place.position, place.sequence);
-        Ok(Joined { position: place.position, sequence: place.sequence, asked })
+            if self.info.options.mode == Mode::Exclusive {
+                // Not retained any more. An intent far ahead of the tail is garbage.
+                let sane = position <= tail.position.saturating_add(2 * self.info.geometry.slots);
+                return sane.then_some(Place { position, sequence: position });
+            }
+        }
+        // In force at the oldest first: from here on the search runs over memory that stays (I-4). Only a reader that
+        // holds nothing back can be overtaken by publishers meanwhile; it tries again from what is the oldest then.
+        (0..1000).find_map(|_| {
+            // Acquire: A-INTENT, as a joiner would look at it.
+            let oldest = gate.join(cursor, gate.header.intent.0.load(Ordering::Acquire));
+            self.place_of(asked, oldest, tail)
+        })
     }
 
     fn join_channel(&self) -> Result<Joined, Refusal> {
@@ -263,26 +286,19 @@ impl TopicMemory {
         Ok(Joined { position: head, sequence: head, asked: head })
     }
 
-    /// The batch that holds `sequence`, or the oldest from `oldest` on.
+    /// The batch that holds `sequence`, or the oldest from `oldest` on; `None` where it was overwritten during the search.
     fn place_of(&self, sequence: u64, oldest: u64, tail: Place) -> Option<Place> {
-        if self.info.options.mode == Mode::Exclusive {
-            let position = sequence.max(oldest);
-            return Some(Place { position, sequence: position });
-        }
-        if sequence >= tail.sequence || oldest >= tail.position {
-            return Some(if oldest > tail.position { self.place_at(oldest)? } else { tail });
-        }
         // Invariant: the batch at `low` begins at or before `sequence`, or is the oldest.
-        let (mut low, mut high) = (oldest, tail.position);
+        let (mut low, mut high) = (oldest, tail.position.max(oldest));
         while high - low > 1 {
             let middle = low + (high - low) / 2;
             match self.place_at(middle) {
                 Some(place) if place.sequence > sequence => high = middle,
-                // Overwritten meanwhile (only readers that hold nothing back see this): later is still there.
+                // Overwritten meanwhile: later ones are still there.
                 _ => low = middle,
             }
         }
-        self.place_at(low).or(Some(tail))
+        self.place_at(low)
     }
 
     /// Position and sequence of the batch at `position`, from its record.
@@ -300,13 +316,15 @@ impl TopicMemory {
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent.
     pub(crate) fn leave(&self, cursor: u32) {
         let Parts::Log { segments, .. } = &self.parts else { return };
-        if let Some(line) = segments.cursor_lines(&self.info).get(cursor as usize) {
-            line.vacate();
+        let (header, readers, lines) = (segments.header(), segments.readers(), segments.cursor_lines(&self.info));
+        let Some(line) = lines.get(cursor as usize) else { return };
+        if self.info.options.hold
+            && let Ok(tail) = self.tail()
+        {
+            Gate { header: &header, readers: &readers, cursors: &lines }.release_read(tail.position);
         }
-        let readers = segments.readers();
-        if !readers.writers.is_quiet() {
-            readers.writers.ring();
-        }
+        line.vacate();
+        wake(&readers.writers);
     }
 
     /// Oldest retained and next sequence.
@@ -358,6 +376,13 @@ impl TopicMemory {
                 segments.readers().writers.call_attention();
             }
         }
+    }
+}
+
+/// Wakes whoever sleeps on the bell, after a store that concerns them.
+fn wake(bell: &Doorbell) {
+    if !bell.is_quiet() {
+        bell.ring();
     }
 }
 

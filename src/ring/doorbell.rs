@@ -24,7 +24,7 @@ const ATTENTION: u32 = 2;
 const EPOCH: u32 = 4;
 
 /// Longest sleep in one go: belt and braces against garbled words, never needed for correctness.
-const LONGEST_SLEEP: Duration = Duration::from_millis(100);
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// Longest sleep where the kernel gives no membarrier and a wake-up could be missed.
 const LONGEST_SLEEP_UNSURE: Duration = Duration::from_millis(1);
@@ -82,6 +82,13 @@ impl Doorbell {
                 Err(now) => seen = now,
             }
         }
+    }
+
+    /// Asks the other side to look sooner than it otherwise would, without sleeping.
+    #[cfg(not(loom))]
+    pub(crate) fn urge(&self) {
+        // Relaxed: a hint.
+        self.futex.word().fetch_or(WAITING, Ordering::Relaxed);
     }
 
     /// Announces a sleeper. Look again after this, then [`Self::sleep`].

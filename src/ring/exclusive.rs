@@ -11,6 +11,7 @@ use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
 use crate::ring::log::{LogHeader, Place};
 use crate::ring::slot::{Body, Kind, Ring, Slot, Word};
+use crate::shm::layout::MAX_BATCH;
 use crate::shm::shared::Shared;
 use crate::sync::Ordering;
 
@@ -79,7 +80,8 @@ impl<const W: usize> ExclusiveLog<W> {
 
     /// Clears what a batch that died half-way left above `tail`. Only while no writer lives (I-12). Idempotent.
     pub fn clear_above(&self, tail: u64) {
-        for position in tail..tail + self.ring.len() {
+        // A batch is no longer than that.
+        for position in tail..tail + self.ring.len().min(MAX_BATCH as u64) {
             let slot = self.ring.at(position);
             let word = Word(slot.word.load(Ordering::Relaxed));
             if word.kind() != Kind::Empty && word.distance_from(tail) >= 0 {

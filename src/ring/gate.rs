@@ -73,7 +73,7 @@ impl Gate<'_> {
         let end = want.at.position + want.count;
         // Acquire: A-FLOOR pairs with R-FLOOR (raise): readers of what lies below have finished.
         let floor = self.header.floor.0.load(Ordering::Acquire);
-        let held = held_from(policy, self.lowest(), floor);
+        let held = self.held_from(policy, floor);
         if let Some(blocked) = held
             && end > blocked.position.saturating_add(policy.messages)
         {
@@ -87,7 +87,7 @@ impl Gate<'_> {
         let by_readers = held.map_or(u64::MAX, |b| b.position.saturating_add(policy.messages));
         // Not further than a chunk: the checkpoint, from which a tail is walked, should not grow old.
         let chunk = want.at.position + policy.slack.max(want.count);
-        Ok((floor + policy.slots).min(by_readers).min(chunk))
+        Ok(floor.saturating_add(policy.slots).min(by_readers).min(chunk))
     }
 
     /// Raises the floor to at least `need`, by `slack` more where nobody minds.
@@ -102,7 +102,7 @@ impl Gate<'_> {
         // (I-4); monotone by max.
         self.header.intent.0.fetch_max(target, Ordering::Release);
         fence(Ordering::SeqCst);
-        let joined = held_from(policy, self.lowest(), need);
+        let joined = self.held_from(policy, need);
         let confirmed = joined.map_or(target, |b| b.position.min(target));
         // AcqRel: R-FLOOR pairs with A-FLOOR (make_room): whoever uses this floor has our view of the readers.
         let floor = self.header.floor.0.fetch_max(confirmed, Ordering::AcqRel).max(confirmed);
@@ -110,6 +110,29 @@ impl Gate<'_> {
             return Err(joined.unwrap_or(Blocked { cursor: None, position: floor }));
         }
         Ok(floor)
+    }
+
+    /// Notes that every gating reader has read up to its position: for topics that hold, before their last reader
+    /// leaves. What has been read holds publishers up no longer, and stays until they need the room.
+    pub(crate) fn release_read(&self, tail: u64) {
+        if let Some(lowest) = self.lowest() {
+            // Relaxed: publishers only compare it; what it lets them overwrite is guarded by the floor.
+            self.header.released.0.fetch_max(lowest.position.min(tail), Ordering::Relaxed);
+        }
+    }
+
+    /// Who holds positions from where on.
+    fn held_from(&self, policy: &Policy, floor: u64) -> Option<Blocked> {
+        match self.lowest() {
+            _ if policy.overwrite => None,
+            Some(lowest) => Some(Blocked { cursor: Some(lowest.cursor), position: lowest.position }),
+            None if policy.hold => {
+                // Relaxed: see `release_read`.
+                let released = self.header.released.0.load(Ordering::Relaxed);
+                Some(Blocked { cursor: None, position: floor.max(released) })
+            }
+            None => None,
+        }
     }
 
     fn lowest(&self) -> Option<Lowest> {
@@ -131,15 +154,6 @@ impl Gate<'_> {
             }
             position = intent;
         }
-    }
-}
-
-/// Who holds positions from where on.
-fn held_from(policy: &Policy, lowest: Option<Lowest>, floor: u64) -> Option<Blocked> {
-    match lowest {
-        _ if policy.overwrite => None,
-        Some(lowest) => Some(Blocked { cursor: Some(lowest.cursor), position: lowest.position }),
-        None => policy.hold.then_some(Blocked { cursor: None, position: floor }),
     }
 }
 

@@ -31,6 +31,8 @@ pub struct LogHeader {
     state: StateLine,
     pub(crate) intent: FloorLine,
     pub(crate) floor: FloorLine,
+    /// On topics that hold: what has been read by readers that have left.
+    pub(crate) released: FloorLine,
     checkpoints: [Checkpoint; CHECKPOINTS],
     tenancies: [Tenancy; TENANCIES],
 }
@@ -80,6 +82,7 @@ impl LogHeader {
             state: StateLine(AtomicU32::new(0)),
             intent: FloorLine(AtomicU64::new(0)),
             floor: FloorLine(AtomicU64::new(0)),
+            released: FloorLine(AtomicU64::new(0)),
             checkpoints: std::array::from_fn(|_| Checkpoint { pairs: [pair(), pair()] }),
             tenancies: std::array::from_fn(|_| Tenancy {
                 first_position: AtomicU64::new(0),
@@ -194,7 +197,8 @@ impl Checkpoint {
             let sequences = [0, 1].map(|i: usize| self.pairs[i].sequence.load(Ordering::Acquire));
             if positions() == before {
                 let places = [0, 1].map(|i| Place { position: before[i], sequence: sequences[i] });
-                let whole = places.into_iter().filter(|place| place.position != NO_CHECKPOINT);
+                // Garbage must not overflow what is added to positions later.
+                let whole = places.into_iter().filter(|place| place.position < u64::MAX / 2);
                 return whole.max_by_key(|place| place.position);
             }
             pause();
@@ -208,7 +212,8 @@ const _: () = {
     use std::mem::offset_of;
     assert!(offset_of!(LogHeader, intent) == 128);
     assert!(offset_of!(LogHeader, floor) == 256);
-    assert!(offset_of!(LogHeader, checkpoints) == 384);
-    assert!(offset_of!(LogHeader, tenancies) == 4480);
+    assert!(offset_of!(LogHeader, released) == 384);
+    assert!(offset_of!(LogHeader, checkpoints) == 512);
+    assert!(offset_of!(LogHeader, tenancies) == 4608);
     assert!(size_of::<LogHeader>() <= crate::shm::layout::RING_OFFSET as usize);
 };

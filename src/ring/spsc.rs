@@ -9,6 +9,7 @@
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::slot::{Body, Kind, Ring, Slot, Word};
+use crate::shm::layout::MAX_BATCH;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU32, Ordering};
 
@@ -153,7 +154,8 @@ impl<const W: usize> Channel<W> {
 
     /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.
     pub fn clear_above(&self, tail: u64) {
-        for position in tail..tail + self.ring.len() {
+        // A batch is no longer than that.
+        for position in tail..tail + self.ring.len().min(MAX_BATCH as u64) {
             let slot = self.ring.at(position);
             if Word(slot.word.load(Ordering::Relaxed)).commits(position) {
                 // Release: ordered before the next sender's start.

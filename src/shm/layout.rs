@@ -34,8 +34,9 @@ pub(crate) const MAX_SUBSCRIBERS: u32 = 1024;
 /// Most messages a ring may be asked to hold.
 pub(crate) const MAX_MESSAGES: u64 = 1 << 30;
 
-/// Most payload bytes a topic may be asked to hold, and the largest message.
-pub(crate) const MAX_BYTES: u64 = (1 << 32) - 4096;
+/// Most payload bytes a topic may be asked to hold, and the largest message: with its table, the length of a batch of that
+/// many bytes still fits in 32 bits.
+pub(crate) const MAX_BYTES: u64 = (1 << 32) - (1 << 16);
 
 /// A commit word comes round to the same lap after at least 2 to the power of this many entries (I-6).
 const LAP_ROUND_BITS: u32 = 38;

@@ -141,6 +141,11 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
             let position = self.reader.next();
             let word = match self.reader.poll() {
                 exclusive::Poll::Ready(word) => word,
+                // Repair clears what a dead publisher's batch left behind; a reader that nobody waits for may have been
+                // a lap behind there.
+                exclusive::Poll::Empty if !self.gating && !still_retained(&self.reader.log().header, position) => {
+                    return Err(self.lagged());
+                }
                 exclusive::Poll::Empty => {
                     self.idle();
                     return Ok(false);
@@ -155,6 +160,9 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
                 continue;
             }
             let Some(payload) = self.payload(word, &mut found.buffer)? else { return Err(self.lagged()) };
+            if word.kind() == Kind::Arena {
+                self.keeper.count_bytes(payload.len());
+            }
             self.reader.step();
             found.set(position, payload, Origin(word.tenancy().into(), position));
             return Ok(true);

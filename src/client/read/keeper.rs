@@ -12,6 +12,9 @@ pub(super) struct CursorKeeper {
     index: usize,
     stored: u64,
     period: u64,
+    /// Arena bytes read since the cursor was last stored, and how many may be.
+    bytes: u64,
+    byte_period: u64,
     alone: bool,
 }
 
@@ -25,7 +28,9 @@ impl CursorKeeper {
     ) -> Self {
         // Often enough that a full ring never waits for a reader that has long read on.
         let period = (info.options.messages / 16).clamp(1, info.geometry.slack());
-        CursorKeeper { readers, cursors, index: cursor as usize, stored, period, alone: false }
+        let byte_period = info.geometry.arena_bytes / 16;
+        let index = cursor as usize;
+        CursorKeeper { readers, cursors, index, stored, period, bytes: 0, byte_period, alone: false }
     }
 
     /// The ring is empty at `position`: is there anything to be done about it?
@@ -41,10 +46,18 @@ impl CursorKeeper {
         self.alone
     }
 
-    /// Whether it is time to store the cursor: a period has passed, or a publisher waits.
+    /// Whether it is time to store the cursor: a sixteenth of the ring or of an arena has been read, or a publisher waits.
     #[inline]
     pub(super) fn is_due(&self, position: u64) -> bool {
-        position - self.stored >= self.period || (position != self.stored && self.readers.writers.is_waited_on())
+        position - self.stored >= self.period
+            || self.bytes >= self.byte_period
+            || (position != self.stored && self.readers.writers.is_waited_on())
+    }
+
+    /// Counts a payload that lies in an arena.
+    #[inline]
+    pub(super) fn count_bytes(&mut self, len: usize) {
+        self.bytes += len as u64;
     }
 
     #[inline]
@@ -56,6 +69,7 @@ impl CursorKeeper {
 
     /// Stores the cursor and wakes publishers that wait for it.
     pub(super) fn store(&mut self, position: u64, sequence: u64) {
+        self.bytes = 0;
         if position == self.stored {
             return;
         }

@@ -144,6 +144,7 @@ impl ManyPort {
         batch.index += 1;
         batch.at += len.next_multiple_of(self.info.batch_align());
         self.batch = Some(batch);
+        self.keeper.count_bytes(len as usize);
         found.set(sequence, payload, origin);
         Ok(true)
     }

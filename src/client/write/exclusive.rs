@@ -20,7 +20,8 @@ pub(crate) fn exclusive<const W: usize>(
     let log = writer.log().clone();
     // Acquire: A-FLOOR, as in the gate; what lies below is no longer ours to keep.
     let floor = log.header.floor.0.load(Ordering::Acquire);
-    let live = (floor..writer.next()).filter_map(|position| Some((position, log.span_at(position)?)));
+    let oldest = floor.max(writer.next().saturating_sub(log.ring.len()));
+    let live = (oldest..writer.next()).filter_map(|position| Some((position, log.span_at(position)?)));
     SlotPort::new(writer, arena, live, messages)
 }
 

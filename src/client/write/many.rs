@@ -10,7 +10,7 @@ use crate::ring::gate::Stop;
 use crate::ring::many::{self, Record};
 use crate::shm::layout::{ARENA_ALIGN, MAX_BATCH, RECORD_HEADER_BYTES};
 use crate::shm::topic::{SharedInfo, locate, unit_of};
-use crate::sync::Ordering;
+use crate::sync::{Ordering, fence};
 
 /// One publisher of a topic with many.
 pub(crate) struct ManyPort {
@@ -29,7 +29,9 @@ impl ManyPort {
         let log = writer.log();
         // Acquire: A-FLOOR, as in the gate.
         let floor = log.header.floor.0.load(Ordering::Acquire);
-        let live: VecDeque<Live> = (floor..writer.at().position)
+        let tail = writer.at().position;
+        let oldest = floor.max(tail.saturating_sub(log.ring.len()));
+        let live: VecDeque<Live> = (oldest..tail)
             .filter_map(|position| {
                 let (owner, offset) = locate(&info.geometry, log.committed(position)?.unit());
                 let record = if owner == slot { Record::read(&arena, offset)? } else { return None };
@@ -48,6 +50,8 @@ impl ManyPort {
         }
         // Acquire: A-FLOOR: others may have raised it for us.
         self.allocator.reclaim(self.writer.log().header.floor.0.load(Ordering::Acquire));
+        // Release: R-COPY pairs with A-COPY (still_retained): whoever raised that floor announced it before we write.
+        fence(Ordering::Release);
         if let Some(offset) = self.allocator.find(bytes, ARENA_ALIGN) {
             return Ok(offset);
         }
