@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -131,9 +132,7 @@ fn read_with_losses(mut subscriber: Subscriber<[u8]>, until: u64) -> (u64, u64) 
         match subscriber.recv_timeout(LIMIT) {
             Ok(message) => {
                 assert_eq!(message.sequence().get(), next);
-                let (body, sum) = message.split_at(message.len() - 8);
-                assert_eq!(checksum(body), number(sum), "a torn message at {next}");
-                assert_eq!(number(&body[..8]), next);
+                assert_eq!(check_message(&message), next);
                 next += 1;
                 if pause.below(500) == 0 {
                     thread::sleep(Duration::from_millis(1));
@@ -170,9 +169,7 @@ fn readers_that_are_overtaken_learn_exactly_what_they_lost() {
                 .collect();
             let mut random = Random::new(seed());
             for number in 0..count {
-                let mut message = number.to_le_bytes().to_vec();
-                message.resize(8 + random.below(300) as usize, number as u8);
-                message.extend(checksum(&message).to_le_bytes());
+                let message = checked_message(number, random.below(300));
                 assert_eq!(publisher.try_publish(&message).unwrap().get(), number, "nobody holds it back");
             }
             for reader in readers {
@@ -181,6 +178,92 @@ fn readers_that_are_overtaken_learn_exactly_what_they_lost() {
                 assert!(read == count && losses < count);
             }
         }
+    }
+}
+
+/// A message that says its number and can be checked.
+fn checked_message(number: u64, len: u64) -> Vec<u8> {
+    let mut message = number.to_le_bytes().to_vec();
+    message.resize(8 + len as usize, number as u8);
+    message.extend(checksum(&message).to_le_bytes());
+    message
+}
+
+fn check_message(message: &[u8]) -> u64 {
+    let (body, sum) = message.split_at(message.len() - 8);
+    assert_eq!(checksum(body), number(sum), "a torn message");
+    number(&body[..8])
+}
+
+#[test]
+fn subscribers_that_come_and_go_under_fire_miss_nothing_unsaid() {
+    let scene = Scene::new("fire");
+    let bus = scene.open();
+    let mut random = Random::new(seed());
+    let messages = 64;
+    for (mode, full) in LOGS.into_iter().flat_map(|mode| [(mode, Full::Block), (mode, Full::Overwrite)]) {
+        let topic = Topic::<[u8]>::named(format!("fire.{mode}.{full}")).messages(messages).bytes(16 << 10).full(full);
+        let topic = of_mode(mode, topic);
+        let over = AtomicBool::new(false);
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        for number in 0..5000 {
+            publisher.publish(&checked_message(number, 100)).unwrap();
+        }
+        thread::scope(|scope| {
+            let (mut lens, stop) = (random.clone(), &over);
+            scope.spawn(move || {
+                for number in 5000.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let message = checked_message(number, lens.below(200));
+                    assert_eq!(publisher.publish_timeout(&message, LIMIT).unwrap().get(), number);
+                }
+            });
+            let _stop = StopAtEnd(stop);
+            for _ in 0..200 {
+                let count = random.below(messages);
+                let start = [Start::Oldest, Start::Last(count), Start::Latest][random.below(3) as usize];
+                let builder = bus.subscriber(topic.clone()).start(start);
+                let droppable = random.below(2) == 0;
+                let builder = if droppable { builder.droppable() } else { builder };
+                let mut subscriber = builder.open().unwrap();
+                let holds = !droppable && full == Full::Block;
+                let lag = subscriber.lag();
+                let least = match start {
+                    Start::Oldest => messages,
+                    Start::Last(count) => count,
+                    _ => 0,
+                };
+                assert!(lag >= least, "{start:?} on {mode} {full}: only {lag} to come");
+                let mut next = None;
+                for _ in 0..2 * messages {
+                    match subscriber.recv_timeout(LIMIT) {
+                        Ok(message) => {
+                            let sequence = message.sequence().get();
+                            assert_eq!(check_message(&message), sequence);
+                            assert_eq!(sequence, next.unwrap_or(sequence), "{start:?} on {mode} {full}");
+                            next = Some(sequence + 1);
+                        }
+                        Err(RecvError::Lagged { from, to }) if !holds => {
+                            assert_eq!(from.get(), next.unwrap_or(from.get()));
+                            assert!(to > from, "{start:?} on {mode} {full}: lost {from}..{to} at {next:?}");
+                            next = Some(to.get());
+                        }
+                        Err(error) => panic!("{start:?} on {mode} {full}: {error}"),
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Ends the publisher also when the test fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -6,6 +6,7 @@ use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::os::memfd;
 use crate::ring::arena::Arena;
+use crate::ring::gate::still_retained;
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::slot::Slot;
@@ -14,6 +15,10 @@ use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
 use crate::sync::Ordering;
 use crate::topic::Mode;
+
+/// Searches for a start position that publishers may overtake. Each raise of the floor is a chunk of messages, so a few
+/// suffice; the limit is for garbage.
+const JOIN_LOOKS: usize = 1000;
 
 /// A topic's segments as the coordinator holds them: every descriptor, all mapped read-write.
 pub(crate) struct TopicMemory {
@@ -245,13 +250,19 @@ impl TopicMemory {
         line.occupy(owner, droppable);
         // In force at the oldest first: from here on the search below runs over memory that stays (I-4).
         let first = if asked >= tail.sequence { tail.position } else { 0 };
-        let oldest = gate.join(cursor, first);
-        let place = match self.place_of(asked, oldest, tail) {
-            Some(place) => place,
-            None => {
-                line.vacate();
-                return Err(corrupt(&self.info, "no record leads to the start position".into()));
+        let mut oldest = gate.join(cursor, first);
+        // Where the cursor holds nothing back, publishers may overtake the search; it begins again where they left it.
+        let mut found = self.place_of(asked, oldest, tail);
+        for _ in 0..JOIN_LOOKS {
+            if found.is_some() {
+                break;
             }
+            oldest = gate.join(cursor, oldest);
+            found = self.place_of(asked, oldest, tail);
+        }
+        let Some(place) = found else {
+            line.vacate();
+            return Err(corrupt(&self.info, "no record leads to the start position".into()));
         };
         line.advance(place.position, place.sequence);
         Ok(Joined { position: place.position, sequence: place.sequence, asked })
@@ -263,7 +274,7 @@ impl TopicMemory {
         Ok(Joined { position: head, sequence: head, asked: head })
     }
 
-    /// The batch that holds `sequence`, or the oldest from `oldest` on.
+    /// The batch that holds `sequence`, or the oldest from `oldest` on. `None`: overwritten meanwhile.
     fn place_of(&self, sequence: u64, oldest: u64, tail: Place) -> Option<Place> {
         if self.info.options.mode == Mode::Exclusive {
             let position = sequence.max(oldest);
@@ -272,7 +283,11 @@ impl TopicMemory {
         if sequence >= tail.sequence || oldest >= tail.position {
             return Some(if oldest > tail.position { self.place_at(oldest)? } else { tail });
         }
-        // Invariant: the batch at `low` begins at or before `sequence`, or is the oldest.
+        let first = self.place_at(oldest)?;
+        if first.sequence >= sequence {
+            return Some(first);
+        }
+        // Invariant: the batch at `low` begins at or before `sequence`.
         let (mut low, mut high) = (oldest, tail.position);
         while high - low > 1 {
             let middle = low + (high - low) / 2;
@@ -282,7 +297,7 @@ impl TopicMemory {
                 _ => low = middle,
             }
         }
-        self.place_at(low).or(Some(tail))
+        self.place_at(low)
     }
 
     /// Position and sequence of the batch at `position`, from its record.
@@ -294,7 +309,9 @@ impl TopicMemory {
         };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
-        (record.position == position).then_some(Place { position, sequence: record.first_sequence })
+        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
+        let sound = record.position == position && still_retained(&segments.header(), position);
+        sound.then_some(Place { position, sequence: record.first_sequence })
     }
 
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent.
