@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{LIMIT, MODES, Random, Scene, checksum, publisher_after, raw, receive, seed};
+use common::{LIMIT, MODES, Random, Scene, checksum, of_mode, publisher_after, raw, receive, seed};
 use shmbus::{Bus, Full, Mode, NameError, OpenError, PublishError, RecvError, Refusal, Start, Topic, TopicOptions};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -24,12 +24,7 @@ struct Aligned {
 }
 
 fn typed<T: shmbus::Payload>(mode: Mode, name: &str) -> Topic<T> {
-    let topic = Topic::named(format!("{name}.{mode}"));
-    match mode {
-        Mode::Many => topic,
-        Mode::Exclusive => topic.exclusive(),
-        Mode::Channel => topic.channel(),
-    }
+    of_mode(mode, Topic::named(format!("{name}.{mode}")))
 }
 
 fn refusal<T>(outcome: Result<T, OpenError>) -> Refusal {

@@ -7,7 +7,7 @@ use crate::error::Refusal;
 use crate::os::memfd;
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
-use crate::ring::gate::Gate;
+use crate::ring::gate::{Gate, still_retained};
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::slot::Slot;
@@ -310,7 +310,9 @@ impl TopicMemory {
         };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
-        (record.position == position).then_some(Place { position, sequence: record.first_sequence })
+        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
+        let sound = record.position == position && still_retained(&segments.header(), position);
+        sound.then_some(Place { position, sequence: record.first_sequence })
     }
 
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent.

@@ -216,14 +216,18 @@ pub(crate) fn receive(subscriber: &mut Subscriber<[u8]>) -> (u64, Vec<u8>) {
 
 pub(crate) const MODES: [Mode; 3] = [Mode::Exclusive, Mode::Many, Mode::Channel];
 
-/// A raw topic of a mode.
-pub(crate) fn raw(mode: Mode, name: &str) -> Topic<[u8]> {
-    let topic = Topic::named(format!("{name}.{mode}"));
+/// The same topic in a mode.
+pub(crate) fn of_mode<T: ?Sized>(mode: Mode, topic: Topic<T>) -> Topic<T> {
     match mode {
         Mode::Many => topic,
         Mode::Exclusive => topic.exclusive(),
         Mode::Channel => topic.channel(),
     }
+}
+
+/// A raw topic of a mode.
+pub(crate) fn raw(mode: Mode, name: &str) -> Topic<[u8]> {
+    of_mode(mode, Topic::named(format!("{name}.{mode}")))
 }
 
 /// A seed from `SHMBUS_TEST_SEED` or the clock; printed, so that a failure can be repeated.

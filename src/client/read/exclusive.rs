@@ -187,6 +187,6 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
     }
 
     fn leave(&mut self) {
-        self.idle();
+        self.keeper.leave(self.reader.next(), self.reader.next());
     }
 }

@@ -16,6 +16,7 @@ pub(super) struct CursorKeeper {
     bytes: u64,
     byte_period: u64,
     alone: bool,
+    hold: bool,
 }
 
 impl CursorKeeper {
@@ -30,7 +31,17 @@ impl CursorKeeper {
         let period = (info.options.messages / 16).clamp(1, info.geometry.slack());
         let byte_period = info.geometry.arena_bytes / 16;
         let index = cursor as usize;
-        CursorKeeper { readers, cursors, index, stored, period, bytes: 0, byte_period, alone: false }
+        CursorKeeper {
+            readers,
+            cursors,
+            index,
+            stored,
+            period,
+            bytes: 0,
+            byte_period,
+            alone: false,
+            hold: info.options.hold,
+        }
     }
 
     /// The ring is empty at `position`: is there anything to be done about it?
@@ -64,6 +75,19 @@ impl CursorKeeper {
     pub(super) fn maybe_store(&mut self, position: u64, sequence: u64) {
         if self.is_due(position) {
             self.store(position, sequence);
+        }
+    }
+
+    /// Takes the cursor out of force: publishers need not wait until the coordinator learns of it. On topics that hold,
+    /// the coordinator does so after it has noted what was read.
+    pub(super) fn leave(&mut self, position: u64, sequence: u64) {
+        self.store(position, sequence);
+        if self.hold {
+            return;
+        }
+        self.cursors[self.index].vacate();
+        if !self.readers.writers.is_quiet() {
+            self.readers.writers.ring();
         }
     }
 

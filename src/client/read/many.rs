@@ -262,6 +262,7 @@ impl ReadPort for ManyPort {
 
     fn leave(&mut self) {
         self.finish_batch();
-        self.idle();
+        let next = self.reader.next();
+        self.keeper.leave(next.position, next.sequence);
     }
 }
