@@ -242,9 +242,7 @@ impl World {
     fn has_bytes(&self, held: u64, lens: &[u64]) -> Option<bool> {
         let kept: u64 = (held..self.tail()).map(|sequence| self.charge(sequence)).sum();
         let asked: u64 = lens.iter().map(|len| len + 16).sum();
-        // Room is needed in one piece; at the end of an arena a gap stays that may be as large as the piece.
-        let gap = asked.saturating_sub(self.options.bytes / 16);
-        (kept + asked + gap <= self.options.bytes).then_some(true)
+        (kept + asked <= self.options.bytes).then_some(true)
     }
 
     fn publish(&mut self, who: usize, lens: &[u64], way: Way) -> Checked {
@@ -369,7 +367,7 @@ impl World {
     fn close_subscriber(&mut self, who: usize) -> Checked {
         if who < self.readers.len() {
             self.head = self.readers.remove(who).next;
-            // A topic that holds is told of it by the coordinator; it answers in order.
+            // Leaving waits for nobody; what is asked next is answered after the cursor has gone.
             self.bus.topic(self.topic.name()).unwrap();
         }
         Ok(())
