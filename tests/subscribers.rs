@@ -12,8 +12,8 @@ use shmbus::{
     Subscriber, Topic, Wait,
 };
 
-/// A sleeper looks again after 100 ms, which would hide a lost wake-up.
-const LOOKS_AGAIN: Duration = Duration::from_millis(90);
+/// A sleeper looks again after a second, which would hide a lost wake-up.
+const LOOKS_AGAIN: Duration = Duration::from_millis(900);
 
 const LOGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
 
@@ -481,5 +481,60 @@ fn a_borrowed_payload_stays_whole_while_publishers_press_on() {
             }
             while subscriber.try_recv().unwrap().is_some() {}
         }
+    }
+}
+
+#[test]
+fn with_hold_what_was_read_makes_room_after_its_reader_has_left() {
+    let scene = Scene::new("released");
+    let bus = scene.open();
+    for mode in LOGS {
+        let topic = raw(mode, "released").messages(16).full(Full::Reject).hold();
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        send(&mut publisher, 0..16);
+        assert!(matches!(publisher.try_publish(b"x"), Err(PublishError::Full { holder: Holder::Hold, .. })));
+        let mut subscriber = open(&bus, &topic, Start::Oldest);
+        for expected in 0..10 {
+            assert_eq!(number(&subscriber.recv().unwrap()), expected);
+        }
+        assert_eq!(numbers(&mut subscriber), [10, 11, 12, 13, 14, 15]);
+        drop(subscriber);
+        // The coordinator answers in order: it has taken leave of the subscriber by then.
+        bus.topic(topic.name()).unwrap();
+        send(&mut publisher, 16..32);
+        assert!(matches!(publisher.try_publish(b"x"), Err(PublishError::Full { holder: Holder::Hold, .. })));
+        assert_eq!(numbers(&mut open(&bus, &topic, Start::Last(16))), (16..32).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_forked_child_that_drops_its_copies_changes_nothing() {
+    let scene = Scene::new("forked");
+    let bus = scene.open();
+    for mode in LOGS {
+        let topic = raw(mode, "forked").messages(64);
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let mut subscriber = open(&bus, &topic, Start::Oldest);
+        send(&mut publisher, 0..8);
+        for expected in 0..6 {
+            assert_eq!(number(&subscriber.recv().unwrap()), expected);
+        }
+        // SAFETY: the child drops copies of two handles, which neither allocates nor takes a lock of another thread's,
+        // and exits without running anything else of this process.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                drop(std::ptr::read(&raw const subscriber));
+                drop(std::ptr::read(&raw const publisher));
+                libc::_exit(0);
+            }
+            assert!(child > 0);
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+            assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "the child ended with {status:#x}");
+        }
+        let room = (8..200).take_while(|n: &u64| publisher.try_publish(&n.to_le_bytes()).is_ok()).count() as u64;
+        assert!((58..=62).contains(&room), "the reader at 6 still holds the ring of 64: {room} more went in");
+        assert_eq!(numbers(&mut subscriber), (6..8 + room).collect::<Vec<_>>());
     }
 }
