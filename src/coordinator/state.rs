@@ -356,7 +356,9 @@ impl State {
         if !self.participants.contains_key(&incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
-        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !holds.contains(handle));
+        // A set: both lists may be long, and who comes back may be hostile.
+        let kept: BTreeSet<HandleKey> = holds.iter().map(|handle| key_of(*handle)).collect();
+        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(&key_of(*handle)));
         let events = given_up.map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
@@ -469,13 +471,10 @@ impl Decider<'_> {
     fn close(&self, handles: &[HandleRef]) -> Result<Plan, Refusal> {
         let held = self.state.participants.get(&self.incarnation).map(|p| &p.handles);
         // A handle that is held no more went with its topic: closing it is no mistake.
-        let mut mine: Vec<HandleRef> = Vec::new();
-        for handle in handles.iter().filter(|handle| held.is_some_and(|held| held.contains(&key_of(**handle)))) {
-            if !mine.contains(handle) {
-                mine.push(*handle);
-            }
-        }
-        Ok(Plan { events: mine.into_iter().map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+        // Named twice it is closed once.
+        let named: BTreeSet<HandleKey> = handles.iter().map(|handle| key_of(*handle)).collect();
+        let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key))).map(handle_of);
+        Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
