@@ -88,9 +88,9 @@ impl Server {
             Ok(estate) => Server::new(place, lock, listener, estate, Some(signals)),
             Err((error, link)) => {
                 // Without its registry a bus has no owners; better none than one that gives things away twice.
-                place.remove(lock.as_fd())?;
+                let removed = place.remove(lock.as_fd());
                 link.tell(&Message::Leaving);
-                Err(io::Error::other(error))
+                removed.and(Err(io::Error::other(error)))
             }
         }
     }
@@ -103,6 +103,8 @@ impl Server {
         signals: Option<SignalFd>,
     ) -> io::Result<Server> {
         let hosted = estate.link().is_none();
+        // Our predecessor died while it ended the bus: nothing is left but to leave.
+        let ended = estate.state().ending;
         let server = Server {
             place,
             lock,
@@ -117,7 +119,7 @@ impl Server {
             leave_at: Some(Instant::now() + FIRST_LINGER),
             keeper_at: None,
             hosted,
-            ended: false,
+            ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
         };
         server.watch_all()?;
@@ -144,7 +146,7 @@ impl Server {
 
     /// Serves until the bus ends.
     pub(crate) fn run(mut self) -> io::Result<()> {
-        if let Some(link) = self.estate.link() {
+        if let Some(link) = self.estate.link().filter(|_| !self.ended) {
             link.tell(&Message::Ready);
         }
         let mut events = [EpollEvent::empty(); EVENTS_PER_ROUND];
@@ -196,7 +198,9 @@ impl Server {
             self.leave_at = None;
         } else if self.leave_at.is_some_and(|at| at <= now) {
             self.leave_at = None;
-            self.ended |= !self.estate.is_needed();
+            if !self.estate.is_needed() {
+                self.stop();
+            }
         }
         Ok(())
     }
@@ -488,16 +492,17 @@ impl Server {
         self.ended = true;
     }
 
-    /// Ends the bus: the names first, so that whoever comes now finds or starts another one.
+    /// Ends the bus: the names first, so that whoever comes now finds or starts another one. Names that cannot be
+    /// removed are no reason to stay: the next holder of the lock replaces them.
     fn leave(mut self) -> io::Result<()> {
-        self.place.remove(self.lock.as_fd())?;
+        let removed = self.place.remove(self.lock.as_fd());
         while let Ok(socket) = socket::accept(self.listener.as_fd()) {
             decline(&socket, Refusal::Leaving);
         }
         if let Some(link) = self.estate.replace_link(None) {
             link.tell(&Message::Leaving);
         }
-        Ok(())
+        removed
     }
 }
 

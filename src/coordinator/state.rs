@@ -46,6 +46,8 @@ pub(crate) enum Event {
     SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
     /// A handle was given back.
     Closed { handle: HandleRef },
+    /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
+    Ending,
 }
 
 /// What granting a request takes: events to carry out in order, then the reply to make.
@@ -122,6 +124,7 @@ pub(crate) struct Footprint {
 pub(crate) struct State {
     pub(crate) bus: u64,
     pub(crate) stay: bool,
+    pub(crate) ending: bool,
     participants: BTreeMap<u64, Participant>,
     topics: BTreeMap<u64, TopicEntry>,
     names: BTreeMap<String, u64>,
@@ -213,6 +216,7 @@ impl State {
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
             }
             Event::Closed { handle } => self.close(*handle),
+            Event::Ending => self.ending = true,
         }
     }
 
@@ -230,6 +234,7 @@ impl State {
             topics: self.next_topic,
             publishers: self.next_publisher,
         });
+        events.extend(self.ending.then_some(Event::Ending));
         events
     }
 

@@ -190,7 +190,7 @@ fn only_the_owner_closes_a_handle() {
     assert_eq!(twice.events, [Event::Closed { handle }]);
 }
 
-/// As much as a packet can name, against as much as a process can hold: compared pair by pair this takes minutes.
+/// As much as a packet can name, against as much as a process can hold: compared pair by pair this takes seconds.
 #[test]
 fn long_lists_of_handles_are_decided_at_once() {
     let mut state = state();
