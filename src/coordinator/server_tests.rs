@@ -131,6 +131,27 @@ fn the_arena_is_there_after_the_coordinator_has_gone() {
 }
 
 #[test]
+fn arenas_that_did_not_fit_in_the_socket_come_as_they_are_asked_for() {
+    crate::os::process::raise_descriptor_limit().unwrap();
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    // More arenas than a socket takes while nobody reads, and fewer than the coordinator queues.
+    let topics: Vec<String> = (0..8).map(|n| format!("t{n}")).collect();
+    for topic in &topics {
+        open_publisher(&a, topic, Mode::Many).unwrap();
+        open_subscriber(&b, topic).unwrap();
+    }
+    for topic in &topics {
+        for _ in 1..64 {
+            open_publisher(&a, topic, Mode::Many).unwrap();
+        }
+    }
+    for (topic, slot) in [(7, 63), (0, 1), (7, 62)] {
+        assert!(b.arena(topic, slot).is_some(), "arena {slot} of topic {topic}");
+    }
+}
+
+#[test]
 fn dropping_the_connection_releases_everything_at_once() {
     let stage = Stage::set();
     let (a, b) = (stage.connect(), stage.connect());
