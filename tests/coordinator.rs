@@ -258,6 +258,22 @@ fn a_bus_is_started_by_need_and_goes_when_nobody_needs_it() {
 }
 
 #[test]
+fn a_bus_that_nobody_can_find_goes_with_its_last_participant() {
+    for lost in ["sock", "lock"] {
+        let mut scene = Scene::serve(lost);
+        let bus = scene.open();
+        bus.create_topic("kept", &small(), false).unwrap();
+        fs::remove_file(scene.directory.path().join(format!("{}.{lost}", scene.bus))).unwrap();
+        assert_eq!(topics(&bus).len(), 1, "who is on it stays");
+        drop(bus);
+        scene.wait("the end of all processes", |scene| scene.processes(None).is_empty());
+        if lost == "sock" {
+            scene.assert_gone();
+        }
+    }
+}
+
+#[test]
 fn many_programs_that_start_at_once_meet_on_one_bus() {
     let mut scene = Scene::empty("race");
     std::thread::scope(|scope| {

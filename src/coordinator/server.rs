@@ -28,6 +28,9 @@ const FIRST_LINGER: Duration = Duration::from_secs(5);
 /// After a keeper could not be started, the next attempt waits so long.
 const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
+/// How often a bus on which nobody is looks whether it can still be found.
+const NAMES_LOOK: Duration = Duration::from_secs(30);
+
 /// Connections accepted in one round, and events looked at.
 const ACCEPTS_PER_ROUND: usize = 16;
 const EVENTS_PER_ROUND: usize = 64;
@@ -198,7 +201,10 @@ impl Server {
             self.leave_at = None;
         } else if self.leave_at.is_some_and(|at| at <= now) {
             self.leave_at = None;
-            if !self.estate.is_needed() {
+            // Who cannot be found is not needed, whatever it keeps.
+            if self.estate.is_needed() && self.place.leads_to(self.lock.as_fd()) {
+                self.leave_at = Some(now + NAMES_LOOK);
+            } else {
                 self.stop();
             }
         }
