@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use shmbus::{Bus, TopicOptions};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shmbus::{Bus, PublishError, Publisher, Topic, TopicOptions};
 
 /// Everything here happens within milliseconds; this is for a machine that is very busy.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -187,6 +189,59 @@ fn sigterm_to_either_process_ends_the_bus() {
     }
 }
 
+/// Kills the coordinator some microseconds after the topic of `publisher` is gone, or from now on.
+fn kill_soon(coordinator: u32, publisher: &mut Publisher<[u8]>, after_gone: bool, delay_us: u64) {
+    let deadline = Instant::now() + DEADLINE;
+    while after_gone && publisher.publish(b"early").is_ok() {
+        assert!(Instant::now() < deadline, "the topic stays");
+    }
+    let until = Instant::now() + Duration::from_micros(delay_us);
+    while Instant::now() < until {
+        std::hint::spin_loop();
+    }
+    // It may have ended before.
+    let _ = kill(Pid::from_raw(coordinator as i32), Signal::SIGKILL);
+}
+
+#[test]
+fn a_stop_ends_the_bus_whenever_the_coordinator_is_killed_over_it() {
+    for round in 0..24 {
+        let mut scene = Scene::serve(&format!("stop{round}"));
+        let (bus, other) = (scene.open(), scene.open());
+        let mut publisher = bus.publisher(Topic::<[u8]>::named("t")).unwrap();
+        (0..50).for_each(|n| assert!(!bus.create_topic(&format!("t{n}"), &small(), false).unwrap()));
+        let coordinator = scene.one("coordinator");
+        std::thread::scope(|scope| {
+            scope.spawn(|| other.stop().unwrap());
+            kill_soon(coordinator, &mut publisher, round % 2 == 0, round * 5);
+        });
+        scene.assert_gone();
+        let published = publisher.publish(b"late");
+        assert!(matches!(published, Err(PublishError::Gone(_))), "{published:?}");
+    }
+}
+
+#[test]
+fn a_topic_is_there_or_gone_whenever_the_coordinator_is_killed_over_its_removal() {
+    let mut scene = Scene::serve("removal");
+    let (bus, other) = (scene.open(), scene.open());
+    for round in 0..8 {
+        let name = format!("t{round}");
+        let mut publisher = bus.publisher(Topic::<[u8]>::named(name.as_str())).unwrap();
+        let coordinator = scene.one("coordinator");
+        std::thread::scope(|scope| {
+            // Asked again, it may be told that there is no such topic any more.
+            scope.spawn(|| drop(other.remove_topic(&name, true)));
+            kill_soon(coordinator, &mut publisher, round % 2 == 0, round * 5);
+        });
+        assert!(topics(&bus).is_empty());
+        let published = publisher.publish(b"late");
+        assert!(matches!(published, Err(PublishError::Gone(_))), "{published:?}");
+    }
+    bus.stop().unwrap();
+    scene.assert_gone();
+}
+
 #[test]
 fn a_bus_is_started_by_need_and_goes_when_nobody_needs_it() {
     let mut scene = Scene::empty("need");
@@ -200,6 +255,22 @@ fn a_bus_is_started_by_need_and_goes_when_nobody_needs_it() {
     drop(second);
     scene.assert_gone();
     assert_eq!(topics(&scene.open()).len(), 0, "a new bus");
+}
+
+#[test]
+fn a_bus_that_nobody_can_find_goes_with_its_last_participant() {
+    for lost in ["sock", "lock"] {
+        let mut scene = Scene::serve(lost);
+        let bus = scene.open();
+        bus.create_topic("kept", &small(), false).unwrap();
+        fs::remove_file(scene.directory.path().join(format!("{}.{lost}", scene.bus))).unwrap();
+        assert_eq!(topics(&bus).len(), 1, "who is on it stays");
+        drop(bus);
+        scene.wait("the end of all processes", |scene| scene.processes(None).is_empty());
+        if lost == "sock" {
+            scene.assert_gone();
+        }
+    }
 }
 
 #[test]

@@ -134,7 +134,11 @@ impl Bus {
 
     /// Ends the bus for everybody: topics and their messages are gone, handles get `Gone`.
     pub fn stop(self) -> Result<(), OpenError> {
-        self.done(&Request::Stop)
+        match self.done(&Request::Stop) {
+            // Somebody else was faster, or the coordinator died over it and its successor finished it.
+            Err(OpenError::Connect(ConnectError::Ended { .. })) => Ok(()),
+            other => other,
+        }
     }
 
     /// The control connection, for handles.

@@ -23,8 +23,9 @@ use crate::os::socket;
 /// How long a request waits for its answer, a restart of the coordinator included.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a reader waits for an arena's descriptor after the connection broke.
-const ARENA_PATIENCE: Duration = Duration::from_millis(50);
+/// How long a reader waits for an arena's descriptor that is not in its socket: the coordinator has it in its queue, or
+/// is being restarted.
+const ARENA_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long the last handle's end waits for the coordinator to confirm it.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
@@ -139,20 +140,21 @@ impl Control {
     }
 
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
-    /// was written there, so it waits in our socket, also when the coordinator has died since; only if the connection
-    /// broke before that, the coordinator is asked for it by coming back. `None`: not there (yet).
+    /// was written there, so it waits in our socket, also when the coordinator has died since. If our socket was full it
+    /// waits with the coordinator, which goes on as we read; if the connection broke before that, the coordinator is
+    /// asked for it by coming back. `None`: not there, and it does not come.
     pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         self.check_process().ok()?;
         let deadline = Instant::now() + ARENA_PATIENCE;
         let mut inner = lock(&self.inner);
-        let first_generation = inner.generation;
         loop {
             inner.receive_all();
             if let Some(fd) = inner.arenas.get(&(topic, slot)) {
                 return fd.try_clone().ok();
             }
-            let whole = inner.socket.is_some() && inner.generation == first_generation;
-            if whole || Instant::now() >= deadline || inner.connect().is_err() {
+            // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
+            let _ = inner.connect();
+            if inner.end.is_some() || Instant::now() >= deadline {
                 return None;
             }
             let socket = inner.socket.clone();

@@ -90,6 +90,12 @@ impl Place {
         Ok(())
     }
 
+    /// Whether anybody can still find who holds this lock. In doubt they can.
+    pub(crate) fn leads_to(&self, lock: BorrowedFd<'_>) -> bool {
+        let absent = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+        self.names(lock).unwrap_or(true) && !fs::symlink_metadata(&self.socket).is_err_and(absent)
+    }
+
     /// Whether the lock's name still leads to this file.
     fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
         let held = File::from(lock.try_clone_to_owned()?).metadata()?;

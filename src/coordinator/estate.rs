@@ -4,6 +4,9 @@
 //! Whatever takes something (a topic, an arena, a slot, a cursor) is logged *before* the memory is touched, so that
 //! nothing is ever held anonymously (I-10). Whatever gives something back is done in memory first and logged after:
 //! doing it twice does no harm, forgetting it would.
+//!
+//! What ends for everybody (a topic, the bus) is logged before the memory says so: a topic that its handles take for
+//! gone must not be there again after a restart. Who finds it logged says it once more.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -67,9 +70,15 @@ impl Estate {
             Ok(opened) => opened,
             Err(error) => return Err((error, link)),
         };
-        let mut state = State::default();
-        events.iter().for_each(|event| state.apply(event));
+        let (mut state, mut removed) = (State::default(), Vec::new());
+        for event in &events {
+            if let Event::TopicRemoved { topic } = event {
+                removed.extend(state.topic(*topic).cloned());
+            }
+            state.apply(event);
+        }
         let mut estate = Estate::new(state, registry, Some(link));
+        removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         for event in estate.adopt(&mut store) {
             if let Err(error) = estate.carry_out(event) {
                 eprintln!("shmbus coordinator: {error}");
@@ -77,7 +86,22 @@ impl Estate {
         }
         // What was stored but never logged belongs to nobody.
         store.into_keys().for_each(|name| estate.forget(name));
+        if estate.state.ending {
+            estate.end_topics();
+        }
         Ok(estate)
+    }
+
+    /// Lets everybody who holds a removed topic know, if the coordinator that removed it may have died before it did:
+    /// then the store has the topic yet, and the registry was not compacted since.
+    fn finish_removal(&mut self, entry: &TopicEntry, store: &mut BTreeMap<String, OwnedFd>) {
+        let segments = segments_of(entry, store);
+        let names: Vec<String> = segments.iter().map(|(name, _)| segment_name(entry.info.id, name)).collect();
+        // Segments are missing only if their names have been given up, and that comes after the end.
+        if let Ok(memory) = TopicMemory::adopt(&entry.info, segments) {
+            memory.end(TopicState::Removed);
+        }
+        names.into_iter().for_each(|name| self.forget(name));
     }
 
     fn new(state: State, registry: Registry, link: Option<Link>) -> Estate {
@@ -157,8 +181,17 @@ impl Estate {
             || self.memories.values().any(holds_messages)
     }
 
-    /// Lets everybody who holds a topic know that the bus has stopped.
-    pub(crate) fn stop(&self) {
+    /// Ends the bus for everybody who holds a topic. From now on a successor would end it too.
+    pub(crate) fn stop(&mut self) {
+        if let Err(error) = self.log(&Event::Ending) {
+            // All the same: we are about to finish it ourselves.
+            eprintln!("shmbus coordinator: the end of the bus is not in its registry: {error}");
+        }
+        self.state.apply(&Event::Ending);
+        self.end_topics();
+    }
+
+    fn end_topics(&self) {
         self.memories.values().for_each(|memory| memory.end(TopicState::Stopped));
     }
 
@@ -250,10 +283,12 @@ impl Estate {
         self.prepare(&event)?;
         self.log(&event)?;
         // Who is about to lose the topic or participant is known only before the event is applied.
-        let orphans = self.names_given_up(&event);
+        let given_up = self.names_given_up(&event);
         self.state.apply(&event);
-        orphans.into_iter().for_each(|name| self.forget(name));
-        self.act(&event)
+        let acted = self.act(&event);
+        // Last: as long as the keeper has them a successor can act in our place.
+        given_up.into_iter().for_each(|name| self.forget(name));
+        acted
     }
 
     /// Before the event is logged: new memory is created and stored, what is given back is taken out of force.
@@ -268,11 +303,6 @@ impl Estate {
             Event::Closed { handle } => self.release(*handle),
             Event::Left { incarnation } => {
                 self.state.handles_of(*incarnation).into_iter().for_each(|handle| self.release(handle));
-            }
-            Event::TopicRemoved { topic } => {
-                if let Some(memory) = self.memories.get(topic) {
-                    memory.end(TopicState::Removed);
-                }
             }
             _ => {}
         }
@@ -300,7 +330,11 @@ impl Estate {
                 }
             }
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
-            Event::TopicRemoved { topic } => drop(self.memories.remove(topic)),
+            Event::TopicRemoved { topic } => {
+                if let Some(memory) = self.memories.remove(topic) {
+                    memory.end(TopicState::Removed);
+                }
+            }
             Event::Left { incarnation } => drop(self.pidfds.remove(incarnation)),
             _ => {}
         }
@@ -311,8 +345,12 @@ impl Estate {
     fn names_given_up(&self, event: &Event) -> Vec<String> {
         match event {
             Event::TopicRemoved { topic } => {
-                let segments = self.memories.get(topic).map(TopicMemory::segments).unwrap_or_default();
-                segments.into_iter().map(|segment| segment_name(*topic, &segment.name)).collect()
+                let names: Vec<String> = match (self.memories.get(topic), self.state.topic(*topic)) {
+                    (Some(memory), _) => memory.segments().into_iter().map(|segment| segment.name).collect(),
+                    (None, Some(entry)) => segment_parts(entry),
+                    (None, None) => Vec::new(),
+                };
+                names.into_iter().map(|name| segment_name(*topic, &name)).collect()
             }
             Event::Left { incarnation } => vec![participant_name(*incarnation)],
             _ => Vec::new(),
@@ -489,9 +527,14 @@ impl Estate {
 
 /// A topic's segments in the store; an arena that was never logged stays there, as an orphan.
 fn segments_of(entry: &TopicEntry, store: &mut BTreeMap<String, OwnedFd>) -> Vec<(String, OwnedFd)> {
-    let fixed = ["log", "cursors", "channel"].map(str::to_owned);
-    let names = fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}")));
+    let names = segment_parts(entry).into_iter();
     names.filter_map(|name| Some((name.clone(), store.remove(&segment_name(entry.info.id, &name))?))).collect()
+}
+
+/// What the segments of a topic may be called.
+fn segment_parts(entry: &TopicEntry) -> Vec<String> {
+    let fixed = ["log", "cursors", "channel"].map(str::to_owned);
+    fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}"))).collect()
 }
 
 fn system(context: &str, error: &std::io::Error) -> Refusal {
@@ -502,3 +545,7 @@ fn system(context: &str, error: &std::io::Error) -> Refusal {
 fn broken(problem: &str) -> Refusal {
     Refusal::System { context: "coordinator".to_owned(), problem: problem.to_owned() }
 }
+
+#[cfg(test)]
+#[path = "estate_tests.rs"]
+mod tests;

@@ -28,6 +28,9 @@ const FIRST_LINGER: Duration = Duration::from_secs(5);
 /// After a keeper could not be started, the next attempt waits so long.
 const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
+/// How often a bus on which nobody is looks whether it can still be found.
+const NAMES_LOOK: Duration = Duration::from_secs(30);
+
 /// Connections accepted in one round, and events looked at.
 const ACCEPTS_PER_ROUND: usize = 16;
 const EVENTS_PER_ROUND: usize = 64;
@@ -88,9 +91,9 @@ impl Server {
             Ok(estate) => Server::new(place, lock, listener, estate, Some(signals)),
             Err((error, link)) => {
                 // Without its registry a bus has no owners; better none than one that gives things away twice.
-                place.remove(lock.as_fd())?;
+                let removed = place.remove(lock.as_fd());
                 link.tell(&Message::Leaving);
-                Err(io::Error::other(error))
+                removed.and(Err(io::Error::other(error)))
             }
         }
     }
@@ -103,6 +106,8 @@ impl Server {
         signals: Option<SignalFd>,
     ) -> io::Result<Server> {
         let hosted = estate.link().is_none();
+        // Our predecessor died while it ended the bus: nothing is left but to leave.
+        let ended = estate.state().ending;
         let server = Server {
             place,
             lock,
@@ -117,7 +122,7 @@ impl Server {
             leave_at: Some(Instant::now() + FIRST_LINGER),
             keeper_at: None,
             hosted,
-            ended: false,
+            ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
         };
         server.watch_all()?;
@@ -144,7 +149,7 @@ impl Server {
 
     /// Serves until the bus ends.
     pub(crate) fn run(mut self) -> io::Result<()> {
-        if let Some(link) = self.estate.link() {
+        if let Some(link) = self.estate.link().filter(|_| !self.ended) {
             link.tell(&Message::Ready);
         }
         let mut events = [EpollEvent::empty(); EVENTS_PER_ROUND];
@@ -196,7 +201,12 @@ impl Server {
             self.leave_at = None;
         } else if self.leave_at.is_some_and(|at| at <= now) {
             self.leave_at = None;
-            self.ended |= !self.estate.is_needed();
+            // Who cannot be found is not needed, whatever it keeps.
+            if self.estate.is_needed() && self.place.leads_to(self.lock.as_fd()) {
+                self.leave_at = Some(now + NAMES_LOOK);
+            } else {
+                self.stop();
+            }
         }
         Ok(())
     }
@@ -488,16 +498,17 @@ impl Server {
         self.ended = true;
     }
 
-    /// Ends the bus: the names first, so that whoever comes now finds or starts another one.
+    /// Ends the bus: the names first, so that whoever comes now finds or starts another one. Names that cannot be
+    /// removed are no reason to stay: the next holder of the lock replaces them.
     fn leave(mut self) -> io::Result<()> {
-        self.place.remove(self.lock.as_fd())?;
+        let removed = self.place.remove(self.lock.as_fd());
         while let Ok(socket) = socket::accept(self.listener.as_fd()) {
             decline(&socket, Refusal::Leaving);
         }
         if let Some(link) = self.estate.replace_link(None) {
             link.tell(&Message::Leaving);
         }
-        Ok(())
+        removed
     }
 }
 

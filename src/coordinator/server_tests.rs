@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::client::control::Control;
-use crate::coordinator::protocol::{SegmentRef, StartAt};
+use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
 use crate::error::OpenError;
 use crate::topic::{Mode, TopicOptions};
 
@@ -128,6 +128,64 @@ fn the_arena_is_there_after_the_coordinator_has_gone() {
     a.request(&Request::Stop).unwrap();
     stage.thread.join().unwrap().unwrap();
     assert!(b.arena(topic, slot).is_some());
+}
+
+#[test]
+fn arenas_that_did_not_fit_in_the_socket_come_as_they_are_asked_for() {
+    crate::os::process::raise_descriptor_limit().unwrap();
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    // More arenas than a socket takes while nobody reads, and fewer than the coordinator queues.
+    let topics: Vec<String> = (0..8).map(|n| format!("t{n}")).collect();
+    for topic in &topics {
+        open_publisher(&a, topic, Mode::Many).unwrap();
+        open_subscriber(&b, topic).unwrap();
+    }
+    for topic in &topics {
+        for _ in 1..64 {
+            open_publisher(&a, topic, Mode::Many).unwrap();
+        }
+    }
+    for (topic, slot) in [(7, 63), (0, 1), (7, 62)] {
+        assert!(b.arena(topic, slot).is_some(), "arena {slot} of topic {topic}");
+    }
+}
+
+#[test]
+fn an_arena_that_comes_late_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = Place::find("test", Some(directory.path())).unwrap();
+    let listener = place.listen().unwrap();
+    let slow_coordinator = std::thread::spawn(move || {
+        let readable = |socket: &OwnedFd| {
+            let deadline = Some(Instant::now() + DEADLINE);
+            assert!(socket::wait(socket.as_fd(), nix::poll::PollFlags::POLLIN, deadline).unwrap());
+        };
+        readable(&listener);
+        let mut connection = Connection::new(socket::accept(listener.as_fd()).unwrap(), Peer { pid: 0, uid: 0 });
+        let mut buffer = vec![0; MAX_PACKET_BYTES];
+        let options = options(Mode::Many);
+        let geometry = crate::shm::layout::Geometry::from_options(&options).unwrap();
+        let info = TopicInfo { id: 0, bus: 7, name: "t".to_owned(), generation: 0, options, geometry };
+        let (cursor, position, sequence, asked, segments) = (0, 0, 0, 0, Vec::new());
+        let answers = [
+            Answer::Welcome { protocol: PROTOCOL_VERSION, incarnation: 1, bus: 7 },
+            Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments },
+        ];
+        for answer in answers {
+            readable(&connection.as_fd().try_clone_to_owned().unwrap());
+            assert!(matches!(connection.receive(&mut buffer), Received::Request(_)));
+            connection.send(&answer, Vec::new()).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        connection.send(&Answer::ArenaAdded { topic: 0, slot: 1 }, vec![listener]).unwrap();
+        connection
+    });
+    let socket = socket::connect(place.socket()).unwrap();
+    let control = Control::introduce(place, socket, Instant::now() + DEADLINE).unwrap();
+    open_subscriber(&control, "t").unwrap();
+    assert!(control.arena(0, 1).is_some());
+    slow_coordinator.join().unwrap();
 }
 
 #[test]

@@ -46,6 +46,8 @@ pub(crate) enum Event {
     SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
     /// A handle was given back.
     Closed { handle: HandleRef },
+    /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
+    Ending,
 }
 
 /// What granting a request takes: events to carry out in order, then the reply to make.
@@ -122,6 +124,7 @@ pub(crate) struct Footprint {
 pub(crate) struct State {
     pub(crate) bus: u64,
     pub(crate) stay: bool,
+    pub(crate) ending: bool,
     participants: BTreeMap<u64, Participant>,
     topics: BTreeMap<u64, TopicEntry>,
     names: BTreeMap<String, u64>,
@@ -213,6 +216,7 @@ impl State {
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
             }
             Event::Closed { handle } => self.close(*handle),
+            Event::Ending => self.ending = true,
         }
     }
 
@@ -230,6 +234,7 @@ impl State {
             topics: self.next_topic,
             publishers: self.next_publisher,
         });
+        events.extend(self.ending.then_some(Event::Ending));
         events
     }
 
@@ -356,7 +361,9 @@ impl State {
         if !self.participants.contains_key(&incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
-        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !holds.contains(handle));
+        // A set: both lists may be long, and who comes back may be hostile.
+        let kept: BTreeSet<HandleKey> = holds.iter().map(|handle| key_of(*handle)).collect();
+        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(&key_of(*handle)));
         let events = given_up.map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
@@ -469,13 +476,10 @@ impl Decider<'_> {
     fn close(&self, handles: &[HandleRef]) -> Result<Plan, Refusal> {
         let held = self.state.participants.get(&self.incarnation).map(|p| &p.handles);
         // A handle that is held no more went with its topic: closing it is no mistake.
-        let mut mine: Vec<HandleRef> = Vec::new();
-        for handle in handles.iter().filter(|handle| held.is_some_and(|held| held.contains(&key_of(**handle)))) {
-            if !mine.contains(handle) {
-                mine.push(*handle);
-            }
-        }
-        Ok(Plan { events: mine.into_iter().map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+        // Named twice it is closed once.
+        let named: BTreeSet<HandleKey> = handles.iter().map(|handle| key_of(*handle)).collect();
+        let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key))).map(handle_of);
+        Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {

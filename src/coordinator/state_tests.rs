@@ -190,6 +190,26 @@ fn only_the_owner_closes_a_handle() {
     assert_eq!(twice.events, [Event::Closed { handle }]);
 }
 
+/// As much as a packet can name, against as much as a process can hold: compared pair by pair this takes seconds.
+#[test]
+fn long_lists_of_handles_are_decided_at_once() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, create("t", TopicOptions::default())).unwrap();
+    let held = |cursor| HandleRef::Subscriber { topic: 0, cursor };
+    for cursor in 0..16_384 {
+        let (topic, start) = (0, StartAt::Latest);
+        state.apply(&Event::SubscriberOpened { topic, cursor, incarnation: a, start, droppable: false });
+    }
+    let strangers: Vec<HandleRef> = (0..40_000).map(|slot| HandleRef::Publisher { topic: 9, slot }).collect();
+    let started = std::time::Instant::now();
+    assert_eq!(state.rejoin(a, &strangers).unwrap().events.len(), 16_384);
+    let all: Vec<HandleRef> = (0..16_384).map(held).chain((0..16_384).map(held)).collect();
+    let plan = ask_only(&state, a, Request::Close { handles: all }).unwrap();
+    assert_eq!(plan.events.len(), 16_384);
+    assert!(started.elapsed() < std::time::Duration::from_secs(3), "took {:?}", started.elapsed());
+}
+
 #[test]
 fn status_pages_through_in_the_order_of_names() {
     let mut state = state();

@@ -1,0 +1,148 @@
+//! Coordinators that die between two steps, without processes: an estate is dropped where its coordinator would have
+//! been killed, and the next one resumes with what the keeper kept.
+
+use super::*;
+use crate::coordinator::link::{Incoming, Message};
+use crate::coordinator::protocol::TopicInfo;
+use crate::os::socket;
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic::LogSegments;
+use crate::topic::TopicOptions;
+
+/// What a keeper does with what it is told.
+struct Keeper {
+    store: BTreeMap<String, OwnedFd>,
+    socket: OwnedFd,
+}
+
+impl Keeper {
+    /// A bus with the topic "t", a handle on it, and its keeper.
+    fn with_topic() -> (Keeper, Estate, Handle) {
+        let bus = 7;
+        let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay: true }]).unwrap();
+        let registry = registry.as_fd().try_clone_to_owned().unwrap();
+        let (socket, _) = socket::pair().unwrap();
+        let mut keeper = Keeper { store: BTreeMap::from([(link::REGISTRY.to_owned(), registry)]), socket };
+        let mut estate = keeper.restart();
+        let pidfd = pidfd::open(std::process::id()).unwrap();
+        let us = estate.admit(std::process::id(), 1000, pidfd).unwrap();
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        estate.request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false }).unwrap();
+        keeper.listen();
+        let handle = Handle::on(&keeper, &estate.entry(0).unwrap().info);
+        (keeper, estate, handle)
+    }
+
+    fn listen(&mut self) {
+        loop {
+            match link::receive(self.socket.as_fd()).unwrap() {
+                Incoming::Message(Message::Store { name }, Some(fd)) => drop(self.store.insert(name, fd)),
+                Incoming::Message(Message::Forget { name }, _) => drop(self.store.remove(&name)),
+                Incoming::Message(other, _) => panic!("{other:?}"),
+                Incoming::Nothing | Incoming::HungUp => return,
+            }
+        }
+    }
+
+    /// The next coordinator, after the last one was dropped.
+    fn restart(&mut self) -> Estate {
+        self.listen();
+        let (ours, theirs) = socket::pair().unwrap();
+        self.socket = ours;
+        let copies = self.store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap()));
+        let mut copies: BTreeMap<String, OwnedFd> = copies.collect();
+        let registry = copies.remove(link::REGISTRY).unwrap();
+        let estate = Estate::resume(copies, registry, Link::new(theirs, None)).map_err(|(error, _)| error).unwrap();
+        self.listen();
+        estate
+    }
+
+    fn kept_of_topics(&self) -> usize {
+        self.store.keys().filter(|name| name.starts_with("topic-")).count()
+    }
+}
+
+/// A topic as one of its handles sees it.
+struct Handle(LogSegments);
+
+impl Handle {
+    fn on(keeper: &Keeper, info: &TopicInfo) -> Handle {
+        let map = |name, promise| {
+            let fd = &keeper.store[&segment_name(info.id, name)];
+            Segment::attach(fd.as_fd(), &promise, Access::ReadWrite).unwrap()
+        };
+        Handle(LogSegments { log: map("log", info.log()), cursors: map("cursors", info.cursors()) })
+    }
+
+    fn state(&self) -> TopicState {
+        self.0.header().state()
+    }
+}
+
+#[test]
+fn a_topic_whose_removal_was_not_logged_lives_on() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    estate.prepare(&Event::TopicRemoved { topic: 0 }).unwrap();
+    drop(estate);
+    let estate = keeper.restart();
+    assert!(estate.state().topic(0).is_some());
+    assert_eq!(handle.state(), TopicState::Live);
+}
+
+#[test]
+fn a_removal_that_was_only_logged_is_finished() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    estate.log(&Event::TopicRemoved { topic: 0 }).unwrap();
+    drop(estate);
+    assert_eq!(handle.state(), TopicState::Live);
+    let estate = keeper.restart();
+    assert!(estate.state().topics().is_empty());
+    assert_eq!(handle.state(), TopicState::Removed);
+    assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn a_removal_of_which_the_keeper_knows_a_part_is_finished() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    estate.carry_out(Event::TopicRemoved { topic: 0 }).unwrap();
+    assert_eq!(handle.state(), TopicState::Removed);
+    drop(estate);
+    let kept = keeper.store["topic-0/log"].try_clone().unwrap();
+    keeper.listen();
+    assert_eq!(keeper.kept_of_topics(), 0);
+    keeper.store.insert("topic-0/log".to_owned(), kept);
+    let estate = keeper.restart();
+    assert!(estate.state().topics().is_empty());
+    assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn a_topic_that_is_lost_leaves_nothing_with_the_keeper() {
+    let (mut keeper, estate, _) = Keeper::with_topic();
+    drop(estate);
+    keeper.store.remove("topic-0/log");
+    assert!(keeper.restart().state().topics().is_empty());
+    assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn an_end_that_was_only_logged_is_finished() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    estate.log(&Event::Ending).unwrap();
+    drop(estate);
+    assert_eq!(handle.state(), TopicState::Live);
+    for _ in 0..2 {
+        assert!(keeper.restart().state().ending);
+        assert_eq!(handle.state(), TopicState::Stopped);
+    }
+}
+
+#[test]
+fn an_end_is_remembered() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    estate.stop();
+    assert_eq!(handle.state(), TopicState::Stopped);
+    assert!(estate.state().snapshot().contains(&Event::Ending));
+    drop(estate);
+    assert!(keeper.restart().state().ending);
+}
