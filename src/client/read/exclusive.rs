@@ -2,6 +2,7 @@
 
 use std::ptr::NonNull;
 
+use super::evictor::Evictor;
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
 use super::keeper::CursorKeeper;
 use super::{BAD_LENGTH, Buffer, Found, Glance, Lengths, Origin, ReadPort, payload_at};
@@ -26,6 +27,7 @@ pub(crate) struct ExclusivePort<const W: usize> {
     in_place: bool,
     /// Where the ring was last found empty.
     dry_at: u64,
+    evictor: Evictor,
     /// First lost sequence, until it has been reported.
     lost_from: Option<u64>,
 }
@@ -42,19 +44,31 @@ impl<const W: usize> ExclusivePort<W> {
     ) -> Self {
         let keeper = CursorKeeper::new(log.readers.clone(), log.cursors.clone(), cursor, position, &info);
         let (lengths, in_place) = (Lengths::of(&info), fits_slots(&info));
+        let evictor = Evictor::new(log.ring.len(), position);
         let reader = exclusive::Reader::new(log, position);
-        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, dry_at: position, lost_from }
+        ExclusivePort { reader, keeper, lengths, arena, gating, in_place, dry_at: position, evictor, lost_from }
     }
 
-    /// Evicts the line of the message before, if the one at `position` was there already when it was asked for: the
-    /// writer then finds the line nowhere, instead of having to take it from this reader, a lap later. A reader in
-    /// lockstep with the writer never does so (the line it would evict is the one that comes next but one), nor does one
-    /// of several readers (the others would have to fetch it from memory).
+    /// Evicts the line of the message before where that pays, if the one at `position` was there already when it was
+    /// asked for. In lockstep with the writer it would only cost; and so it would the other readers, if there are any.
     #[inline(always)]
     fn hand_back_line(&mut self, position: u64) {
         let line_is_read = W == 7 || position.is_multiple_of(4);
-        if line_is_read && self.keeper.is_alone() && position != self.dry_at {
+        if line_is_read && self.evictor.is_on() && position != self.dry_at {
             evict_line(self.reader.log().ring.at(position.wrapping_sub(1)).pointer());
+        }
+    }
+
+    /// Gives back what has been read, if that is due.
+    fn give_back(&mut self, position: u64) {
+        if !self.keeper.is_due(position) {
+            return;
+        }
+        self.keeper.store(position, position);
+        if self.keeper.is_alone() {
+            self.evictor.observe(position);
+        } else {
+            self.evictor.rest(position);
         }
     }
 
@@ -136,7 +150,7 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
             return Err(RecvError::Lagged { from, to });
         }
         let position = self.reader.next();
-        self.keeper.maybe_store(position, position);
+        self.give_back(position);
         loop {
             let position = self.reader.next();
             let word = match self.reader.poll() {

@@ -1,6 +1,7 @@
 //! The reading end of each kind of ring behind one interface: finds the next message, never waits.
 
 mod channel;
+mod evictor;
 mod exclusive;
 mod in_place;
 mod keeper;
