@@ -62,7 +62,9 @@ fn two_publishers_checkpoints_do_not_hide_each_other() {
         let found = log.gate().header.newest_checkpoint().expect("there is always one");
         assert!(found.position >= floor, "{found:?} below {floor}");
         assert_eq!(found, place(found.position));
-        raising.map(|raising| raising.join().unwrap());
+        for thread in raising {
+            thread.join().unwrap();
+        }
     });
 }
 

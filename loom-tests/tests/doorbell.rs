@@ -84,7 +84,9 @@ fn two_ringers_wake_a_sleeper_that_waits_for_both() {
         let door = Door::new();
         let ringing = [door.clone(), door.clone()].map(|door| thread::spawn(move || door.store_and_ring()));
         door.sleep_until(|door| door.has(2));
-        ringing.map(|ringing| ringing.join().unwrap());
+        for thread in ringing {
+            thread.join().unwrap();
+        }
     });
 }
 

@@ -42,7 +42,9 @@ fn a_joiner_holds_although_another_leaves() {
         let theirs = log.clone();
         let writing = thread::spawn(move || {
             let mut writer = Writer::new(theirs, gated(2), 0, 0);
-            (0..3).for_each(|position| drop(until_room(|| writer.publish_word(value_of(position)))));
+            for position in 0..3 {
+                until_room(|| writer.publish_word(value_of(position)));
+            }
         });
         log.gate().cursors[1].occupy(1, false);
         let mut reader = Reader::new(log.clone(), log.gate().join(1, 0));
@@ -67,9 +69,13 @@ fn a_joiner_is_safe_from_the_publisher_that_did_not_raise() {
             arenas.publish(&mut first, record, 10 + record).unwrap();
         }
         let mut second = ManyWriter::new(log.clone(), gated(2), 1).unwrap();
-        let raising = thread::spawn(move || drop(first.make_room(0, 0)));
+        let raising = thread::spawn(move || {
+            let _ = first.make_room(0, 0);
+        });
         let records = arenas.clone();
-        let publishing = thread::spawn(move || drop(records.publish(&mut second, RECORDS, 20)));
+        let publishing = thread::spawn(move || {
+            let _ = records.publish(&mut second, RECORDS, 20);
+        });
         log.gate().cursors[0].occupy(1, false);
         let position = log.gate().join(0, 0);
         let mut reader = ManyReader::new(log, position, position);
@@ -89,7 +95,9 @@ fn a_floor_hands_on_the_view_of_the_readers() {
         (borrowed.write(0, value_of(0)), borrowed.write(1, value_of(1)));
         let want = |slot| Want { slot, at: Place { position: 2, sequence: 2 }, count: 1, give_up_below: 0, slack: 0 };
         let theirs = log.clone();
-        let raising = thread::spawn(move || drop(theirs.gate().make_room(&gated(2), want(0))));
+        let raising = thread::spawn(move || {
+            let _ = theirs.gate().make_room(&gated(2), want(0));
+        });
         let (theirs, seen) = (log.clone(), borrowed.clone());
         let reading = thread::spawn(move || {
             theirs.gate().cursors[0].occupy(1, false);
@@ -116,7 +124,7 @@ fn a_joiner_is_not_sent_into_the_past() {
         let theirs = log.clone();
         let announcing = thread::spawn(move || {
             let mut announcer = ManyWriter::new(theirs, gated(2), 1).unwrap();
-            drop(announcer.make_room(0, 1));
+            let _ = announcer.make_room(0, 1);
         });
         let theirs = log.clone();
         let joining = thread::spawn(move || {
@@ -125,7 +133,9 @@ fn a_joiner_is_not_sent_into_the_past() {
             let reader = ManyReader::new(theirs, position, position);
             assert_ne!(reader.poll(), ManyPoll::Lapped, "position {position} is held");
         });
-        (2..4).for_each(|position| drop(arenas.publish(&mut writer, position % RECORDS, value_of(position))));
+        for position in 2..4 {
+            let _ = arenas.publish(&mut writer, position % RECORDS, value_of(position));
+        }
         (announcing.join().unwrap(), joining.join().unwrap());
     });
 }

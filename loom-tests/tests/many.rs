@@ -34,7 +34,9 @@ fn two_publishers_share_one_order() {
         let mut reader = ManyReader::new(log, 0, 0);
         let received = [(); 3].map(|()| receive(&mut reader, &arenas));
         assert!([[10, 11, 20], [10, 20, 11], [20, 10, 11]].contains(&received), "{received:?}");
-        publishing.map(|publishing| publishing.join().unwrap());
+        for thread in publishing {
+            thread.join().unwrap();
+        }
     });
 }
 
@@ -62,7 +64,9 @@ fn two_readers_see_the_same_order() {
         for (here, there) in here.iter().zip(&there).filter(|(here, there)| here.is_some() && there.is_some()) {
             assert_eq!(here, there);
         }
-        publishing.map(|publishing| publishing.join().unwrap());
+        for thread in publishing {
+            thread.join().unwrap();
+        }
     });
 }
 
