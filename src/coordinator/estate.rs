@@ -15,8 +15,8 @@ use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::protocol::{
-    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Request, SegmentRef, SubscriberStatus,
-    TopicStatus,
+    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Request, SegmentRef, StartAt,
+    SubscriberStatus, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
 use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
@@ -400,7 +400,8 @@ impl Estate {
             }
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
-                    memory.leave(cursor);
+                    let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
+                    memory.leave(cursor, entry.is_some_and(|entry| entry.start == StartAt::Oldest));
                 }
             }
         }

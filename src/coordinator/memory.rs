@@ -261,7 +261,10 @@ impl TopicMemory {
     fn find_start(&self, gate: &Gate<'_>, cursor: u32, asked: u64, tail: Place) -> Option<Place> {
         if asked >= tail.sequence || self.info.options.mode == Mode::Exclusive {
             let wanted = if asked >= tail.sequence { tail } else { Place { position: asked, sequence: asked } };
-            let position = gate.join(cursor, wanted.position);
+            // Not lower than what is retained, not even for a moment: publishers would take it for a reader to wait for.
+            // Acquire: A-INTENT, as a joiner would look at it.
+            let retained = gate.header.intent.0.load(Ordering::Acquire);
+            let position = gate.join(cursor, wanted.position.max(retained));
             if position == wanted.position {
                 return Some(wanted);
             }
@@ -315,12 +318,14 @@ impl TopicMemory {
         sound.then_some(Place { position, sequence: record.first_sequence })
     }
 
-    /// Takes a cursor out of force and wakes publishers that it held. Idempotent.
-    pub(crate) fn leave(&self, cursor: u32) {
+    /// Takes a cursor out of force and wakes publishers that it held. Idempotent. `from_oldest`: its reader began with the
+    /// oldest message, so that on a topic that holds nothing below the cursor is unread.
+    pub(crate) fn leave(&self, cursor: u32, from_oldest: bool) {
         let Parts::Log { segments, .. } = &self.parts else { return };
         let (header, readers, lines) = (segments.header(), segments.readers(), segments.cursor_lines(&self.info));
         let Some(line) = lines.get(cursor as usize) else { return };
         if self.info.options.hold
+            && from_oldest
             && let Ok(tail) = self.tail()
         {
             Gate { header: &header, readers: &readers, cursors: &lines }.release_read(tail.position);

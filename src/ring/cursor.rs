@@ -87,7 +87,15 @@ impl Cursor {
         self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Release);
     }
 
-    /// Takes the cursor out of force.
+    /// Takes the cursor out of force, for its reader: the rest of the line is the coordinator's, who may already have
+    /// given it away.
+    #[cfg(not(loom))]
+    pub(crate) fn withdraw(&self) {
+        // Release: R-CURSOR pairs with A-CURSOR (lowest): a departing reader's reads are over.
+        self.position.store(NOT_IN_FORCE, Ordering::Release);
+    }
+
+    /// Takes the cursor out of force and frees its line.
     pub fn vacate(&self) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): a departing reader's reads are over.
         self.position.store(NOT_IN_FORCE, Ordering::Release);

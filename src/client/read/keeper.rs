@@ -15,7 +15,6 @@ pub(super) struct CursorKeeper {
     /// Arena bytes read since the cursor was last stored, and how many may be.
     bytes: u64,
     byte_period: u64,
-    alone: bool,
     hold: bool,
 }
 
@@ -31,17 +30,7 @@ impl CursorKeeper {
         let period = (info.options.messages / 16).clamp(1, info.geometry.slack());
         let byte_period = info.geometry.arena_bytes / 16;
         let index = cursor as usize;
-        CursorKeeper {
-            readers,
-            cursors,
-            index,
-            stored,
-            period,
-            bytes: 0,
-            byte_period,
-            alone: false,
-            hold: info.options.hold,
-        }
+        CursorKeeper { readers, cursors, index, stored, period, bytes: 0, byte_period, hold: info.options.hold }
     }
 
     /// The ring is empty at `position`: is there anything to be done about it?
@@ -51,10 +40,9 @@ impl CursorKeeper {
         if settled { Glance::Nothing } else { Glance::Unclear }
     }
 
-    /// Whether no other reader's cursor was in force when ours was last stored.
-    #[inline]
+    /// Whether no other reader's cursor is in force. Stale at once, and not for every message.
     pub(super) fn is_alone(&self) -> bool {
-        self.alone
+        in_force(&self.readers, &self.cursors) == 1
     }
 
     /// Whether it is time to store the cursor: a sixteenth of the ring or of an arena has been read, or a publisher waits.
@@ -85,7 +73,7 @@ impl CursorKeeper {
         if self.hold {
             return;
         }
-        self.cursors[self.index].vacate();
+        self.cursors[self.index].withdraw();
         if !self.readers.writers.is_quiet() {
             self.readers.writers.ring();
         }
@@ -99,7 +87,6 @@ impl CursorKeeper {
         }
         self.cursors[self.index].advance(position, sequence);
         self.stored = position;
-        self.alone = in_force(&self.readers, &self.cursors) == 1;
         if !self.readers.writers.is_quiet() {
             self.readers.writers.ring();
         }

@@ -174,25 +174,29 @@ impl ManyPort {
         for _ in 0..1000 {
             // Acquire: as in `gate::join`; only a place to look at next.
             let oldest = self.reader.log().header.intent.0.load(Ordering::Acquire);
-            if let Some(place) = self.place_at(oldest) {
-                self.reader.move_to(place);
-                let (from, to) = (Sequence::new(from), Sequence::new(place.sequence));
-                return RecvError::Lagged { from, to };
+            match self.place_at(oldest) {
+                Ok(Some(place)) => {
+                    self.reader.move_to(place);
+                    let (from, to) = (Sequence::new(from), Sequence::new(place.sequence));
+                    return RecvError::Lagged { from, to };
+                }
+                Ok(None) => {}
+                Err(error) => return error,
             }
         }
         RecvError::Corrupt("no record leads back into the ring")
     }
 
     /// Position and sequence of the batch at `position`, if it is still retained.
-    fn place_at(&mut self, position: u64) -> Option<Place> {
+    fn place_at(&mut self, position: u64) -> Result<Option<Place>, RecvError> {
         let Some(word) = self.reader.log().committed(position) else {
-            return self.reader.log().tail_from(None).filter(|tail| tail.position >= position);
+            return Ok(self.reader.log().tail_from(None).filter(|tail| tail.position >= position));
         };
         let (slot, offset) = locate(&self.info.geometry, word.unit());
-        self.load_arena(slot).ok()?;
-        let record = Record::read(self.arena(slot), offset)?;
-        let sound = record.position == position && still_retained(&self.reader.log().header, position);
-        sound.then_some(Place { position, sequence: record.first_sequence })
+        self.load_arena(slot)?;
+        let record = Record::read(self.arena(slot), offset).filter(|record| record.position == position);
+        let sound = record.filter(|_| still_retained(&self.reader.log().header, position));
+        Ok(sound.map(|record| Place { position, sequence: record.first_sequence }))
     }
 }
 
