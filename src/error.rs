@@ -402,7 +402,7 @@ pub enum Holder {
     Subscriber(u32),
     /// Nobody reads, and the topic was created with `hold`.
     Hold,
-    /// The publisher's own messages fill its arena and a reader still needs them.
+    /// A channel's receiver has not read on.
     Receiver,
 }
 

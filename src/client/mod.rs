@@ -1,5 +1,19 @@
 //! What programs use: the bus and its handles.
 
+/// Runs `$body` with the port inside `$port`, whichever kind of `Port` it is: publishers and subscribers each have an
+/// enum of that name with these variants.
+macro_rules! with_port {
+    ($port:expr, $name:ident => $body:expr) => {
+        match $port {
+            Port::Exclusive($name) => $body,
+            Port::ExclusiveSmall($name) => $body,
+            Port::Many($name) => $body,
+            Port::Channel($name) => $body,
+            Port::ChannelSmall($name) => $body,
+        }
+    };
+}
+
 mod bus;
 pub(crate) mod control;
 mod held;

@@ -50,18 +50,6 @@ enum Port {
     ChannelSmall(SlotPort<1, ChannelEnd<1>>),
 }
 
-macro_rules! with_port {
-    ($port:expr, $name:ident => $body:expr) => {
-        match $port {
-            Port::Exclusive($name) => $body,
-            Port::ExclusiveSmall($name) => $body,
-            Port::Many($name) => $body,
-            Port::Channel($name) => $body,
-            Port::ChannelSmall($name) => $body,
-        }
-    };
-}
-
 impl Bus {
     /// Opens a publisher; creates the topic where it does not exist yet.
     ///

@@ -63,18 +63,6 @@ enum Port {
     ChannelSmall(ChannelPort<1>),
 }
 
-macro_rules! with_port {
-    ($port:expr, $name:ident => $body:expr) => {
-        match $port {
-            Port::Exclusive($name) => $body,
-            Port::ExclusiveSmall($name) => $body,
-            Port::Many($name) => $body,
-            Port::Channel($name) => $body,
-            Port::ChannelSmall($name) => $body,
-        }
-    };
-}
-
 /// How a subscriber is to be opened; ends with [`SubscriberBuilder::open`].
 #[must_use]
 pub struct SubscriberBuilder<T: ?Sized> {

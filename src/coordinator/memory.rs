@@ -10,7 +10,6 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Gate, still_retained};
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
-use crate::ring::slot::Slot;
 use crate::ring::spsc::Channel;
 use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
@@ -413,7 +412,6 @@ fn clear_channel<const W: usize>(segment: &Segment, info: &TopicInfo) {
     let (channel, _): (Channel<W>, _) = topic::channel(segment, &info.geometry);
     let (_, tail) = channel.ends();
     channel.clear_above(tail);
-    const { assert!(size_of::<Slot<W>>() == 8 * (W + 1)) };
 }
 
 fn new_segment(info: &TopicInfo, part: &str, promise: &Promise) -> Result<(OwnedFd, Segment), Refusal> {
