@@ -14,6 +14,7 @@ mod client;
 #[cfg(not(loom))]
 pub mod coordinator;
 mod error;
+mod group;
 #[cfg(not(loom))]
 mod os;
 mod ring;
@@ -27,7 +28,8 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
-    coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    coordinator::protocol::{ConsumerStatus, GroupStatus, LeaseStatus, PublisherStatus, SubscriberStatus, TopicStatus},
+    group::{GroupOptions, Guarantee},
     wait::Wait,
 };
 pub use crate::{
@@ -50,6 +52,7 @@ pub mod model {
     pub use crate::ring::doorbell::{Armed, Doorbell};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
+    pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, Seen, State as LedgerState};
     pub use crate::ring::log::{LogHeader, Place, TopicState};
     pub use crate::ring::many::{Claim, Entry, ManyLog, Poll as ManyPoll, Reader as ManyReader, Writer as ManyWriter};
     pub use crate::ring::slot::{Ring, Slot};

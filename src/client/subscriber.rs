@@ -167,6 +167,9 @@ impl Opened {
                 SegmentRef::Channel => {
                     return Ok(Port::channel(info, &attach(info.channel(), Access::ReadWrite)?, false));
                 }
+                SegmentRef::Ledger => {
+                    return Err(AttachError::Field { field: "kind of segment", found: 6, expected: 4 });
+                }
                 SegmentRef::Arena(slot) => {
                     let arena = attach(info.arena(slot), Access::ReadOnly)?;
                     arenas.resize_with(arenas.len().max(slot as usize + 1), || None);

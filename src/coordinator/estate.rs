@@ -398,6 +398,7 @@ impl Estate {
                     eprintln!("shmbus coordinator: repairing after publisher slot {slot} of topic {topic}: {error}");
                 }
             }
+            HandleRef::Consumer { .. } => {}
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
                     let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
@@ -515,6 +516,7 @@ impl Estate {
             publishers: publishers
                 .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: pid(p.incarnation) })
                 .collect(),
+            groups: Vec::new(),
             subscribers: subscribers
                 .map(|(&cursor, s)| {
                     let sequence = memory.map_or(0, |memory| memory.cursor_sequence(cursor));

@@ -7,11 +7,12 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Refusal;
+use crate::group::GroupOptions;
 use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -33,6 +34,16 @@ pub(crate) enum Request {
     OpenPublisher { topic: String, schema: Option<Schema>, create: Option<TopicOptions> },
     /// Opens a subscriber on an existing topic.
     OpenSubscriber { topic: String, schema: Option<Schema>, start: StartAt, droppable: bool },
+    /// Creates a group. With `exist_ok` an existing one with the same options is fine.
+    CreateGroup { topic: String, group: String, options: GroupOptions, start: StartAt, exist_ok: bool },
+    /// Removes a group; `force` also while it has consumers, which are fenced.
+    RemoveGroup { topic: String, group: String, force: bool },
+    /// Lets a group begin elsewhere; `force` also while it has consumers, which are fenced.
+    RewindGroup { topic: String, group: String, start: StartAt, force: bool },
+    /// Opens a consumer; `create` says how to create the group where it does not exist.
+    OpenConsumer { topic: String, group: String, schema: Option<Schema>, create: Option<(GroupOptions, StartAt)> },
+    /// A consumer of the group holds what is overdue: fence it on its output topics and release what it holds.
+    Reclaim { topic: u64, group: u32, consumer: u32 },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
@@ -51,10 +62,11 @@ pub(crate) enum StartAt {
 }
 
 /// A handle as both sides name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum HandleRef {
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
+    Consumer { topic: u64, group: u32, consumer: u32 },
 }
 
 /// A segment whose descriptor rides along.
@@ -65,6 +77,18 @@ pub(crate) enum SegmentRef {
     /// The arena of this publisher slot.
     Arena(u32),
     Channel,
+    Ledger,
+}
+
+/// What a consumer must know of its group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GroupInfo {
+    /// The group's number on its topic, never given twice: a rewound group has a new one.
+    pub(crate) id: u32,
+    pub(crate) name: String,
+    pub(crate) options: GroupOptions,
+    /// Its cursor's line: where the floor stands for publishers.
+    pub(crate) cursor: u32,
 }
 
 /// What a handle must know of its topic; trusted, unlike anything in the segments.
@@ -83,9 +107,9 @@ pub(crate) struct TopicInfo {
 pub(crate) enum Answer {
     /// To `Hello`.
     Welcome { protocol: u32, incarnation: u64, bus: u64 },
-    /// To `CreateTopic`.
+    /// To `CreateTopic`, `CreateGroup`.
     Created { existed: bool },
-    /// To `RemoveTopic`, `Close`, `Stop`.
+    /// To `RemoveTopic`, `RemoveGroup`, `RewindGroup`, `Reclaim`, `Close`, `Stop`.
     Done,
     /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone).
     PublisherOpened { info: TopicInfo, slot: u32, publisher: u64, tenancy: u32, segments: Vec<SegmentRef> },
@@ -97,6 +121,16 @@ pub(crate) enum Answer {
         position: u64,
         sequence: u64,
         asked: u64,
+        segments: Vec<SegmentRef>,
+    },
+    /// To `OpenConsumer`. Segments: log, cursors, ledger, every arena there is. `position` and `sequence` are a place at or
+    /// below the group's floor.
+    ConsumerOpened {
+        info: TopicInfo,
+        group: GroupInfo,
+        consumer: u32,
+        position: u64,
+        sequence: u64,
         segments: Vec<SegmentRef>,
     },
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
@@ -127,6 +161,72 @@ pub struct TopicStatus {
     pub publishers: Vec<PublisherStatus>,
     /// The subscribers attached, by cursor.
     pub subscribers: Vec<SubscriberStatus>,
+    /// The groups, by name.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// One group of a topic.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct GroupStatus {
+    /// Its number on the topic; a rewound group has a new one.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+    /// What it was created with.
+    pub options: GroupOptions,
+    /// The lowest sequence it has not settled.
+    pub floor: u64,
+    /// How many sequences lie between the floor and the tail.
+    pub lag: u64,
+    /// How many messages may be handed out above the floor.
+    pub window: u64,
+    /// Leased messages.
+    pub in_flight: u64,
+    /// Messages that were given back and wait for their next delivery.
+    pub returned: u64,
+    /// Messages on their way to the dead-letter topic.
+    pub moving: u64,
+    /// Deliveries that were not the first, since the group was created.
+    pub redelivered: u64,
+    /// Messages whose time-to-live ended before they were delivered.
+    pub expired: u64,
+    /// Messages that went to the dead-letter topic.
+    pub dead_lettered: u64,
+    /// Who holds the floor, if it is leased.
+    pub oldest_lease: Option<LeaseStatus>,
+    /// The consumers, by number.
+    pub consumers: Vec<ConsumerStatus>,
+}
+
+/// One lease.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LeaseStatus {
+    /// The message.
+    pub sequence: u64,
+    /// The consumer's number in the group.
+    pub consumer: u32,
+    /// Its process.
+    pub pid: u32,
+    /// Which delivery this is.
+    pub attempt: u32,
+    /// Milliseconds until the lease ends; 0: it has ended.
+    pub ends_in_ms: u64,
+}
+
+/// One connected consumer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ConsumerStatus {
+    /// Its number in the group.
+    pub consumer: u32,
+    /// Its process.
+    pub pid: u32,
+    /// Messages it has leased.
+    pub in_flight: u64,
+    /// Exclusive groups: whether it is the one at work.
+    pub active: bool,
 }
 
 /// One attached publisher.

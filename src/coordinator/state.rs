@@ -74,11 +74,8 @@ pub(crate) enum Reply {
 pub(crate) struct Participant {
     pub(crate) pid: u32,
     pub(crate) uid: u32,
-    pub(crate) handles: BTreeSet<HandleKey>,
+    pub(crate) handles: BTreeSet<HandleRef>,
 }
-
-/// A handle in the order of its topics.
-pub(crate) type HandleKey = (u64, bool, u32);
 
 /// A topic and who is on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,7 +155,7 @@ impl State {
 
     /// Every handle of a participant.
     pub(crate) fn handles_of(&self, incarnation: u64) -> Vec<HandleRef> {
-        self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).map(|key| handle_of(*key)).collect()
+        self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
     /// Connected processes with a subscriber on the topic: they must know its arenas.
@@ -269,7 +266,7 @@ impl State {
 
     fn hold(&mut self, incarnation: u64, handle: HandleRef) {
         if let Some(participant) = self.participants.get_mut(&incarnation) {
-            participant.handles.insert(key_of(handle));
+            participant.handles.insert(handle);
         }
     }
 
@@ -281,9 +278,10 @@ impl State {
             HandleRef::Subscriber { topic, cursor } => {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
             }
+            HandleRef::Consumer { .. } => None,
         };
         if let Some(participant) = owner.and_then(|incarnation| self.participants.get_mut(&incarnation)) {
-            participant.handles.remove(&key_of(handle));
+            participant.handles.remove(&handle);
         }
     }
 }
@@ -362,8 +360,8 @@ impl State {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         // A set: both lists may be long, and who comes back may be hostile.
-        let kept: BTreeSet<HandleKey> = holds.iter().map(|handle| key_of(*handle)).collect();
-        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(&key_of(*handle)));
+        let kept: BTreeSet<HandleRef> = holds.iter().map(|handle| *handle).collect();
+        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(&*handle));
         let events = given_up.map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
@@ -388,6 +386,11 @@ impl State {
             Request::OpenSubscriber { topic, schema, start, droppable } => {
                 decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
             }
+            Request::CreateGroup { .. }
+            | Request::RemoveGroup { .. }
+            | Request::RewindGroup { .. }
+            | Request::OpenConsumer { .. }
+            | Request::Reclaim { .. } => Err(Refusal::Protocol { problem: "groups".to_owned() }),
             Request::Close { handles } => decider.close(handles),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
@@ -477,8 +480,8 @@ impl Decider<'_> {
         let held = self.state.participants.get(&self.incarnation).map(|p| &p.handles);
         // A handle that is held no more went with its topic: closing it is no mistake.
         // Named twice it is closed once.
-        let named: BTreeSet<HandleKey> = handles.iter().map(|handle| key_of(*handle)).collect();
-        let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key))).map(handle_of);
+        let named: BTreeSet<HandleRef> = handles.iter().map(|handle| *handle).collect();
+        let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key)));
         Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
     }
 
@@ -617,21 +620,6 @@ fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
     ];
     let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;
     Some(format!("{what} is {have}, asked for {asked}"))
-}
-
-fn key_of(handle: HandleRef) -> HandleKey {
-    match handle {
-        HandleRef::Publisher { topic, slot } => (topic, false, slot),
-        HandleRef::Subscriber { topic, cursor } => (topic, true, cursor),
-    }
-}
-
-fn handle_of((topic, subscriber, index): HandleKey) -> HandleRef {
-    if subscriber {
-        HandleRef::Subscriber { topic, cursor: index }
-    } else {
-        HandleRef::Publisher { topic, slot: index }
-    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub(crate) mod cursor;
 pub(crate) mod doorbell;
 pub(crate) mod exclusive;
 pub(crate) mod gate;
+pub(crate) mod ledger;
 pub(crate) mod log;
 pub(crate) mod many;
 pub(crate) mod sequence;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::topic::{Full, Mode, TopicOptions};
 
 /// Bumped with every change of a byte in any segment.
-pub(crate) const LAYOUT_VERSION: u32 = 1;
+pub(crate) const LAYOUT_VERSION: u32 = 2;
 
 /// Where a segment's body starts; the header has the first page to itself.
 pub(crate) const BODY_OFFSET: u64 = 4096;
@@ -15,6 +15,9 @@ pub(crate) const RING_OFFSET: u64 = 16_384;
 
 /// Where the slots start in a channel's body (after its two doorbells).
 pub(crate) const CHANNEL_RING_OFFSET: u64 = 4096;
+
+/// Where the words start in a ledger's body.
+pub(crate) const LEDGER_WORDS_OFFSET: u64 = 768;
 
 /// Every record and every payload in an arena starts at a multiple of this.
 pub(crate) const ARENA_ALIGN: u64 = 64;
@@ -134,6 +137,11 @@ impl Geometry {
 /// Length of the whole cursors segment.
 pub(crate) fn cursors_len_bytes(max_subscribers: u32) -> u64 {
     page_up(BODY_OFFSET + 384 + u64::from(max_subscribers) * 128)
+}
+
+/// Length of the whole ledger segment of a group with this window.
+pub(crate) fn ledger_len_bytes(window: u64) -> u64 {
+    page_up(BODY_OFFSET + LEDGER_WORDS_OFFSET + window * 8)
 }
 
 fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {

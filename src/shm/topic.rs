@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use crate::coordinator::protocol::TopicInfo;
+use crate::coordinator::protocol::{GroupInfo, TopicInfo};
 use crate::ring::arena::Arena;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::Policy;
+use crate::ring::ledger::{Ledger, LedgerHeader};
 use crate::ring::log::LogHeader;
 use crate::ring::many::ManyLog;
 use crate::ring::spsc::{Channel, ChannelHeader};
-use crate::shm::layout::{ARENA_ALIGN, CHANNEL_RING_OFFSET, Geometry, RING_OFFSET, cursors_len_bytes};
+use crate::shm::layout::{
+    ARENA_ALIGN, CHANNEL_RING_OFFSET, Geometry, LEDGER_WORDS_OFFSET, RING_OFFSET, cursors_len_bytes, ledger_len_bytes,
+};
 use crate::shm::segment::{Kind, Promise, Segment};
 use crate::shm::shared::Shared;
 use crate::topic::Full;
@@ -34,6 +37,11 @@ impl TopicInfo {
     /// What the channel segment promises.
     pub(crate) fn channel(&self) -> Promise {
         self.promise(Kind::Channel, self.geometry.channel_len_bytes(), 0)
+    }
+
+    /// What a group's ledger segment promises.
+    pub(crate) fn ledger(&self, group: &GroupInfo) -> Promise {
+        self.promise(Kind::Ledger, ledger_len_bytes(group.options.window_words(self.options.messages)), group.id)
     }
 
     fn promise(&self, kind: Kind, len_bytes: u64, index: u32) -> Promise {
@@ -93,6 +101,12 @@ impl LogSegments {
         let ring = self.log.ring(RING_OFFSET, info.geometry.slots);
         ManyLog::new(self.header(), self.readers(), self.cursor_lines(info), ring, info.geometry.unit_bits)
     }
+}
+
+/// The ledger in a group's ledger segment.
+pub(crate) fn ledger(segment: &Segment, info: &TopicInfo, group: &GroupInfo) -> Ledger {
+    let header: Shared<LedgerHeader> = segment.view(0);
+    Ledger::new(header, segment.view_slice(LEDGER_WORDS_OFFSET, group.options.window_words(info.options.messages)))
 }
 
 /// An arena segment's memory.

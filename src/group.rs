@@ -1,0 +1,127 @@
+//! Groups: the options of a named set of consumers that share a topic's messages.
+
+use serde::{Deserialize, Serialize};
+
+/// What a group promises when consumers or publishers die.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Guarantee {
+    /// A message counts as done when it is handed out: never delivered twice; a death loses at most what was in hand.
+    AtMostOnce,
+    /// A message is delivered until a consumer has acknowledged it.
+    #[default]
+    AtLeastOnce,
+    /// The same; and a lease passes on only after its holder was proven dead or fenced on its output topic, so that a
+    /// [`Pipeline`](crate::Pipeline)'s output has the output of each input exactly once.
+    EffectivelyOnce,
+}
+
+impl std::fmt::Display for Guarantee {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Guarantee::AtMostOnce => "at-most-once",
+            Guarantee::AtLeastOnce => "at-least-once",
+            Guarantee::EffectivelyOnce => "effectively-once",
+        })
+    }
+}
+
+/// Shortest and longest lease in milliseconds.
+pub(crate) const LEASE_MS: std::ops::RangeInclusive<u64> = 1..=24 * 3600 * 1000;
+
+/// Fewest and most words of a group's ledger.
+pub(crate) const WINDOW: std::ops::RangeInclusive<u64> = 64..=1 << 24;
+
+/// Everything that is chosen when a group is created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct GroupOptions {
+    /// What happens to messages in hand when a consumer dies.
+    pub guarantee: Guarantee,
+    /// How long a consumer has for one message, in milliseconds (1 ms to 24 h), before it is given to another.
+    pub lease_ms: u64,
+    /// Leases of the whole group at a time; 0: as many as the window.
+    pub max_in_flight: u32,
+    /// How often a message is delivered before it goes to the dead-letter topic; 0: without end. At most 4,095.
+    pub max_attempts: u32,
+    /// How long a message rests after its first, second, ... failed attempt, in milliseconds; the last one repeats.
+    /// Empty: it can be taken again at once. At most 32 of up to 24 h.
+    pub back_off_ms: Vec<u64>,
+    /// Where messages go that failed too often or were rejected. `None`: `dlq.TOPIC.GROUP`, created when it is needed.
+    pub dead_letter: Option<String>,
+    /// Whether messages whose time-to-live ended go there as well (otherwise they are settled and counted).
+    pub dead_letter_expired: bool,
+    /// Messages of one key are delivered in order and one at a time. Needs a topic with an envelope; messages without a
+    /// key count as one key.
+    pub ordered_by_key: bool,
+    /// One consumer at a time gets everything; the others stand by and one of them takes over.
+    pub exclusive: bool,
+    /// How many messages above the floor may be handed out: out-of-order acks reach this far. A power of two; 0: as many
+    /// as the topic's ring holds messages, at most 65,536.
+    pub window: u64,
+}
+
+impl Default for GroupOptions {
+    fn default() -> Self {
+        GroupOptions {
+            guarantee: Guarantee::default(),
+            lease_ms: 30_000,
+            max_in_flight: 0,
+            max_attempts: 0,
+            back_off_ms: Vec::new(),
+            dead_letter: None,
+            dead_letter_expired: false,
+            ordered_by_key: false,
+            exclusive: false,
+            window: 0,
+        }
+    }
+}
+
+impl GroupOptions {
+    /// What is wrong with them, and what would work.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if !LEASE_MS.contains(&self.lease_ms) {
+            return Err(format!(
+                "the lease is {} ms; {} ms to {} ms are allowed",
+                self.lease_ms,
+                LEASE_MS.start(),
+                LEASE_MS.end()
+            ));
+        }
+        if self.max_attempts > u32::from(crate::ring::ledger::MAX_ATTEMPT) {
+            let most = crate::ring::ledger::MAX_ATTEMPT;
+            return Err(format!("max attempts is {}; 0 (without end) to {most} are allowed", self.max_attempts));
+        }
+        if self.back_off_ms.len() > 32 || self.back_off_ms.iter().any(|ms| ms > LEASE_MS.end()) {
+            return Err("the back-off list may have up to 32 delays of up to 24 h each".to_owned());
+        }
+        if self.window != 0 && !(self.window.is_power_of_two() && WINDOW.contains(&self.window)) {
+            let (least, most) = (WINDOW.start(), WINDOW.end());
+            return Err(format!(
+                "the window is {}; 0 or a power of two from {least} to {most} is allowed",
+                self.window
+            ));
+        }
+        if self.guarantee == Guarantee::AtMostOnce && (self.max_attempts > 0 || !self.back_off_ms.is_empty()) {
+            return Err("at-most-once delivers each message once; leave out max attempts and back-off".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Words of the ledger on a topic that holds `messages`.
+    pub(crate) fn window_words(&self, messages: u64) -> u64 {
+        if self.window != 0 { self.window } else { messages.next_power_of_two().clamp(1024, 1 << 16) }
+    }
+
+    /// The dead-letter topic of this group.
+    pub(crate) fn dead_letter_topic(&self, topic: &str, group: &str) -> String {
+        self.dead_letter.clone().unwrap_or_else(|| format!("dlq.{topic}.{group}"))
+    }
+
+    /// How long a message rests after `attempt` failed.
+    pub(crate) fn back_off(&self, attempt: u16) -> u64 {
+        let index = usize::from(attempt.max(1)) - 1;
+        self.back_off_ms.get(index).or(self.back_off_ms.last()).copied().unwrap_or(0)
+    }
+}
