@@ -3,6 +3,7 @@
 mod bench;
 mod create;
 mod demo;
+mod group;
 mod ls;
 mod output;
 mod publish;
@@ -92,6 +93,7 @@ enum Command {
     Show(show::Args),
     Create(create::Args),
     Rm(remove::Args),
+    Group(group::Args),
     Bench(bench::Args),
 }
 
@@ -131,6 +133,7 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Show(args) => show::run(globals, args),
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
+        Command::Group(args) => group::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
     }
 }

@@ -26,6 +26,21 @@ pub(crate) fn positive_size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A time in milliseconds: a number with ms, s, m or h, as in 500ms or 30s.
+pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
+    let wrong = || "write a number with ms, s, m or h, as in 500ms, 30s or 2m".to_owned();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let factor = match &text[digits..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 3600 * 1000,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    number.checked_mul(factor).ok_or_else(wrong)
+}
+
 /// A topic name that could exist.
 pub(crate) fn topic_name(text: &str) -> Result<String, String> {
     check_name(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
@@ -106,6 +121,16 @@ mod tests {
             assert!(size(bad).is_err(), "{bad:?}");
         }
         assert!(positive_size("0").is_err());
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(milliseconds("500ms"), Ok(500));
+        assert_eq!(milliseconds("30s"), Ok(30_000));
+        assert_eq!(milliseconds("0s"), Ok(0));
+        for bad in ["", "s", "5", "5 s", "-1s", "1.5s", "9999999999999999999h"] {
+            assert!(milliseconds(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]
