@@ -27,7 +27,7 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
+    client::{Bus, BusOptions, Loan, Message, Publisher, Repeats, Start, Subscriber, SubscriberBuilder},
     coordinator::protocol::{ConsumerStatus, GroupStatus, LeaseStatus, PublisherStatus, SubscriberStatus, TopicStatus},
     group::{GroupOptions, Guarantee},
     wait::Wait,

@@ -282,7 +282,8 @@ fn prepare(scene: &Scene, options: GroupOptions) -> Bus {
 fn four_consumers_share_all_messages_and_the_slow_one_gets_the_fewest() {
     let scene = Scene::new("share");
     let bus = prepare(&scene, GroupOptions::new().lease(LEASE));
-    let mut crew = Crew { scene: &scene, role: "consume", book: Book::create(&scene), next_life: 0, workers: Vec::new() };
+    let mut crew =
+        Crew { scene: &scene, role: "consume", book: Book::create(&scene), next_life: 0, workers: Vec::new() };
     // Nine microseconds against ninety: the processors are shared, so the slow one must be slow by far.
     let work = if long() { Duration::from_micros(1) } else { Duration::from_micros(5) };
     for life in 0..4 {
