@@ -22,12 +22,20 @@ pub const MAX_CONSUMERS: u32 = 255;
 const NOBODY: u8 = 255;
 
 const STATE_BITS: u32 = 3;
+const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const OWNER_SHIFT: u32 = STATE_BITS;
 const ATTEMPT_SHIFT: u32 = OWNER_SHIFT + 8;
 const DUE_SHIFT: u32 = ATTEMPT_SHIFT + 12;
 const LAP_SHIFT: u32 = DUE_SHIFT + DUE_BITS;
 const DUE_BITS: u32 = 28;
 const DUE_MASK: u64 = (1 << DUE_BITS) - 1;
+
+/// Longest time in milliseconds that a due time may lie ahead of now. What seems further ahead has long been due; the
+/// field tells that for two days more ([`Ledger::renew_due`]).
+const MAX_AHEAD_MS: u64 = *crate::group::LEASE_MS.end();
+
+/// How long ago a time may have come before [`Ledger::renew_due`] sets it anew: half a day.
+const RENEW_MS: u64 = MAX_AHEAD_MS / 2;
 
 /// Attempts are counted up to here.
 pub const MAX_ATTEMPT: u16 = (1 << 12) - 1;
@@ -88,16 +96,20 @@ impl Seen {
         self.sequence
     }
 
-    /// Whether the time that the word names has come. `now` in milliseconds; times more than 37 hours apart are taken for
-    /// the other side of now.
+    /// Whether the time that the word names has come. `now` in milliseconds.
     pub fn is_due(self, now: u64) -> bool {
         self.due_in(now) == 0
     }
 
-    /// Milliseconds until due.
+    /// Milliseconds until due; 24 hours at most, what seems to lie further ahead is taken for the past.
     pub fn due_in(self, now: u64) -> u64 {
         let ahead = self.due.wrapping_sub(now) & DUE_MASK;
-        if ahead > DUE_MASK / 2 { 0 } else { ahead }
+        if ahead > MAX_AHEAD_MS { 0 } else { ahead }
+    }
+
+    /// Milliseconds since it was due.
+    fn due_since(self, now: u64) -> u64 {
+        if self.is_due(now) { now.wrapping_sub(self.due) & DUE_MASK } else { 0 }
     }
 }
 
@@ -198,17 +210,22 @@ impl Ledger {
         (sequence >> self.lap_shift) % LAPS + 1
     }
 
-    /// What the word of `sequence` says. The caller knows that `floor <= sequence < floor + window`.
+    /// What the word of `sequence` says. The caller has seen that `sequence < floor + window`; where the floor has passed
+    /// the sequence since, it is settled.
     #[inline]
     pub fn look(&self, sequence: u64) -> Seen {
         // Acquire: A-LEDGER pairs with R-LEDGER (swap).
-        let raw = self.word(sequence).load(Ordering::Acquire);
-        self.read(sequence, raw)
+        let seen = self.read(sequence, self.word(sequence).load(Ordering::Acquire));
+        // A word of a later lap was written by somebody who had seen the floor above us; so, after the load, do we.
+        if seen.state == State::Corrupt && sequence < self.floor() {
+            return Seen { state: State::Settled, ..seen };
+        }
+        seen
     }
 
     #[inline]
     fn read(&self, sequence: u64, raw: u64) -> Seen {
-        let (lap, state) = (raw >> LAP_SHIFT, raw & ((1 << STATE_BITS) - 1));
+        let (lap, state) = (raw >> LAP_SHIFT, raw & STATE_MASK);
         let owner = (raw >> OWNER_SHIFT) as u8;
         let seen = Seen {
             sequence,
@@ -237,9 +254,13 @@ impl Ledger {
             | state
     }
 
-    /// Puts `new` in the place of exactly what was seen.
+    /// Puts `new` in the place of exactly what was seen. What is settled stays settled, what is corrupt stays for people
+    /// to see.
     #[inline]
     fn swap(&self, seen: Seen, new: u64) -> Option<Seen> {
+        if matches!(seen.state, State::Settled | State::Corrupt) {
+            return None;
+        }
         // AcqRel: R-LEDGER pairs with A-LEDGER (look, and every later swap): our copy of the payload was made before we
         // took or settled it, and whoever moves the floor over a settled word has seen all who read the message.
         // Crash points: before this the message was as it was seen, after it it is as the new word says.
@@ -248,9 +269,13 @@ impl Ledger {
         Some(self.read(seen.sequence, new))
     }
 
-    /// Leases the message to `owner` until `due`, one attempt more. `None`: somebody was faster.
+    /// Leases the message to `owner` until `due`, one attempt more. `None`: somebody was faster, or it is being moved to
+    /// the dead-letter topic, and such a message is never delivered again.
     #[inline]
     pub fn take(&self, seen: Seen, owner: u8, due: u64) -> Option<Seen> {
+        if matches!(seen.state, State::Moving(_)) {
+            return None;
+        }
         let attempt = seen.attempt.saturating_add(1);
         self.swap(seen, self.pack(seen.sequence, due, attempt, owner, LEASED))
     }
@@ -258,40 +283,52 @@ impl Ledger {
     /// Settles the message: an ack, the end of a move, a delivery at most once, a hole. `false`: it was not as seen.
     #[inline]
     pub fn settle(&self, seen: Seen) -> bool {
-        let new = seen.raw & !((1 << STATE_BITS) - 1) | SETTLED;
-        let new = if seen.state == State::Fresh { self.pack(seen.sequence, 0, 1, NOBODY, SETTLED) } else { new };
+        let new = match seen.state {
+            // No due time tells this word from the one 8,191 laps before, which a small window at full speed goes
+            // through in milliseconds. So it says how often the lap's field has come round.
+            State::Fresh => self.pack(seen.sequence, (seen.sequence >> self.lap_shift) / LAPS, 1, NOBODY, SETTLED),
+            _ => seen.raw & !STATE_MASK | SETTLED,
+        };
         self.swap(seen, new).is_some()
     }
 
-    /// Gives a lease back, to be taken by anybody from `due` on.
+    /// Gives a lease back, to be taken by anybody from `due` on, which is at most 24 hours from now.
     pub fn give_back(&self, lease: Seen, due: u64) -> bool {
         let new = self.pack(lease.sequence, due, lease.attempt, NOBODY, RETURNED);
-        if self.swap(lease, new).is_none() {
+        if lease.state != State::Leased || self.swap(lease, new).is_none() {
             return false;
         }
         self.tell_returned();
         true
     }
 
-    /// Gives a message back that was leased but never seen by its consumer: the attempt does not count.
-    pub fn give_back_unseen(&self, lease: Seen) -> bool {
-        self.give_back(Seen { attempt: lease.attempt.saturating_sub(1), ..lease }, lease.due)
+    /// Gives a message back at once that was leased but never seen by its consumer: the attempt does not count.
+    pub fn give_back_unseen(&self, lease: Seen, now: u64) -> bool {
+        self.give_back(Seen { attempt: lease.attempt.saturating_sub(1), ..lease }, now)
     }
 
-    /// Lets a lease end later (or sooner).
+    /// Lets a lease end later (or sooner), at most 24 hours from now.
     pub fn extend(&self, lease: Seen, due: u64) -> Option<Seen> {
+        if lease.state != State::Leased {
+            return None;
+        }
         let owner = lease.owner.unwrap_or(NOBODY);
         self.swap(lease, self.pack(lease.sequence, due, lease.attempt, owner, LEASED))
     }
 
-    /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's.
+    /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's. `None`: somebody was
+    /// faster, or it is another's move, overdue or not: only the coordinator can tell whether that one's copy is there.
     pub fn begin_move(&self, seen: Seen, owner: u8, due: u64, reason: MoveReason) -> Option<Seen> {
+        if matches!(seen.state, State::Moving(_)) && seen.owner.is_some_and(|mover| mover != owner) {
+            return None;
+        }
         self.swap(seen, self.pack(seen.sequence, due, seen.attempt, owner, MOVING + reason as u64))
     }
 
     /// After its owner was proven dead or fenced: what it had leased goes back, what it was moving is anybody's to move,
     /// and what `committed` says it had finished is settled. Idempotent. Returns how many messages it concerned.
-    pub fn release_owner(&self, owner: u8, committed: impl Fn(u64, State) -> bool) -> u64 {
+    /// `now` is when: it may be taken again at once.
+    pub fn release_owner(&self, owner: u8, now: u64, committed: impl Fn(u64, State) -> bool) -> u64 {
         let mut released = 0;
         for sequence in self.handed_out() {
             let seen = self.look(sequence);
@@ -300,7 +337,7 @@ impl Ledger {
             }
             let swapped = match seen.state {
                 State::Leased | State::Moving(_) if committed(sequence, seen.state) => self.settle(seen),
-                State::Leased => self.give_back(Seen { due: 0, ..seen }, seen.due),
+                State::Leased => self.give_back(seen, now),
                 State::Moving(reason) => self
                     .swap(seen, self.pack(sequence, seen.due, seen.attempt, NOBODY, MOVING + reason as u64))
                     .is_some(),
@@ -310,6 +347,19 @@ impl Ledger {
         }
         self.tell_returned();
         released
+    }
+
+    /// Sets times anew that came more than half a day ago, before the due field comes round and they seem to lie ahead
+    /// again. The coordinator does it at least once a day, for groups on which nobody looks. A lease that ended so long ago
+    /// is lost to its owner by this, as it may be at any time.
+    pub fn renew_due(&self, now: u64) {
+        for sequence in self.handed_out() {
+            let seen = self.look(sequence);
+            let timed = matches!(seen.state, State::Returned | State::Leased | State::Moving(_));
+            if timed && seen.due_since(now) > RENEW_MS {
+                self.swap(seen, seen.raw & !(DUE_MASK << DUE_SHIFT) | (now & DUE_MASK) << DUE_SHIFT);
+            }
+        }
     }
 
     /// Everything between the floor and the hint.
@@ -332,7 +382,8 @@ impl Ledger {
     #[inline]
     pub fn reserve(&self, from: u64, count: u64) -> bool {
         // Release: R-HINT pairs with A-HINT: who sees a word taken by us, or repairs after us, finds it below the hint.
-        self.header.hint.0.compare_exchange(from, from + count, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let to = from.saturating_add(count);
+        self.header.hint.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     /// Lets the hint be at least `to`: for consumers that choose among messages (ordered by key).
@@ -352,7 +403,7 @@ impl Ledger {
     pub fn advance_floor(&self) -> u64 {
         let floor = self.floor();
         let mut next = floor;
-        while next < floor + self.window() && self.look(next).state == State::Settled {
+        while next < floor.saturating_add(self.window()) && self.look(next).state == State::Settled {
             next += 1;
         }
         if next == floor {
@@ -436,7 +487,7 @@ fn stored_state(state: u64) -> State {
         RETURNED => State::Returned,
         LEASED => State::Leased,
         SETTLED => State::Settled,
-        4 => State::Moving(MoveReason::Exhausted),
+        MOVING => State::Moving(MoveReason::Exhausted),
         5 => State::Moving(MoveReason::Rejected),
         6 => State::Moving(MoveReason::Expired),
         _ => State::Corrupt,
