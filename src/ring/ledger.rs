@@ -365,31 +365,30 @@ impl Ledger {
     /// Everything between the floor and the hint.
     pub fn handed_out(&self) -> std::ops::Range<u64> {
         let floor = self.floor();
-        // Acquire: A-HINT pairs with R-HINT (reserve, raise_hint): nothing that was taken lies above.
-        let hint = self.header.hint.0.load(Ordering::Acquire);
-        floor..hint.clamp(floor, floor.saturating_add(self.window()))
+        floor..self.hint().clamp(floor, floor.saturating_add(self.window()))
     }
 
     /// Up to where words have been handed out.
     #[inline]
     pub fn hint(&self) -> u64 {
-        // Acquire: A-HINT pairs with R-HINT (reserve, raise_hint).
-        self.header.hint.0.load(Ordering::Acquire)
+        // Relaxed: a number that stands for nothing but itself. Who has seen a word taken, or a floor above it, finds
+        // the hint above it too: it was raised first, and what came before a swap is seen with it (A-LEDGER).
+        self.header.hint.0.load(Ordering::Relaxed)
     }
 
     /// Reserves `count` sequences from `from` on, which is the hint as last seen. It keeps others from trying the same
     /// words; whoever finds nothing else to do tries them all the same, so a reservation that dies costs nothing.
     #[inline]
     pub fn reserve(&self, from: u64, count: u64) -> bool {
-        // Release: R-HINT pairs with A-HINT: who sees a word taken by us, or repairs after us, finds it below the hint.
+        // Relaxed: as in `hint`.
         let to = from.saturating_add(count);
-        self.header.hint.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        self.header.hint.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Lets the hint be at least `to`: for consumers that choose among messages (ordered by key).
     pub fn raise_hint(&self, to: u64) {
-        // Release: R-HINT pairs with A-HINT, as in `reserve`.
-        self.header.hint.0.fetch_max(to, Ordering::AcqRel);
+        // Relaxed: as in `hint`.
+        self.header.hint.0.fetch_max(to, Ordering::Relaxed);
     }
 
     /// The lowest sequence that is not settled, as far as anybody has looked.
@@ -436,10 +435,12 @@ impl Ledger {
         }
     }
 
-    /// Puts `owner` in the place of the consumer at work, whose lease has ended.
-    pub fn supersede(&self, owner: u8) {
+    /// Puts `owner` in the place of `overdue`, the consumer at work, whose lease has ended. `false`: it is that one's
+    /// place no more; another standby was faster, and has only just begun.
+    pub fn supersede(&self, overdue: u8, owner: u8) -> bool {
+        let (from, to) = (u64::from(overdue) + 1, u64::from(owner) + 1);
         // Relaxed: as in `activate`.
-        self.header.active.0.store(u64::from(owner) + 1, Ordering::Relaxed);
+        self.header.active.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// The consumer at work of an exclusive group.
@@ -458,11 +459,11 @@ impl Ledger {
     /// Marks a consumer as fenced (or, for its place's next owner, not).
     pub fn set_fenced(&self, owner: u8, fenced: bool) {
         let (word, bit) = (&self.header.state.fenced[usize::from(owner) / 64], 1 << (owner % 64));
-        // Release: R-FENCED pairs with A-FENCED (is_fenced).
+        // Relaxed: it stops whoever sees it. Who does not yet may take one more word, and leave it to the next release.
         if fenced {
-            word.fetch_or(bit, Ordering::Release);
+            word.fetch_or(bit, Ordering::Relaxed);
         } else {
-            word.fetch_and(!bit, Ordering::Release);
+            word.fetch_and(!bit, Ordering::Relaxed);
         }
     }
 
@@ -470,15 +471,15 @@ impl Ledger {
     #[inline]
     pub fn is_fenced(&self, owner: u8) -> bool {
         let state = &self.header.state;
-        // Acquire: A-FENCED pairs with R-FENCED (set_fenced, end).
-        let fenced = state.fenced[usize::from(owner) / 64].load(Ordering::Acquire) >> (owner % 64) & 1 == 1;
-        fenced || state.ended.load(Ordering::Acquire) != 0
+        // Relaxed: as in `set_fenced`.
+        let fenced = state.fenced[usize::from(owner) / 64].load(Ordering::Relaxed) >> (owner % 64) & 1 == 1;
+        fenced || state.ended.load(Ordering::Relaxed) != 0
     }
 
     /// Ends the ledger: its group was rewound or removed, and all consumers on it are fenced.
     pub fn end(&self) {
-        // Release: R-FENCED pairs with A-FENCED (is_fenced).
-        self.header.state.ended.store(1, Ordering::Release);
+        // Relaxed: as in `set_fenced`; what is still written here touches nobody else's ledger.
+        self.header.state.ended.store(1, Ordering::Relaxed);
     }
 }
 
