@@ -8,9 +8,12 @@
 //! What ends for everybody (a topic, the bus) is logged before the memory says so: a topic that its handles take for
 //! gone must not be there again after a restart. Who finds it logged says it once more.
 
+mod groups;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
@@ -26,8 +29,11 @@ use crate::ring::log::TopicState;
 use crate::topic::Mode;
 
 /// Bytes that the segments of a topic take.
-const FOOTPRINT: Footprint =
-    Footprint { topic: TopicMemory::footprint_bytes, arena: TopicMemory::arena_footprint_bytes };
+const FOOTPRINT: Footprint = Footprint {
+    topic: TopicMemory::footprint_bytes,
+    arena: TopicMemory::arena_footprint_bytes,
+    group: TopicMemory::group_footprint_bytes,
+};
 
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
@@ -79,7 +85,9 @@ impl Estate {
         }
         let mut estate = Estate::new(state, registry, Some(link));
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
-        for event in estate.adopt(&mut store) {
+        let mut losses = estate.adopt(&mut store);
+        losses.extend(estate.adopt_groups(&mut store));
+        for event in losses {
             if let Err(error) = estate.carry_out(event) {
                 eprintln!("shmbus coordinator: {error}");
             }
@@ -174,7 +182,7 @@ impl Estate {
     /// Whether anybody or anything needs the bus.
     pub(crate) fn is_needed(&self) -> bool {
         let holds_messages = |memory: &TopicMemory| memory.range().is_ok_and(|(oldest, tail)| oldest < tail);
-        let kept = |entry: &TopicEntry| entry.kept;
+        let kept = |entry: &TopicEntry| entry.kept || !entry.groups.is_empty();
         self.state.stay
             || !self.state.participants().is_empty()
             || self.state.topics().values().any(kept)
@@ -195,14 +203,14 @@ impl Estate {
         self.memories.values().for_each(|memory| memory.end(TopicState::Stopped));
     }
 
-    /// Takes the arenas to be announced to the subscribers of their topics.
+    /// Takes the arenas to be announced to the readers of their topics.
     pub(crate) fn take_announcements(&mut self) -> Vec<(u64, u32)> {
         std::mem::take(&mut self.announcements)
     }
 
     /// Every arena that a returning participant must know.
     pub(crate) fn arenas_for(&self, incarnation: u64) -> Vec<(u64, u32)> {
-        let reads = |entry: &&TopicEntry| entry.subscribers.values().any(|s| s.incarnation == incarnation);
+        let reads = |entry: &&TopicEntry| entry.readers().any(|reader| reader == incarnation);
         let arenas = |entry: &TopicEntry| entry.arenas.iter().map(|slot| (entry.info.id, *slot)).collect::<Vec<_>>();
         let many = |entry: &&TopicEntry| entry.info.options.mode == Mode::Many;
         self.state.topics().values().filter(many).filter(reads).flat_map(arenas).collect()
@@ -266,6 +274,7 @@ impl Estate {
             Reply::Stop => return Ok(None),
             Reply::Publisher { topic, slot } => Some(HandleRef::Publisher { topic, slot }),
             Reply::Subscriber { topic, cursor } => Some(HandleRef::Subscriber { topic, cursor }),
+            Reply::Consumer { topic, group, consumer } => Some(HandleRef::Consumer { topic, group, consumer }),
             _ => None,
         };
         let granted = self.granted(reply);
@@ -283,9 +292,10 @@ impl Estate {
         self.prepare(&event)?;
         self.log(&event)?;
         // Who is about to lose the topic or participant is known only before the event is applied.
-        let given_up = self.names_given_up(&event);
+        let (given_up, groups) = (self.names_given_up(&event), self.groups_concerned(&event));
         self.state.apply(&event);
         let acted = self.act(&event);
+        self.follow_groups(groups);
         // Last: as long as the keeper has them a successor can act in our place.
         given_up.into_iter().for_each(|name| self.forget(name));
         acted
@@ -300,6 +310,7 @@ impl Estate {
                 self.memories.insert(info.id, memory);
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
+            Event::GroupCreated { topic, info, start, .. } => self.prepare_group(*topic, info, *start)?,
             Event::Closed { handle } => self.release(*handle),
             Event::Left { incarnation } => {
                 self.state.handles_of(*incarnation).into_iter().for_each(|handle| self.release(handle));
@@ -330,6 +341,10 @@ impl Estate {
                 }
             }
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
+            Event::GroupCreated { topic, info, start, .. } => self.begin_group(*topic, info.id, *start)?,
+            Event::ConsumerOpened { topic, group, consumer, .. } => {
+                self.memory(*topic)?.begin_consumer(*group, *consumer as u8)?;
+            }
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.remove(topic) {
                     memory.end(TopicState::Removed);
@@ -398,7 +413,9 @@ impl Estate {
                     eprintln!("shmbus coordinator: repairing after publisher slot {slot} of topic {topic}: {error}");
                 }
             }
-            HandleRef::Consumer { .. } => {}
+            HandleRef::Consumer { topic, group, consumer } => {
+                self.release_consumer(ConsumerRef { topic, group, consumer });
+            }
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
                     let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
@@ -458,6 +475,11 @@ impl Estate {
             Reply::Done | Reply::Stop => Ok((Answer::Done, Vec::new())),
             Reply::Publisher { topic, slot } => self.publisher_opened(topic, slot),
             Reply::Subscriber { topic, cursor } => self.subscriber_opened(topic, cursor),
+            Reply::Consumer { topic, group, consumer } => self.consumer_opened(ConsumerRef { topic, group, consumer }),
+            Reply::Reclaim { topic, group, consumer } => {
+                self.reclaim(ConsumerRef { topic, group, consumer })?;
+                Ok((Answer::Done, Vec::new()))
+            }
             Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
         }
     }
@@ -516,7 +538,7 @@ impl Estate {
             publishers: publishers
                 .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: pid(p.incarnation) })
                 .collect(),
-            groups: Vec::new(),
+            groups: self.group_statuses(entry, tail),
             subscribers: subscribers
                 .map(|(&cursor, s)| {
                     let sequence = memory.map_or(0, |memory| memory.cursor_sequence(cursor));

@@ -1,11 +1,18 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
+mod groups;
+
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::coordinator::memory::groups::GroupMemory;
+pub(crate) use crate::coordinator::memory::groups::{LedgerCount, ledger_name};
 
 use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::os::memfd;
 use crate::ring::arena::Arena;
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Gate, still_retained};
 use crate::ring::log::{Place, TopicState};
@@ -20,6 +27,8 @@ use crate::topic::Mode;
 pub(crate) struct TopicMemory {
     info: TopicInfo,
     parts: Parts,
+    /// By the group's number.
+    groups: BTreeMap<u32, GroupMemory>,
 }
 
 enum Parts {
@@ -32,7 +41,8 @@ struct ArenaPart {
     arena: Arena,
 }
 
-/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "channel".
+/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0",
+/// "channel".
 pub(crate) struct StoredSegment<'a> {
     pub(crate) name: String,
     pub(crate) fd: BorrowedFd<'a>,
@@ -58,7 +68,7 @@ impl TopicMemory {
                 topic::channel::<7>(&segment, &info.geometry).0.format();
             }
             segment.publish(&info.channel());
-            return Ok(TopicMemory { info: info.clone(), parts: Parts::Channel { segment, fd } });
+            return Ok(TopicMemory::new(info, Parts::Channel { segment, fd }));
         }
         let (log_fd, log) = new_segment(info, "log", &info.log())?;
         let (cursors_fd, cursors) = new_segment(info, "cursors", &info.cursors())?;
@@ -69,7 +79,7 @@ impl TopicMemory {
         segments.cursors.publish(&info.cursors());
         let arenas = Vec::new();
         let parts = Parts::Log { segments, log: log_fd, cursors: cursors_fd, arenas };
-        let mut memory = TopicMemory { info: info.clone(), parts };
+        let mut memory = TopicMemory::new(info, parts);
         memory.add_arena(info, 0)?;
         Ok(memory)
     }
@@ -111,12 +121,16 @@ impl TopicMemory {
             (None, None, Some((segment, fd))) => Parts::Channel { segment, fd },
             _ => return Err(corrupt(info, "some of its segments are missing".into())),
         };
-        Ok(TopicMemory { info: info.clone(), parts })
+        Ok(TopicMemory::new(info, parts))
+    }
+
+    fn new(info: &TopicInfo, parts: Parts) -> TopicMemory {
+        TopicMemory { info: info.clone(), parts, groups: BTreeMap::new() }
     }
 
     /// Every segment with the name it is stored under.
     pub(crate) fn segments(&self) -> Vec<StoredSegment<'_>> {
-        match &self.parts {
+        let mut all = match &self.parts {
             Parts::Channel { fd, .. } => vec![StoredSegment { name: "channel".into(), fd: fd.as_fd() }],
             Parts::Log { log, cursors, arenas, .. } => {
                 let mut all = vec![
@@ -130,7 +144,9 @@ impl TopicMemory {
                 }
                 all
             }
-        }
+        };
+        all.extend(self.stored_ledgers());
+        all
     }
 
     /// Whether a slot's arena exists.
@@ -227,6 +243,15 @@ impl TopicMemory {
 
     /// Puts a subscriber's cursor in force at its start position. Idempotent for one owner.
     pub(crate) fn join(&self, cursor: u32, owner: u64, start: StartAt, droppable: bool) -> Result<Joined, Refusal> {
+        self.join_line(cursor, start, |line| line.occupy(owner, droppable))
+    }
+
+    /// The same for a group's cursor.
+    fn join_group(&self, cursor: u32, group: u32, start: StartAt) -> Result<Joined, Refusal> {
+        self.join_line(cursor, start, |line| line.occupy_group(group.into()))
+    }
+
+    fn join_line(&self, cursor: u32, start: StartAt, occupy: impl FnOnce(&Cursor)) -> Result<Joined, Refusal> {
         let Parts::Log { segments, .. } = &self.parts else { return self.join_channel() };
         let lines = segments.cursor_lines(&self.info);
         let line = lines.get(cursor as usize).ok_or_else(|| corrupt(&self.info, format!("no cursor {cursor}")))?;
@@ -243,7 +268,7 @@ impl TopicMemory {
             }
             StartAt::Sequence(sequence) => sequence,
         };
-        line.occupy(owner, droppable);
+        occupy(line);
         let place = self.find_start(&gate, cursor, asked, tail);
         match place {
             Some(place) => line.advance(place.position, place.sequence),
@@ -301,6 +326,15 @@ impl TopicMemory {
             }
         }
         self.place_at(low)
+    }
+
+    /// Position and sequence of what is at `position`, or of the tail; `None` where it is neither there nor next.
+    fn confirmed_place(&self, position: u64) -> Result<Option<Place>, Refusal> {
+        if self.info.options.mode != Mode::Exclusive {
+            return Ok(self.place_at(position));
+        }
+        let tail = self.tail()?.position;
+        Ok((position <= tail).then_some(Place { position, sequence: position }))
     }
 
     /// Position and sequence of the batch at `position`, from its record.

@@ -61,12 +61,13 @@ pub(crate) enum StartAt {
     Sequence(u64),
 }
 
-/// A handle as both sides name it.
+/// A handle as both sides name it. Consumers come first in their order: they are released before the publishers that say
+/// what they had finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum HandleRef {
+    Consumer { topic: u64, group: u32, consumer: u32 },
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
-    Consumer { topic: u64, group: u32, consumer: u32 },
 }
 
 /// A segment whose descriptor rides along.
@@ -137,7 +138,7 @@ pub(crate) enum Answer {
     Status { topics: Vec<TopicStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
-    /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
+    /// Unasked, to every participant with a subscriber or consumer on the topic: a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
 }
 

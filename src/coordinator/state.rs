@@ -4,12 +4,16 @@
 //! it. The server carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
 //! event has just happened or is replayed from the registry.
 
+mod groups;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
-use crate::coordinator::protocol::{HandleRef, Request, StartAt, TopicInfo};
+use crate::coordinator::protocol::{GroupInfo, HandleRef, Request, StartAt, TopicInfo};
+pub(crate) use crate::coordinator::state::groups::GroupEntry;
+use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
 use crate::shm::layout::Geometry;
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
@@ -44,6 +48,14 @@ pub(crate) enum Event {
     PublisherOpened { topic: u64, slot: u32, publisher: u64, tenancy: u32, incarnation: u64 },
     /// A subscriber holds a cursor.
     SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
+    /// A group exists, in the place of the one it `replaces` (a rewind), which is retired.
+    GroupCreated { topic: u64, info: GroupInfo, start: StartAt, bytes: u64, replaces: Option<u32> },
+    /// A group has lost its name: it was removed. It goes with its last consumer.
+    GroupRetired { topic: u64, group: u32 },
+    /// Groups below this number have been on the topic (part of a compacted registry).
+    GroupsGiven { topic: u64, groups: u32 },
+    /// A consumer holds its number in the group.
+    ConsumerOpened { topic: u64, group: u32, consumer: u32, incarnation: u64 },
     /// A handle was given back.
     Closed { handle: HandleRef },
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
@@ -65,6 +77,8 @@ pub(crate) enum Reply {
     Done,
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
+    Consumer { topic: u64, group: u32, consumer: u32 },
+    Reclaim { topic: u64, group: u32, consumer: u32 },
     Status { topics: Vec<u64>, more: bool },
     Stop,
 }
@@ -86,6 +100,8 @@ pub(crate) struct TopicEntry {
     pub(crate) arenas: BTreeSet<u32>,
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
+    pub(crate) groups: BTreeMap<u32, GroupEntry>,
+    next_group: u32,
     publishers_seen: u64,
     /// Created by request, not by a publisher in passing: it keeps the bus until it is removed, also while it is empty.
     pub(crate) kept: bool,
@@ -114,6 +130,8 @@ pub(crate) struct Footprint {
     pub(crate) topic: fn(&TopicInfo) -> u64,
     /// One more arena.
     pub(crate) arena: fn(&TopicInfo) -> u64,
+    /// A group's ledger.
+    pub(crate) group: fn(&TopicInfo, &GroupInfo) -> u64,
 }
 
 /// The whole state of a bus.
@@ -158,9 +176,9 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
-    /// Connected processes with a subscriber on the topic: they must know its arenas.
+    /// Connected processes with a subscriber or consumer on the topic: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
-        self.topics.get(&topic).into_iter().flat_map(|t| t.subscribers.values()).map(|s| s.incarnation).collect()
+        self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
     }
 
     /// Changes the state. Events are true: one that names what does not exist changes nothing.
@@ -212,6 +230,20 @@ impl State {
                 entry.subscribers.insert(*cursor, new);
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
             }
+            Event::GroupCreated { topic, info, start, bytes, replaces } => {
+                let (info, start, bytes) = (info.clone(), *start, *bytes);
+                let new = GroupEntry { info, start, bytes, retired: false, consumers: BTreeMap::new() };
+                self.add_group(*topic, new, *replaces);
+            }
+            Event::GroupRetired { topic, group } => self.retire_group(*topic, *group),
+            Event::GroupsGiven { topic, groups } => {
+                if let Some(entry) = self.topics.get_mut(topic) {
+                    entry.next_group = entry.next_group.max(*groups);
+                }
+            }
+            Event::ConsumerOpened { topic, group, consumer, incarnation } => {
+                self.add_consumer(*topic, *group, *consumer, *incarnation);
+            }
             Event::Closed { handle } => self.close(*handle),
             Event::Ending => self.ending = true,
         }
@@ -246,6 +278,8 @@ impl State {
             arenas: BTreeSet::from([0]),
             publishers: BTreeMap::new(),
             subscribers: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            next_group: 0,
             publishers_seen,
             kept,
         };
@@ -278,7 +312,7 @@ impl State {
             HandleRef::Subscriber { topic, cursor } => {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
             }
-            HandleRef::Consumer { .. } => None,
+            HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
         };
         if let Some(participant) = owner.and_then(|incarnation| self.participants.get_mut(&incarnation)) {
             participant.handles.remove(&handle);
@@ -291,15 +325,21 @@ impl TopicEntry {
     pub(crate) fn handles(&self) -> Vec<HandleRef> {
         let topic = self.info.id;
         let publishers = self.publishers.keys().map(|&slot| HandleRef::Publisher { topic, slot });
-        publishers.chain(self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor })).collect()
+        let subscribers = self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor });
+        self.group_handles().chain(publishers).chain(subscribers).collect()
+    }
+
+    /// Processes with a subscriber or a consumer.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> {
+        self.subscribers.values().map(|subscriber| subscriber.incarnation).chain(self.consuming())
     }
 
     fn snapshot(&self, events: &mut Vec<Event>) {
         let topic = self.info.id;
-        // What the added arenas take is counted in the topic already; the publishers that follow count themselves.
+        // What the added arenas take is counted in the topic already; the publishers and groups that follow count themselves.
         let publishers = self.publishers_seen - self.publishers.len() as u64;
-        let (info, kept) = (self.info.clone(), self.kept);
-        events.push(Event::TopicCreated { info, uid: self.uid, bytes: self.bytes, publishers, kept });
+        let (info, kept, bytes) = (self.info.clone(), self.kept, self.bytes - self.group_bytes());
+        events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
@@ -311,6 +351,7 @@ impl TopicEntry {
             let SubscriberEntry { incarnation, start, droppable } = *s;
             events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable });
         }
+        self.snapshot_groups(events);
     }
 
     /// A free publisher slot, if possible one whose arena exists already.
@@ -319,8 +360,11 @@ impl TopicEntry {
         self.arenas.iter().copied().find(free).or_else(|| (0..self.max_publishers()).find(free))
     }
 
+    /// A cursor that is neither a subscriber's nor a group's; a retired group keeps its own.
     fn free_cursor(&self) -> Option<u32> {
-        (0..self.max_subscribers()).find(|cursor| !self.subscribers.contains_key(cursor))
+        let groups: BTreeSet<u32> = self.groups.values().map(|group| group.info.cursor).collect();
+        let free = |cursor: &u32| !self.subscribers.contains_key(cursor) && !groups.contains(cursor);
+        (0..self.max_subscribers()).find(free)
     }
 
     fn max_publishers(&self) -> u32 {
@@ -386,11 +430,17 @@ impl State {
             Request::OpenSubscriber { topic, schema, start, droppable } => {
                 decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
             }
-            Request::CreateGroup { .. }
-            | Request::RemoveGroup { .. }
-            | Request::RewindGroup { .. }
-            | Request::OpenConsumer { .. }
-            | Request::Reclaim { .. } => Err(Refusal::Protocol { problem: "groups".to_owned() }),
+            Request::CreateGroup { topic, group, options, start, exist_ok } => {
+                decider.create_group(GroupName { topic, group }, options, *start, *exist_ok)
+            }
+            Request::RemoveGroup { topic, group, force } => decider.remove_group(GroupName { topic, group }, *force),
+            Request::RewindGroup { topic, group, start, force } => {
+                decider.rewind_group(GroupName { topic, group }, *start, *force)
+            }
+            Request::OpenConsumer { topic, group, schema, create } => {
+                decider.open_consumer(GroupName { topic, group }, schema.as_ref(), create.as_ref())
+            }
+            Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
             Request::Close { handles } => decider.close(handles),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
@@ -416,10 +466,11 @@ impl Decider<'_> {
 
     fn remove_topic(&self, name: &str, force: bool) -> Result<Plan, Refusal> {
         let entry = self.existing(name)?;
-        let (publishers, subscribers) = (entry.publishers.len(), entry.subscribers.len());
-        if !force && publishers + subscribers > 0 {
+        let (publishers, subscribers) = (entry.publishers.len() as u32, entry.subscribers.len() as u32);
+        let consumers = entry.consuming().count() as u32;
+        if !force && publishers + subscribers + consumers > 0 {
             let topic = name.to_owned();
-            return Err(Refusal::InUse { topic, publishers: publishers as u32, subscribers: subscribers as u32 });
+            return Err(Refusal::InUse { topic, publishers, subscribers, consumers });
         }
         Ok(Plan { events: vec![Event::TopicRemoved { topic: entry.info.id }], reply: Reply::Done })
     }
@@ -469,7 +520,7 @@ impl Decider<'_> {
                 Mode::Channel => {
                     self.taken(entry, "subscriber", entry.subscribers.values().next().map(|s| s.incarnation))
                 }
-                _ => too_many("subscribers", entry, entry.max_subscribers()),
+                _ => too_many("subscribers and groups", entry, entry.max_subscribers()),
             });
         };
         let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable }];
@@ -563,7 +614,7 @@ impl Decider<'_> {
         if held < self.limits.handles {
             return Ok(());
         }
-        let what = "publishers and subscribers of one process".to_owned();
+        let what = "publishers, subscribers and consumers of one process".to_owned();
         Err(Refusal::Limit { what, limit: self.limits.handles as u64, mend: "close some".to_owned() })
     }
 
@@ -575,10 +626,12 @@ impl Decider<'_> {
 }
 
 fn checked(name: &str) -> Result<(), Refusal> {
-    check_name(name).map_err(|source| {
-        let shown: String = name.char_indices().take_while(|(at, _)| *at < SHOWN_NAME_BYTES).map(|(_, c)| c).collect();
-        Refusal::Name { name: shown, source }
-    })
+    check_name(name).map_err(|source| Refusal::Name { name: shown(name), source })
+}
+
+/// The part of a name that an error repeats.
+fn shown(name: &str) -> String {
+    name.char_indices().take_while(|(at, _)| *at < SHOWN_NAME_BYTES).map(|(_, c)| c).collect()
 }
 
 /// Raw handles may open any topic; a typed one only a topic of its own type.

@@ -2,7 +2,7 @@ use super::*;
 use crate::topic::Full;
 
 const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, budget_bytes: 10_000 };
-const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100 };
+const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100, group: |_, _| 10 };
 
 fn state() -> State {
     let mut state = State::default();
