@@ -27,7 +27,7 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
-    coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    coordinator::protocol::{NameStatus, PublisherStatus, SubscriberStatus, TopicStatus},
     wait::Wait,
 };
 pub use crate::{
@@ -52,6 +52,7 @@ pub mod model {
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
     pub use crate::ring::log::{LogHeader, Place, TopicState};
     pub use crate::ring::many::{Claim, Entry, ManyLog, Poll as ManyPoll, Reader as ManyReader, Writer as ManyWriter};
+    pub use crate::ring::notes::Note;
     pub use crate::ring::slot::{Ring, Slot};
     pub use crate::ring::spsc::{Channel, ChannelHeader, End, Receiver, Sender};
     pub use crate::shm::shared::Shared;

@@ -16,6 +16,12 @@ pub(crate) const MAX_QUEUED_PACKETS: usize = 1024;
 /// Topics in one page of a status answer, at most (its bytes are limited too).
 pub(crate) const MAX_STATUS_TOPICS: usize = 256;
 
+/// Names of publishers that a topic remembers, and as many identities of consumers that publish.
+pub(crate) const MAX_IDENTITIES: usize = 1024;
+
+/// Names in one page of an answer: each has 200 bytes at most, so they fit in a packet.
+pub(crate) const MAX_PAGE_NAMES: usize = 256;
+
 /// What the state machine checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
