@@ -272,6 +272,16 @@ pub enum Refusal {
         /// Their processes (as seen by the coordinator).
         pids: Vec<u32>,
     },
+    /// The name's present publisher lives and cannot be fenced, because the ring is full.
+    #[error(
+        "topic {topic:?}: {holder} holds the whole ring, so the name's present publisher cannot be fenced; let it read on"
+    )]
+    FullForFence {
+        /// The topic.
+        topic: String,
+        /// Who holds the ring.
+        holder: String,
+    },
     /// The topic is in use.
     #[error(
         "topic {topic:?} has {publishers} publishers, {subscribers} subscribers and {consumers} consumers; \
@@ -454,6 +464,23 @@ pub enum PublishError {
     /// Shared memory holds values that no correct process writes.
     #[error("the topic's shared memory is corrupt: {0}")]
     Corrupt(&'static str),
+    /// The publisher's number, or the message's id, has been published already; it was not published again.
+    #[error("published already{}", .sequence.map_or(String::new(), |sequence| format!(" as sequence {sequence}")))]
+    Duplicate {
+        /// Where it is; `None` where the topic no longer retains it.
+        sequence: Option<Sequence>,
+    },
+    /// Numbers are dense: this is not the next one.
+    #[error("number {found} leaves a gap; the publisher's next number is {expected}")]
+    NumberGap {
+        /// The next number.
+        expected: u64,
+        /// The number given.
+        found: u64,
+    },
+    /// Another publisher has been opened under this one's name; this handle publishes nothing any more.
+    #[error("fenced: another publisher has taken the name")]
+    Fenced,
     /// A `publish_timeout` ran out.
     #[error("timed out: {holder} holds sequence {held}")]
     TimedOut {

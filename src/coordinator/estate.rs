@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::estate::groups::ConsumerRef;
-use crate::coordinator::limits::Limits;
+use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::protocol::{
@@ -92,6 +92,7 @@ impl Estate {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
+        estate.finish_fencing();
         // What was stored but never logged belongs to nobody.
         store.into_keys().for_each(|name| estate.forget(name));
         if estate.state.ending {
@@ -110,6 +111,19 @@ impl Estate {
             memory.end(TopicState::Removed);
         }
         names.into_iter().for_each(|name| self.forget(name));
+    }
+
+    /// Fences whom the registry says to be fenced, if the coordinator that wrote it may have died before it did.
+    fn finish_fencing(&mut self) {
+        let topics = self.state.topics().values();
+        let unsettled: Vec<(u64, u32)> =
+            topics.flat_map(|entry| entry.unsettled().into_iter().map(|slot| (entry.info.id, slot))).collect();
+        for (topic, slot) in unsettled {
+            // If it fails now, whoever asks for the identity next tries again.
+            if let Err(error) = self.fence(topic, slot) {
+                eprintln!("shmbus coordinator: fencing publisher slot {slot} of topic {topic}: {error}");
+            }
+        }
     }
 
     fn new(state: State, registry: Registry, link: Option<Link>) -> Estate {
@@ -311,9 +325,12 @@ impl Estate {
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
             Event::GroupCreated { topic, info, start, .. } => self.prepare_group(*topic, info, *start)?,
-            Event::Closed { handle } => self.release(*handle),
+            // Once it is logged it must succeed.
+            Event::Fenced { topic, .. } => self.memory(*topic)?.has_room_for_fence()?,
+            Event::Closed { handle } => self.release(*handle)?,
             Event::Left { incarnation } => {
-                self.state.handles_of(*incarnation).into_iter().for_each(|handle| self.release(handle));
+                let handles = self.state.handles_of(*incarnation);
+                handles.into_iter().try_for_each(|handle| self.release(handle))?;
             }
             _ => {}
         }
@@ -323,13 +340,14 @@ impl Estate {
     /// After the event was logged and applied.
     fn act(&mut self, event: &Event) -> Result<(), Refusal> {
         match event {
-            Event::PublisherOpened { topic, slot, publisher, tenancy, .. } => {
-                let exclusive = self.state.topic(*topic).is_some_and(|t| t.info.options.mode == Mode::Exclusive);
-                if exclusive && let Err(refusal) = self.memory(*topic)?.begin_tenancy(*tenancy, *publisher) {
+            Event::PublisherOpened { topic, slot, opened } => {
+                let before = self.entry(*topic)?.number_before(opened);
+                if let Err(refusal) = self.memory(*topic)?.begin_publisher(*slot, opened, before) {
                     self.carry_out(Event::Closed { handle: HandleRef::Publisher { topic: *topic, slot: *slot } })?;
                     return Err(refusal);
                 }
             }
+            Event::Fenced { topic, slot } => self.fence(*topic, *slot)?,
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
                     Ok(joined) => self.joined = Some(joined),
@@ -404,10 +422,43 @@ impl Estate {
         Ok(())
     }
 
-    /// Takes a handle out of force in memory. Idempotent.
-    fn release(&self, handle: HandleRef) {
+    /// Stops a publisher by the log itself and settles its identity. Idempotent: twice leaves one more hole.
+    fn fence(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
+        let opening = self.entry(topic)?.publishers.get(&slot).map(|publisher| publisher.opening);
+        if let Some(opening) = opening {
+            self.memory(topic)?.fence(slot, opening)?;
+        }
+        self.settle_identity(topic, slot)
+    }
+
+    /// Writes down what a publisher that commits nothing any more has committed last.
+    fn settle_identity(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
+        match self.settled_number(topic, slot) {
+            Ok(Some(last_number)) => self.carry_out(Event::IdentitySettled { topic, slot, last_number }),
+            Ok(None) => Ok(()),
+            // The number stays what it was: nobody else is to suffer for one garbled topic.
+            Err(error) => {
+                eprintln!("shmbus coordinator: the last number of publisher slot {slot} of topic {topic}: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    fn settled_number(&self, topic: u64, slot: u32) -> Result<Option<u64>, Refusal> {
+        let entry = self.entry(topic)?;
+        let Some(publisher) = entry.publishers.get(&slot).filter(|publisher| publisher.identity.is_some()) else {
+            return Ok(None);
+        };
+        // Where its line never came into force, nothing was published under it.
+        Ok(self.memory(topic)?.last_number(slot, publisher)?.or(entry.number_before(publisher)))
+    }
+
+    /// Takes a handle out of force in memory. Idempotent. Fails only where the registry cannot be written.
+    fn release(&mut self, handle: HandleRef) -> Result<(), Refusal> {
         match handle {
             HandleRef::Publisher { topic, slot } => {
+                // Before the slot can be anybody else's.
+                self.settle_identity(topic, slot)?;
                 let ended = self.memory(topic).and_then(|memory| memory.end_publisher(slot));
                 if let Err(error) = ended {
                     eprintln!("shmbus coordinator: repairing after publisher slot {slot} of topic {topic}: {error}");
@@ -423,6 +474,7 @@ impl Estate {
                 }
             }
         }
+        Ok(())
     }
 
     /// Logs an event, making room for it where there is none.
@@ -480,6 +532,7 @@ impl Estate {
                 self.reclaim(ConsumerRef { topic, group, consumer })?;
                 Ok((Answer::Done, Vec::new()))
             }
+            Reply::Names { topic, after } => Ok((self.names(topic, after.as_deref())?, Vec::new())),
             Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
         }
     }
@@ -491,13 +544,22 @@ impl Estate {
     fn publisher_opened(&self, topic: u64, slot: u32) -> Result<Granted, Refusal> {
         let entry = self.entry(topic)?;
         let opened = entry.publishers.get(&slot).ok_or_else(|| broken("a publisher that is not there"))?;
-        let segments = match entry.info.options.mode {
+        let mut segments = match entry.info.options.mode {
             Mode::Channel => vec![SegmentRef::Channel],
             _ => vec![SegmentRef::Log, SegmentRef::Cursors, SegmentRef::Arena(slot)],
         };
-        let (info, publisher, tenancy) = (entry.info.clone(), opened.publisher, opened.tenancy);
-        let answer = Answer::PublisherOpened { info, slot, publisher, tenancy, segments };
-        Ok((answer, self.memory(topic)?.publisher_fds(slot)?))
+        let memory = self.memory(topic)?;
+        let mut fds = memory.publisher_fds(slot)?;
+        if opened.identity.is_some() {
+            // Where its predecessors' messages lie.
+            for other in (0..entry.max_publishers()).filter(|other| *other != slot && memory.has_arena(*other)) {
+                segments.push(SegmentRef::Arena(other));
+                fds.push(memory.arena_fd(other)?);
+            }
+        }
+        let (info, tenancy, last_number) = (entry.info.clone(), opened.tenancy, entry.number_before(opened));
+        let (publisher, opening) = (opened.publisher, opened.opening);
+        Ok((Answer::PublisherOpened { info, slot, publisher, opening, tenancy, last_number, segments }, fds))
     }
 
     fn subscriber_opened(&mut self, topic: u64, cursor: u32) -> Result<Granted, Refusal> {
@@ -506,6 +568,16 @@ impl Estate {
         let (segments, fds) = self.memory(topic)?.subscriber_fds()?.into_iter().unzip();
         let info = self.entry(topic)?.info.clone();
         Ok((Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments }, fds))
+    }
+
+    fn names(&self, topic: u64, after: Option<&str>) -> Result<Answer, Refusal> {
+        let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
+        // Stale at once while the holder publishes on.
+        let last = |slot: u32| memory.last_number(slot, entry.publishers.get(&slot)?).ok().flatten();
+        let mut rest = entry.names(after, last);
+        let names = rest.by_ref().take(MAX_PAGE_NAMES).collect();
+        let more = rest.next().is_some();
+        Ok(Answer::Names { names, more })
     }
 
     /// As many topics as fit in a packet, at least one.

@@ -23,6 +23,12 @@ pub(crate) const MAX_GROUPS_OF_TOPIC: usize = 64;
 /// Consumers of one topic's groups together. One group has at most `ring::ledger::MAX_CONSUMERS`.
 pub(crate) const MAX_CONSUMERS_OF_TOPIC: usize = 1024;
 
+/// Names of publishers that a topic remembers, and as many identities of consumers that publish.
+pub(crate) const MAX_IDENTITIES: usize = 1024;
+
+/// Names in one page of an answer: each has 200 bytes at most, so they fit in a packet.
+pub(crate) const MAX_PAGE_NAMES: usize = 256;
+
 /// What the state machine checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {

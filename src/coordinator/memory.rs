@@ -7,14 +7,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::memory::groups::GroupMemory;
 pub(crate) use crate::coordinator::memory::groups::{LedgerCount, ledger_name};
-
-use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
-use crate::error::Refusal;
+use crate::coordinator::protocol::{Identity, SegmentRef, StartAt, TopicInfo};
+use crate::coordinator::state::PublisherEntry;
+use crate::error::{Holder, Refusal};
 use crate::os::memfd;
 use crate::ring::arena::Arena;
 use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
-use crate::ring::gate::{Gate, still_retained};
+use crate::ring::gate::{Gate, Stop, still_retained};
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::spsc::Channel;
@@ -212,13 +212,85 @@ impl TopicMemory {
         part.ok_or_else(|| corrupt(&self.info, format!("publisher slot {slot} has no arena")))
     }
 
-    /// Puts a publisher's tenancy in force, before it is told: its id and the index that goes into slot words.
-    pub(crate) fn begin_tenancy(&self, tenancy: u32, publisher: u64) -> Result<(), Refusal> {
-        if let (Mode::Exclusive, Parts::Log { segments, .. }) = (self.info.options.mode, &self.parts) {
+    /// Puts a publisher in force before it is told: on exclusive topics its tenancy, under an identity (whose last number is
+    /// `before`) its note.
+    pub(crate) fn begin_publisher(
+        &self,
+        slot: u32,
+        opened: &PublisherEntry,
+        before: Option<u64>,
+    ) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let header = segments.header();
+        if self.info.options.mode == Mode::Exclusive {
             let tail = self.tail()?.position;
-            segments.header().begin_tenancy(tenancy, tail, publisher, 1);
+            header.begin_tenancy(opened.tenancy, tail, opened.publisher, before.unwrap_or(0) + 1);
+        }
+        // Last: it says that the tenancy is there, too.
+        if let Some(last) = before {
+            header.begin_note(slot, opened.opening, last);
         }
         Ok(())
+    }
+
+    /// The number that a publisher with an identity committed last; `None` where it never came into force. Final once the
+    /// publisher is dead, closed or fenced.
+    pub(crate) fn last_number(&self, slot: u32, publisher: &PublisherEntry) -> Result<Option<u64>, Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(None) };
+        let header = segments.header();
+        let note = header.note(slot);
+        if self.info.options.mode == Mode::Many {
+            let log = segments.many(&self.info);
+            return Ok(note.last(publisher.opening, |position| log.owns(slot, position)));
+        }
+        let noted = note.last(publisher.opening, |position| self.commits(position));
+        if noted.is_none() || matches!(publisher.identity, Some(Identity::Origin { .. })) {
+            return Ok(noted);
+        }
+        // A name's numbers are dense, so where nobody else publishes the tail says it.
+        let (position, number) = header.tenancy(publisher.tenancy);
+        let published = self.tail()?.position.saturating_sub(position);
+        Ok(Some(number.saturating_sub(1).saturating_add(published)))
+    }
+
+    /// Whether an exclusive topic's message at `position` is committed and still there.
+    fn commits(&self, position: u64) -> bool {
+        match &self.parts {
+            Parts::Log { segments, .. } if self.info.small_slots() => {
+                segments.exclusive::<1>(&self.info).tenancy_at(position).is_some()
+            }
+            Parts::Log { segments, .. } => segments.exclusive::<7>(&self.info).tenancy_at(position).is_some(),
+            Parts::Channel { .. } => false,
+        }
+    }
+
+    /// Whether there is room for a fence; who holds the ring, where there is none.
+    pub(crate) fn has_room_for_fence(&self) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let fenced = segments.many(&self.info).has_room_for_fence(&self.info.policy());
+        fenced.map_err(|stop| self.cannot_fence(stop))
+    }
+
+    /// Commits a fence for a publisher of a topic for many: after this it commits nothing any more.
+    pub(crate) fn fence(&self, slot: u32, opening: u64) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let fenced = segments.many(&self.info).fence(&self.info.policy(), slot, opening);
+        fenced.map_err(|stop| self.cannot_fence(stop))?;
+        // Readers step over it, and the fenced one may be waiting for room.
+        wake(&segments.readers().readers);
+        wake(&segments.readers().writers);
+        Ok(())
+    }
+
+    fn cannot_fence(&self, stop: Stop) -> Refusal {
+        match stop {
+            Stop::Blocked(blocked) => {
+                let holder = blocked.cursor.map_or(Holder::Hold, Holder::Subscriber);
+                Refusal::FullForFence { topic: self.info.name.clone(), holder: holder.to_string() }
+            }
+            Stop::Corrupt(problem) => corrupt(&self.info, problem.to_owned()),
+            Stop::Fenced => corrupt(&self.info, "the coordinator is fenced".to_owned()),
+        }
     }
 
     /// Repairs what a dead (or leaves tidy what a departed) publisher left. Idempotent.
@@ -341,14 +413,20 @@ impl TopicMemory {
     fn place_at(&self, position: u64) -> Option<Place> {
         let Parts::Log { segments, arenas, .. } = &self.parts else { return None };
         let log: ManyLog = segments.many(&self.info);
+        // A fence has no record to say its sequence; it takes one, and so does each behind it.
+        let (fence, position) = (position, log.past_fences(position));
+        let back = |place: Place| {
+            let sequence = place.sequence.checked_sub(place.position - fence)?;
+            Some(Place { position: fence, sequence })
+        };
         let Some(word) = log.committed(position) else {
-            return log.tail_from(None).filter(|tail| tail.position == position);
+            return log.tail_from(None).filter(|tail| tail.position == position).and_then(back);
         };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
         // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
-        let sound = record.position == position && still_retained(&segments.header(), position);
-        sound.then_some(Place { position, sequence: record.first_sequence })
+        let sound = record.position == position && still_retained(&segments.header(), fence);
+        sound.then_some(Place { position, sequence: record.first_sequence }).and_then(back)
     }
 
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent. `from_oldest`: its reader began with the

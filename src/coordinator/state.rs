@@ -11,7 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
-use crate::coordinator::protocol::{GroupInfo, HandleRef, Request, StartAt, TopicInfo};
+use crate::coordinator::names;
+use crate::coordinator::names::NameEntry;
+use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
@@ -44,8 +46,15 @@ pub(crate) enum Event {
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
     ArenaAdded { topic: u64, slot: u32, bytes: u64 },
-    /// A publisher holds a slot.
-    PublisherOpened { topic: u64, slot: u32, publisher: u64, tenancy: u32, incarnation: u64 },
+    /// A publisher holds a slot, and its identity, if it has one.
+    PublisherOpened { topic: u64, slot: u32, opened: PublisherEntry },
+    /// An identity exists on a topic; what it committed last (part of a compacted registry).
+    IdentityKnown { topic: u64, identity: Identity, publisher: u64, last_number: u64 },
+    /// A publisher is to be fenced: somebody else asked for its identity. Who reads this and finds its identity not settled
+    /// does it (again).
+    Fenced { topic: u64, slot: u32 },
+    /// A publisher has lost its identity, whose last number is this: it is fenced, dead, or has left.
+    IdentitySettled { topic: u64, slot: u32, last_number: u64 },
     /// A subscriber holds a cursor.
     SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
     /// A group exists, in the place of the one it `replaces` (a rewind), which is retired.
@@ -80,6 +89,7 @@ pub(crate) enum Reply {
     Consumer { topic: u64, group: u32, consumer: u32 },
     Reclaim { topic: u64, group: u32, consumer: u32 },
     Status { topics: Vec<u64>, more: bool },
+    Names { topic: u64, after: Option<String> },
     Stop,
 }
 
@@ -102,17 +112,24 @@ pub(crate) struct TopicEntry {
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
     pub(crate) groups: BTreeMap<u32, GroupEntry>,
     next_group: u32,
+    pub(crate) identities: BTreeMap<Identity, NameEntry>,
     publishers_seen: u64,
     /// Created by request, not by a publisher in passing: it keeps the bus until it is removed, also while it is empty.
     pub(crate) kept: bool,
 }
 
 /// Who has a publisher slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PublisherEntry {
     pub(crate) incarnation: u64,
+    /// What its messages carry: one number for all openings under one identity.
     pub(crate) publisher: u64,
+    /// Never given twice.
+    pub(crate) opening: u64,
     pub(crate) tenancy: u32,
+    /// What it is, until it is settled.
+    pub(crate) identity: Option<Identity>,
+    pub(crate) fenced: bool,
 }
 
 /// Who has a cursor.
@@ -214,14 +231,27 @@ impl State {
                     *self.reserved.entry(entry.uid).or_default() += bytes;
                 }
             }
-            Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation } => {
+            Event::PublisherOpened { topic, slot, opened } => {
                 self.close(HandleRef::Publisher { topic: *topic, slot: *slot });
                 let Some(entry) = self.topics.get_mut(topic) else { return };
                 entry.publishers_seen += 1;
-                let new = PublisherEntry { incarnation: *incarnation, publisher: *publisher, tenancy: *tenancy };
-                entry.publishers.insert(*slot, new);
-                self.next_publisher = self.next_publisher.max(publisher + 1);
-                self.hold(*incarnation, HandleRef::Publisher { topic: *topic, slot: *slot });
+                entry.attach_identity(*slot, opened);
+                entry.publishers.insert(*slot, opened.clone());
+                self.next_publisher = self.next_publisher.max(opened.opening + 1);
+                self.hold(opened.incarnation, HandleRef::Publisher { topic: *topic, slot: *slot });
+            }
+            Event::IdentityKnown { topic, identity, publisher, last_number } => {
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                let known = NameEntry { publisher: *publisher, last_number: *last_number, holder: None };
+                entry.identities.insert(identity.clone(), known);
+            }
+            Event::Fenced { topic, slot } => {
+                let publisher = self.topics.get_mut(topic).and_then(|entry| entry.publishers.get_mut(slot));
+                publisher.into_iter().for_each(|publisher| publisher.fenced = true);
+            }
+            Event::IdentitySettled { topic, slot, last_number } => {
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                entry.settle_identity(*slot, *last_number);
             }
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
                 self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
@@ -280,6 +310,7 @@ impl State {
             subscribers: BTreeMap::new(),
             groups: BTreeMap::new(),
             next_group: 0,
+            identities: BTreeMap::new(),
             publishers_seen,
             kept,
         };
@@ -307,7 +338,7 @@ impl State {
     fn close(&mut self, handle: HandleRef) {
         let owner = match handle {
             HandleRef::Publisher { topic, slot } => {
-                self.topics.get_mut(&topic).and_then(|t| t.publishers.remove(&slot)).map(|p| p.incarnation)
+                self.topics.get_mut(&topic).and_then(|t| t.remove_publisher(slot)).map(|p| p.incarnation)
             }
             HandleRef::Subscriber { topic, cursor } => {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
@@ -343,9 +374,12 @@ impl TopicEntry {
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
-        for (&slot, p) in &self.publishers {
-            let PublisherEntry { incarnation, publisher, tenancy } = *p;
-            events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        for (identity, name) in &self.identities {
+            let (identity, NameEntry { publisher, last_number, .. }) = (identity.clone(), *name);
+            events.push(Event::IdentityKnown { topic, identity, publisher, last_number });
+        }
+        for (&slot, opened) in &self.publishers {
+            events.push(Event::PublisherOpened { topic, slot, opened: opened.clone() });
         }
         for (&cursor, s) in &self.subscribers {
             let SubscriberEntry { incarnation, start, droppable } = *s;
@@ -367,7 +401,7 @@ impl TopicEntry {
         (0..self.max_subscribers()).find(free)
     }
 
-    fn max_publishers(&self) -> u32 {
+    pub(crate) fn max_publishers(&self) -> u32 {
         if self.info.options.mode == Mode::Many { self.info.options.max_publishers } else { 1 }
     }
 
@@ -424,8 +458,8 @@ impl State {
             Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
             Request::CreateTopic { topic, options, exist_ok } => decider.create_topic(topic, options, *exist_ok),
             Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
-            Request::OpenPublisher { topic, schema, create } => {
-                decider.open_publisher(topic, schema.as_ref(), create.as_ref())
+            Request::OpenPublisher { topic, schema, create, identity } => {
+                decider.open_publisher(topic, schema.as_ref(), create.as_ref(), identity.as_ref())
             }
             Request::OpenSubscriber { topic, schema, start, droppable } => {
                 decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
@@ -443,6 +477,7 @@ impl State {
             Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
             Request::Close { handles } => decider.close(handles),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
+            Request::Names { topic, after } => decider.names(topic, after.clone()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
     }
@@ -480,9 +515,11 @@ impl Decider<'_> {
         name: &str,
         schema: Option<&Schema>,
         create: Option<&TopicOptions>,
+        identity: Option<&Identity>,
     ) -> Result<Plan, Refusal> {
         checked(name)?;
         self.check_handles()?;
+        identity.map_or(Ok(()), names::check)?;
         let existing = self.state.names.get(name).and_then(|id| self.state.topics.get(id));
         let mut events = Vec::new();
         let (info, slot, tenancy) = match (existing, create) {
@@ -494,13 +531,20 @@ impl Decider<'_> {
             }
             (Some(entry), _) => {
                 let slot = self.publisher_slot(entry)?;
+                identity.map_or(Ok(()), |identity| names::check_room(entry, identity))?;
+                events.extend(identity.and_then(|identity| names::fencing(entry, identity)));
                 events.extend(self.arena_for(entry, slot)?);
                 (entry.info.clone(), slot, (entry.publishers_seen % TENANCIES) as u32)
             }
         };
         check_schema(&info, schema)?;
-        let (publisher, incarnation, topic) = (self.state.next_publisher, self.incarnation, info.id);
-        events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        identity.map_or(Ok(()), |_| names::check_mode(&info))?;
+        let (opening, incarnation, topic) = (self.state.next_publisher, self.incarnation, info.id);
+        let known = existing.zip(identity).and_then(|(entry, identity)| entry.identities.get(identity));
+        let publisher = known.map_or(opening, |known| known.publisher);
+        let identity = identity.cloned();
+        let opened = PublisherEntry { incarnation, publisher, opening, tenancy, identity, fenced: false };
+        events.push(Event::PublisherOpened { topic, slot, opened });
         Ok(Plan { events, reply: Reply::Publisher { topic, slot } })
     }
 
@@ -546,6 +590,11 @@ impl Decider<'_> {
         let topics = rest.by_ref().take(MAX_STATUS_TOPICS).collect();
         let more = rest.next().is_some();
         Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more } })
+    }
+
+    fn names(&self, topic: &str, after: Option<String>) -> Result<Plan, Refusal> {
+        let topic = self.existing(topic)?.info.id;
+        Ok(Plan { events: Vec::new(), reply: Reply::Names { topic, after } })
     }
 
     fn existing(&self, name: &str) -> Result<&TopicEntry, Refusal> {
