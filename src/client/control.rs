@@ -452,12 +452,19 @@ fn opened_handle(answer: &Answer) -> Option<HandleRef> {
         Answer::SubscriberOpened { info, cursor, .. } => {
             Some(HandleRef::Subscriber { topic: info.id, cursor: *cursor })
         }
+        Answer::ConsumerOpened { info, group, consumer, .. } => {
+            Some(HandleRef::Consumer { topic: info.id, group: group.id, consumer: *consumer })
+        }
         _ => None,
     }
 }
 
+/// Whether we read the topic, as subscriber or consumer, and so must know its arenas.
 fn subscribes(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
-    holds.iter().any(|handle| matches!(handle, HandleRef::Subscriber { topic, .. } if *topic == wanted))
+    holds.iter().any(|handle| match handle {
+        HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => *topic == wanted,
+        HandleRef::Publisher { .. } => false,
+    })
 }
 
 /// Refuses a socket that somebody else put there.
