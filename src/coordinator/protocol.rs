@@ -11,7 +11,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -35,6 +35,8 @@ pub(crate) enum Request {
     OpenSubscriber { topic: String, schema: Option<Schema>, start: StartAt, droppable: bool },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
+    /// Gives up every message that no gating reader holds.
+    Purge { topic: String },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
     Status { topic: Option<String>, after: Option<String> },
     /// Ends the bus.
@@ -46,6 +48,8 @@ pub(crate) enum Request {
 pub(crate) enum StartAt {
     Latest,
     Oldest,
+    /// Like `Oldest`, for a reader that looks for something: what it has passed it has not read.
+    Scan,
     Last(u64),
     Sequence(u64),
 }
@@ -99,12 +103,30 @@ pub(crate) enum Answer {
         asked: u64,
         segments: Vec<SegmentRef>,
     },
+    /// To `Purge`.
+    Purged(Purged),
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
     /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
+}
+
+/// What a purge did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Purged {
+    /// Oldest sequence that was retained before.
+    pub oldest_before: u64,
+    /// Oldest sequence that is retained now.
+    pub oldest_sequence: u64,
+    /// Next sequence to be published.
+    pub tail_sequence: u64,
+    /// Who holds what has stayed, by its cursor, as `show` prints it; `None` where nobody did.
+    pub holder: Option<u32>,
+    /// The holder's process, where it is a connected subscriber.
+    pub holder_pid: Option<u32>,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.
