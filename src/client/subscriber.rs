@@ -331,6 +331,7 @@ impl SubscriberCore {
     }
 
     /// Finds the next message that is for the caller, and opens its envelope.
+    #[inline(never)]
     fn poll_opened(&mut self) -> Result<bool, RecvError> {
         while self.poll_ring()? {
             let Some(opener) = &mut self.opener else { return Ok(true) };
