@@ -27,15 +27,18 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Repeats, Start, Subscriber, SubscriberBuilder},
+    client::{Bus, BusOptions, Envelope, Loan, Message, Publisher, Repeats, Start, Subscriber, SubscriberBuilder},
     coordinator::protocol::{
-        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, SubscriberStatus, TopicStatus,
+        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
     group::{GroupOptions, Guarantee},
     wait::Wait,
 };
 pub use crate::{
-    error::{AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal},
+    error::{
+        AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
+        Refusal,
+    },
     ring::sequence::Sequence,
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
 };

@@ -3,6 +3,8 @@
 mod groups;
 
 use std::collections::BTreeMap;
+mod retention;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::memory::groups::GroupMemory;
@@ -332,7 +334,7 @@ impl TopicMemory {
         let tail = self.tail()?;
         let asked = match start {
             StartAt::Latest => tail.sequence,
-            StartAt::Oldest => 0,
+            StartAt::Oldest | StartAt::Scan => 0,
             StartAt::Last(count) => tail.sequence.saturating_sub(count),
             StartAt::Sequence(sequence) if sequence > tail.sequence => {
                 let topic = self.info.name.clone();

@@ -17,7 +17,7 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
-use crate::shm::layout::Geometry;
+use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
@@ -88,6 +88,7 @@ pub(crate) enum Reply {
     Subscriber { topic: u64, cursor: u32 },
     Consumer { topic: u64, group: u32, consumer: u32 },
     Reclaim { topic: u64, group: u32, consumer: u32 },
+    Purge { topic: u64 },
     Status { topics: Vec<u64>, more: bool },
     Names { topic: u64, after: Option<String> },
     Stop,
@@ -365,6 +366,11 @@ impl TopicEntry {
         self.subscribers.values().map(|subscriber| subscriber.incarnation).chain(self.consuming())
     }
 
+    /// A checkpoint that no publisher writes now, so that the coordinator may; `None` while every slot is taken.
+    pub(crate) fn spare_checkpoint(&self) -> Option<u32> {
+        (0..MAX_PUBLISHERS).rev().find(|slot| !self.publishers.contains_key(slot))
+    }
+
     fn snapshot(&self, events: &mut Vec<Event>) {
         let topic = self.info.id;
         // What the added arenas take is counted in the topic already; the publishers and groups that follow count themselves.
@@ -476,6 +482,7 @@ impl State {
             }
             Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
             Request::Close { handles } => decider.close(handles),
+            Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
@@ -578,6 +585,16 @@ impl Decider<'_> {
         let named: BTreeSet<HandleRef> = handles.iter().map(|handle| *handle).collect();
         let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key)));
         Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+    }
+
+    /// Changes memory alone: what is given up is nobody's.
+    fn purge(&self, name: &str) -> Result<Plan, Refusal> {
+        let info = &self.existing(name)?.info;
+        if info.options.mode == Mode::Channel {
+            let problem = "a channel's messages are its receiver's; read them, or remove the topic".to_owned();
+            return Err(Refusal::Options { topic: name.to_owned(), problem });
+        }
+        Ok(Plan { events: Vec::new(), reply: Reply::Purge { topic: info.id } })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
@@ -718,6 +735,10 @@ fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
         ("hold", have.hold.to_string(), asked.hold.to_string()),
         ("max publishers", have.max_publishers.to_string(), asked.max_publishers.to_string()),
         ("max subscribers", have.max_subscribers.to_string(), asked.max_subscribers.to_string()),
+        ("envelope", have.envelope.to_string(), asked.envelope.to_string()),
+        ("ttl_ms", have.ttl_ms.to_string(), asked.ttl_ms.to_string()),
+        ("max_age_ms", have.max_age_ms.to_string(), asked.max_age_ms.to_string()),
+        ("dedup", have.dedup.to_string(), asked.dedup.to_string()),
         ("payload", schema_text(have.schema.as_ref()), schema_text(asked.schema.as_ref())),
     ];
     let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;

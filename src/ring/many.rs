@@ -259,7 +259,7 @@ impl ManyLog {
     }
 
     /// Decides what publishers noted below `floor`, which the caller has walked to or beyond.
-    fn settle_notes(&self, floor: u64) {
+    pub(crate) fn settle_notes(&self, floor: u64) {
         self.header.settle_notes(floor, |slot, position| self.owns(slot, position));
     }
 

@@ -1,5 +1,7 @@
 //! `shmbus group`: creates, rewinds and removes the groups of a topic.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use serde::Serialize;
 use shmbus::{GroupOptions, Guarantee, Start};
@@ -52,8 +54,8 @@ struct CreateArgs {
     #[arg(long, value_enum, default_value_t = GuaranteeArg::AtLeastOnce)]
     guarantee: GuaranteeArg,
     /// How long a consumer has for one message
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = values::milliseconds)]
-    lease: u64,
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = values::duration)]
+    lease: Duration,
     /// Leases of the whole group at a time [default: as many as the window]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     max_in_flight: u32,
@@ -61,8 +63,8 @@ struct CreateArgs {
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     max_attempts: u32,
     /// Rest after the first, second, ... failed attempt; the last one repeats
-    #[arg(long, value_name = "TIME,...", value_delimiter = ',', value_parser = values::milliseconds)]
-    back_off: Vec<u64>,
+    #[arg(long, value_name = "TIME,...", value_delimiter = ',', value_parser = values::duration)]
+    back_off: Vec<Duration>,
     /// Where rejected and failed messages go [default: dlq.TOPIC.GROUP]
     #[arg(long, value_name = "TOPIC", value_parser = values::topic_name)]
     dead_letter: Option<String>,
@@ -129,10 +131,10 @@ impl CreateArgs {
     fn options(&self) -> GroupOptions {
         let mut options = GroupOptions::default();
         options.guarantee = self.guarantee.into();
-        options.lease_ms = self.lease;
+        options.lease_ms = values::whole_ms(self.lease);
         options.max_in_flight = self.max_in_flight;
         options.max_attempts = self.max_attempts;
-        options.back_off_ms = self.back_off.clone();
+        options.back_off_ms = self.back_off.iter().copied().map(values::whole_ms).collect();
         options.dead_letter = self.dead_letter.clone();
         options.dead_letter_expired = self.dead_letter_expired;
         options.ordered_by_key = self.ordered_by_key;

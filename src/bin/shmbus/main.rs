@@ -6,7 +6,9 @@ mod demo;
 mod group;
 mod ls;
 mod output;
+mod peek;
 mod publish;
+mod purge;
 mod remove;
 mod sandbox;
 mod serve;
@@ -94,6 +96,8 @@ enum Command {
     Create(create::Args),
     Rm(remove::Args),
     Group(group::Args),
+    Purge(purge::Args),
+    Peek(peek::Args),
     Bench(bench::Args),
 }
 
@@ -134,6 +138,8 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
         Command::Group(args) => group::run(globals, args),
+        Command::Purge(args) => purge::run(globals, args),
+        Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
     }
 }

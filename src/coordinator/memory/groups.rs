@@ -134,7 +134,7 @@ impl TopicMemory {
     pub(crate) fn release_consumer(&self, group: u32, consumer: u8, committed: impl Fn(u64) -> bool) {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
-        ledger.release_owner(consumer, |sequence, _| committed(sequence));
+        ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
         ledger.deactivate(consumer);
         self.wake_readers();
     }
