@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system, wake};
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Refusal};
+use crate::os::clock;
 use crate::ring::cursor::Cursor;
 use crate::ring::ledger::{Ledger, Seen, State};
 use crate::ring::log::Place;
