@@ -47,6 +47,8 @@ pub(crate) struct ManyPort {
     /// The numbers of the first and the next message.
     first: u64,
     number: u64,
+    /// What the note says instead, where what we publish belongs to messages of a group.
+    noted: Option<u64>,
     arena: Arena,
     others: Others,
     allocator: Allocator,
@@ -78,7 +80,7 @@ impl ManyPort {
             .collect();
         let allocator = Allocator::new(arena.len_bytes(), live);
         let (first, number) = (before + 1, before + 1);
-        ManyPort { writer, info, slot, publisher, first, number, arena, others, allocator }
+        ManyPort { writer, info, slot, publisher, first, number, noted: None, arena, others, allocator }
     }
 
     /// Arena space for a record with a body of `body` bytes.
@@ -103,7 +105,8 @@ impl ManyPort {
     fn commit(&mut self, offset: u64, body: u64, count: u64) -> Result<u64, Stop> {
         Record::write(&self.arena, offset, self.publisher, body, self.number);
         let unit = unit_of(&self.info.geometry, self.slot, offset);
-        let place = self.writer.publish(&self.arena, offset, unit, count, self.number + count - 1)?;
+        let noted = self.noted.unwrap_or(self.number + count - 1);
+        let place = self.writer.publish(&self.arena, offset, unit, count, noted)?;
         self.allocator.commit(place.position, offset, RECORD_HEADER_BYTES + body);
         self.number += count;
         self.writer.notify();
@@ -112,6 +115,10 @@ impl ManyPort {
 }
 
 impl WritePort for ManyPort {
+    fn note_as(&mut self, input: u64) {
+        self.noted = Some(input);
+    }
+
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop> {
         let body = bytes.len() as u64;
         let offset = self.allocate(body)?;
