@@ -146,6 +146,11 @@ impl TopicMemory {
         }
     }
 
+    /// Whether a consumer is fenced, or its group has ended.
+    pub(crate) fn is_fenced(&self, group: u32, consumer: u8) -> bool {
+        self.group(group).is_ok_and(|memory| memory.ledger(&self.info).is_fenced(consumer))
+    }
+
     /// What a consumer holds whose time has come.
     pub(crate) fn overdue(&self, group: u32, consumer: u8, now_ms: u64) -> Vec<Seen> {
         let Ok(memory) = self.group(group) else { return Vec::new() };
