@@ -78,6 +78,25 @@ impl Cursor {
         self.position.store(position, Ordering::Release);
     }
 
+    /// Moves the line of a group forward; several consumers may do so at once. Everything below `position` has been
+    /// settled, and everything below `sequence`.
+    pub fn raise(&self, position: u64, sequence: u64) {
+        // AcqRel: R-CURSOR pairs with A-CURSOR (lowest): who settled those messages had read them, and we have seen that
+        // (A-LEDGER). Monotone by max: a slow consumer moves nothing back, and a line that is out of force stays so.
+        self.position.fetch_max(position, Ordering::AcqRel);
+        // Release: R-SETTLED pairs with A-SETTLED (settled_below): who sees it sees what the consumers did before.
+        self.sequence.fetch_max(sequence, Ordering::Release);
+    }
+
+    /// The line of a group: what lies below has been settled. `None`: the group is no more.
+    #[cfg(not(loom))]
+    pub(crate) fn settled_below(&self) -> Option<u64> {
+        // Acquire: A-SETTLED pairs with R-SETTLED (raise).
+        let sequence = self.sequence.load(Ordering::Acquire);
+        // Relaxed: a line goes out of force for good.
+        (self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
+    }
+
     /// Stores a position a joining reader would like; see `gate::join` for what must follow.
     pub(crate) fn propose(&self, position: u64) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): the mode is visible with the position.
