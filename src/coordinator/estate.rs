@@ -366,7 +366,7 @@ impl Estate {
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
             Event::GroupCreated { topic, info, start, .. } => self.begin_group(*topic, info.id, *start)?,
             Event::ConsumerOpened { topic, group, consumer, .. } => {
-                self.memory(*topic)?.begin_consumer(*group, *consumer as u8)?;
+                self.begin_consumer(ConsumerRef { topic: *topic, group: *group, consumer: *consumer })?;
             }
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.remove(topic) {

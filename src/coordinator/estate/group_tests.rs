@@ -4,11 +4,16 @@ use super::*;
 use crate::coordinator::memory::ledger_name;
 use crate::coordinator::protocol::{GroupInfo, GroupStatus, Identity, input_number};
 use crate::group::{GroupOptions, Guarantee};
+use crate::os::clock;
 use crate::ring::ledger::{Ledger, State as Word};
 use crate::shm::topic;
 
 fn us() -> u64 {
     1
+}
+
+fn in_a_minute() -> u64 {
+    clock::now_ms() + 60_000
 }
 
 fn ask(estate: &mut Estate, request: Request) -> Result<Answer, Refusal> {
@@ -94,13 +99,14 @@ fn a_consumer_opens_its_group_and_what_it_holds_returns_when_it_closes() {
     let consumer = Consumer::open(&mut estate, &mut keeper, "g");
     assert_eq!((consumer.group.id, consumer.group.cursor, consumer.number), (0, 0, 0));
     assert_eq!(in_force(&handle, &estate), [true, false, false, false]);
-    consumer.take(0, u64::MAX);
+    consumer.take(0, in_a_minute());
     let before = status(&mut estate).remove(0);
     assert_eq!((before.name.as_str(), before.in_flight, before.floor), ("g", 1, 0));
     assert_eq!(before.oldest_lease.unwrap().pid, std::process::id());
     assert_eq!(before.consumers[0].in_flight, 1);
     ask(&mut estate, close(0, 0)).unwrap();
     assert_eq!(consumer.sees(0), Word::Returned);
+    assert!(consumer.ledger.look(0).is_due(clock::now_ms()), "at once, not when the lease would have ended");
     let after = status(&mut estate).remove(0);
     assert_eq!((after.in_flight, after.returned, after.consumers.len()), (0, 1, 0));
     assert_eq!(in_force(&handle, &estate), [true, false, false, false], "the group stays");
@@ -117,7 +123,7 @@ fn a_ledger_that_did_not_begin_is_begun_by_the_successor() {
     drop(estate);
     let mut estate = keeper.restart();
     assert_eq!(in_force(&handle, &estate), [true, false, false, false]);
-    Consumer::open(&mut estate, &mut keeper, "g").take(0, u64::MAX);
+    Consumer::open(&mut estate, &mut keeper, "g").take(0, in_a_minute());
     assert_eq!(status(&mut estate)[0].in_flight, 1);
 }
 
@@ -139,7 +145,7 @@ fn a_ledger_that_was_not_logged_is_forgotten() {
 fn what_a_group_has_given_out_survives_its_coordinator() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let consumer = Consumer::open(&mut estate, &mut keeper, "g");
-    consumer.take(0, u64::MAX);
+    consumer.take(0, in_a_minute());
     drop(estate);
     let mut estate = keeper.restart();
     assert_eq!(consumer.sees(0), Word::Leased);
@@ -153,7 +159,7 @@ fn what_a_group_has_given_out_survives_its_coordinator() {
 fn a_rewound_group_begins_anew_and_the_old_one_stays_until_its_consumer_goes() {
     let (mut keeper, mut estate, handle) = Keeper::with_topic();
     let old = Consumer::open(&mut estate, &mut keeper, "g");
-    old.take(0, u64::MAX);
+    old.take(0, in_a_minute());
     assert!(matches!(
         ask(&mut estate, rewind("g", StartAt::Sequence(1), true)),
         Err(Refusal::BeyondTail { asked: 1, tail: 0, .. })
@@ -226,7 +232,7 @@ fn only_what_is_overdue_is_reclaimed() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let slow = Consumer::open(&mut estate, &mut keeper, "g");
     Consumer::open(&mut estate, &mut keeper, "g");
-    let now = crate::os::clock::now_ms();
+    let now = clock::now_ms();
     slow.take(0, now + 60_000);
     slow.take(1, now.saturating_sub(1));
     slow.take(2, now + 60_000);
@@ -260,7 +266,7 @@ fn with_outputs(keeper: &mut Keeper, estate: &mut Estate, due: u64) -> Consumer 
 #[test]
 fn what_the_dead_had_finished_is_settled_and_the_rest_returns() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
-    let consumer = with_outputs(&mut keeper, &mut estate, u64::MAX);
+    let consumer = with_outputs(&mut keeper, &mut estate, in_a_minute());
     estate.bury(us()).unwrap();
     let states = [0, 1, 2].map(|sequence| consumer.sees(sequence));
     assert_eq!(states, [Word::Returned, Word::Settled, Word::Returned]);
@@ -269,7 +275,7 @@ fn what_the_dead_had_finished_is_settled_and_the_rest_returns() {
 #[test]
 fn what_was_finished_is_known_when_publisher_and_coordinator_are_gone() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
-    let consumer = with_outputs(&mut keeper, &mut estate, u64::MAX);
+    let consumer = with_outputs(&mut keeper, &mut estate, in_a_minute());
     ask(&mut estate, Request::Close { handles: vec![HandleRef::Publisher { topic: 1, slot: 0 }] }).unwrap();
     drop(estate);
     let mut estate = keeper.restart();
@@ -280,7 +286,7 @@ fn what_was_finished_is_known_when_publisher_and_coordinator_are_gone() {
 #[test]
 fn the_overdue_is_fenced_on_its_outputs_before_another_gets_its_leases() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
-    let consumer = with_outputs(&mut keeper, &mut estate, 0);
+    let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
     for _ in 0..2 {
         ask(&mut estate, reclaim(0)).unwrap();
         assert!(estate.entry(1).unwrap().publishers[&0].fenced);
@@ -300,7 +306,7 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let options = TopicOptions { mode: Mode::Exclusive, ..TopicOptions::default() };
     ask(&mut estate, Request::CreateTopic { topic: "out".to_owned(), options, exist_ok: false }).unwrap();
-    let consumer = with_outputs(&mut keeper, &mut estate, 0);
+    let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
     ask(&mut estate, reclaim(0)).unwrap();
     assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);
     estate.bury(us()).unwrap();

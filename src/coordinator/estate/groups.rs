@@ -63,6 +63,16 @@ impl Estate {
         begun
     }
 
+    /// Lets a consumer take messages that has been logged.
+    pub(super) fn begin_consumer(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
+        let begun = self.memory(who.topic).and_then(|memory| memory.begin_consumer(who.group, who.slot()));
+        if begun.is_err() {
+            let ConsumerRef { topic, group, consumer } = who;
+            self.carry_out(Event::Closed { handle: HandleRef::Consumer { topic, group, consumer } })?;
+        }
+        begun
+    }
+
     /// The groups that an event may retire, or whose consumers it changes, as they are before it.
     pub(super) fn groups_concerned(&self, event: &Event) -> Vec<(u64, GroupEntry)> {
         let of = |handle: &HandleRef| match handle {
@@ -168,6 +178,12 @@ impl Estate {
             memory.sweep_cursors(|cursor| entry.cursor_in_use(cursor));
         }
         losses
+    }
+
+    /// Keeps the due times of all ledgers from coming round; for every few hours.
+    pub(crate) fn renew_due(&self) {
+        let now_ms = clock::now_ms();
+        self.memories.values().for_each(|memory| memory.renew_due(now_ms));
     }
 
     fn adopt_group(

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system, wake};
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Refusal};
+use crate::os::clock;
 use crate::ring::cursor::Cursor;
 use crate::ring::ledger::{Ledger, Seen, State};
 use crate::ring::log::Place;
@@ -134,7 +135,7 @@ impl TopicMemory {
     pub(crate) fn release_consumer(&self, group: u32, consumer: u8, committed: impl Fn(u64) -> bool) {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
-        ledger.release_owner(consumer, |sequence, _| committed(sequence));
+        ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
         ledger.deactivate(consumer);
         self.wake_readers();
     }
@@ -171,6 +172,11 @@ impl TopicMemory {
             ledger.give_back(*lease, now_ms);
         }
         self.wake_readers();
+    }
+
+    /// Keeps due times from coming round in groups on which nobody looks.
+    pub(crate) fn renew_due(&self, now_ms: u64) {
+        self.groups.values().for_each(|group| group.ledger(&self.info).renew_due(now_ms));
     }
 
     /// Tells publishers how many consumers a group has.

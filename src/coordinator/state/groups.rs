@@ -98,7 +98,7 @@ impl State {
         let idle = identities.filter(|(_, known)| known.holder.is_none()).map(|(identity, _)| identity);
         let gone: Vec<Identity> = idle.filter(|identity| is_gone(identity)).cloned().collect();
         if let Some(entry) = self.topics.get_mut(&topic) {
-            gone.iter().for_each(|identity| drop(entry.identities.remove(identity)));
+            entry.identities.retain(|identity, _| !gone.contains(identity));
         }
     }
 }
