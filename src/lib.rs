@@ -27,15 +27,22 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
+    client::{
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Lease, Loan, Message, Publisher, Start,
+        Subscriber, SubscriberBuilder,
+    },
     coordinator::protocol::{ConsumerStatus, GroupStatus, LeaseStatus, PublisherStatus, SubscriberStatus, TopicStatus},
     group::{GroupOptions, Guarantee},
     wait::Wait,
 };
 pub use crate::{
-    error::{AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal},
+    error::{
+        AckError, AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal,
+    },
     ring::sequence::Sequence,
-    topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
+    topic::{
+        Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name, virtual_topic,
+    },
 };
 
 /// The README's program compiles.

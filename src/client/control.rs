@@ -139,6 +139,22 @@ impl Control {
         }
     }
 
+    /// Tells the coordinator something, and does not wait for the answer. `false`: it could not be told now.
+    pub(crate) fn tell(&self, request: &Request) -> bool {
+        if self.check_process().is_err() {
+            return false;
+        }
+        let told = match self.inner.try_lock() {
+            Ok(mut inner) => {
+                inner.receive_all();
+                inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
+            }
+            Err(_) => false,
+        };
+        self.close_given_up();
+        told
+    }
+
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
     /// was written there, so it waits in our socket, also when the coordinator has died since. If our socket was full it
     /// waits with the coordinator, which goes on as we read; if the connection broke before that, the coordinator is
@@ -452,12 +468,18 @@ fn opened_handle(answer: &Answer) -> Option<HandleRef> {
         Answer::SubscriberOpened { info, cursor, .. } => {
             Some(HandleRef::Subscriber { topic: info.id, cursor: *cursor })
         }
+        Answer::ConsumerOpened { info, group, consumer, .. } => {
+            Some(HandleRef::Consumer { topic: info.id, group: group.id, consumer: *consumer })
+        }
         _ => None,
     }
 }
 
 fn subscribes(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
-    holds.iter().any(|handle| matches!(handle, HandleRef::Subscriber { topic, .. } if *topic == wanted))
+    holds.iter().any(|handle| match handle {
+        HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => *topic == wanted,
+        HandleRef::Publisher { .. } => false,
+    })
 }
 
 /// Refuses a socket that somebody else put there.

@@ -15,6 +15,7 @@ macro_rules! with_port {
 }
 
 mod bus;
+mod consumer;
 pub(crate) mod control;
 mod held;
 mod launch;
@@ -25,6 +26,7 @@ pub(crate) mod subscriber;
 mod write;
 
 pub use bus::{Bus, BusOptions};
+pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use message::Message;
 pub use publisher::{Loan, Publisher};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

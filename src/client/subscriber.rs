@@ -35,6 +35,18 @@ pub enum Start {
     Sequence(Sequence),
 }
 
+impl Start {
+    /// As the coordinator is asked.
+    pub(crate) fn at(self) -> StartAt {
+        match self {
+            Start::Latest => StartAt::Latest,
+            Start::Oldest => StartAt::Oldest,
+            Start::Last(count) => StartAt::Last(count),
+            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
+        }
+    }
+}
+
 /// Reads a topic; every subscriber sees every message.
 ///
 /// On `block` and `reject` topics it holds the ring back until it has read (unless it is droppable). What it has read
@@ -107,12 +119,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
     /// The topic does not exist or carries another type, or a limit is reached; see [`OpenError`].
     pub fn open(self) -> Result<Subscriber<T>, OpenError> {
         let control = self.bus.control();
-        let start = match self.start {
-            Start::Latest => StartAt::Latest,
-            Start::Oldest => StartAt::Oldest,
-            Start::Last(count) => StartAt::Last(count),
-            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
-        };
+        let start = self.start.at();
         let topic = self.topic.name().to_owned();
         let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
         let (answer, fds) = control.request(&request)?;

@@ -1,6 +1,8 @@
 //! System calls, one file a facility. Nothing else in the crate calls the kernel for these.
 
 pub(crate) mod cache;
+pub(crate) mod clock;
+pub(crate) mod fork;
 pub(crate) mod futex;
 pub(crate) mod lock;
 pub(crate) mod membarrier;

@@ -73,6 +73,32 @@ impl Cursor {
         self.position.store(position, Ordering::Release);
     }
 
+    /// Moves the line of a group forward; several consumers may do so at once. Everything below `position` has been
+    /// settled, and everything below `sequence`.
+    pub(crate) fn raise(&self, position: u64, sequence: u64) {
+        // AcqRel: R-CURSOR pairs with A-CURSOR (lowest): who settled those messages had read them, and we have seen that
+        // (A-LEDGER). Monotone by max: a slow consumer moves nothing back, and a line that is out of force stays so.
+        self.position.fetch_max(position, Ordering::AcqRel);
+        // Release: R-SETTLED pairs with A-SETTLED (settled_below): who sees it sees what the consumers did before.
+        self.sequence.fetch_max(sequence, Ordering::Release);
+    }
+
+    /// The line of a group: what lies below has been settled. `None`: the group is no more.
+    #[cfg(not(loom))]
+    pub(crate) fn settled_below(&self) -> Option<u64> {
+        // Acquire: A-SETTLED pairs with R-SETTLED (raise).
+        let sequence = self.sequence.load(Ordering::Acquire);
+        // Relaxed: a line goes out of force for good.
+        (self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
+    }
+
+    /// Where the cursor stands; what lies there or above stays as long as it does.
+    #[cfg(not(loom))]
+    pub(crate) fn position(&self) -> u64 {
+        // Acquire: A-CURSOR pairs with R-CURSOR (raise): what another consumer saw settled is settled for us.
+        self.position.load(Ordering::Acquire)
+    }
+
     /// Stores a position a joining reader would like; see `gate::join` for what must follow.
     pub(crate) fn propose(&self, position: u64) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): the mode is visible with the position.

@@ -88,6 +88,11 @@ impl Seen {
         self.sequence
     }
 
+    /// The same once it has been settled by a delivery at most once.
+    pub(crate) fn settled(self) -> Self {
+        Seen { state: State::Settled, attempt: self.attempt.max(1), ..self }
+    }
+
     /// Whether the time that the word names has come. `now` in milliseconds; times more than 37 hours apart are taken for
     /// the other side of now.
     pub fn is_due(self, now: u64) -> bool {
@@ -273,9 +278,9 @@ impl Ledger {
         true
     }
 
-    /// Gives a message back that was leased but never seen by its consumer: the attempt does not count.
-    pub fn give_back_unseen(&self, lease: Seen) -> bool {
-        self.give_back(Seen { attempt: lease.attempt.saturating_sub(1), ..lease }, lease.due)
+    /// Gives a message back at once that was leased but never seen by its consumer: the attempt does not count.
+    pub fn give_back_unseen(&self, lease: Seen, now: u64) -> bool {
+        self.give_back(Seen { attempt: lease.attempt.saturating_sub(1), ..lease }, now)
     }
 
     /// Lets a lease end later (or sooner).
@@ -291,7 +296,8 @@ impl Ledger {
 
     /// After its owner was proven dead or fenced: what it had leased goes back, what it was moving is anybody's to move,
     /// and what `committed` says it had finished is settled. Idempotent. Returns how many messages it concerned.
-    pub fn release_owner(&self, owner: u8, committed: impl Fn(u64, State) -> bool) -> u64 {
+    /// `now` is when: it may be taken again at once.
+    pub fn release_owner(&self, owner: u8, now: u64, committed: impl Fn(u64, State) -> bool) -> u64 {
         let mut released = 0;
         for sequence in self.handed_out() {
             let seen = self.look(sequence);
@@ -300,7 +306,7 @@ impl Ledger {
             }
             let swapped = match seen.state {
                 State::Leased | State::Moving(_) if committed(sequence, seen.state) => self.settle(seen),
-                State::Leased => self.give_back(Seen { due: 0, ..seen }, seen.due),
+                State::Leased => self.give_back(seen, now),
                 State::Moving(reason) => self
                     .swap(seen, self.pack(sequence, seen.due, seen.attempt, NOBODY, MOVING + reason as u64))
                     .is_some(),
@@ -310,6 +316,13 @@ impl Ledger {
         }
         self.tell_returned();
         released
+    }
+
+    /// Leases that have not ended, of one consumer or of all. A lease that has ended is anybody's, so it counts no more.
+    pub fn leased(&self, owner: Option<u8>, now: u64) -> u64 {
+        let counts =
+            |seen: &Seen| seen.state == State::Leased && (owner.is_none() || seen.owner == owner) && !seen.is_due(now);
+        self.handed_out().map(|sequence| self.look(sequence)).filter(counts).count() as u64
     }
 
     /// Everything between the floor and the hint.
