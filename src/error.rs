@@ -216,8 +216,77 @@ pub enum Refusal {
         /// The whole budget.
         budget: u64,
     },
+    /// The group's name cannot be used.
+    #[error("group {name:?}: {source}")]
+    GroupName {
+        /// As given (shortened where longer than allowed).
+        name: String,
+        /// What is wrong.
+        source: NameError,
+    },
+    /// No such group.
+    #[error("topic {topic:?} has no group {group:?}; create it, or open a consumer with the options to create it with")]
+    UnknownGroup {
+        /// The topic.
+        topic: String,
+        /// The name asked for.
+        group: String,
+    },
+    /// The group exists already, with other options.
+    #[error("topic {topic:?} has a group {group:?} with other options: {difference}; remove it or use it as it is")]
+    GroupExists {
+        /// The topic.
+        topic: String,
+        /// The group.
+        group: String,
+        /// The first difference, as "lease is 30000 ms, asked for 5000 ms".
+        difference: String,
+    },
+    /// The group exists already, and the caller wanted to be the one to create it.
+    #[error("topic {topic:?} has a group {group:?} already; use it, or remove it")]
+    GroupAlreadyExists {
+        /// The topic.
+        topic: String,
+        /// The group.
+        group: String,
+    },
+    /// Options of a group that cannot work, or not on this topic.
+    #[error("group {group:?} of topic {topic:?}: {problem}")]
+    GroupOptions {
+        /// The topic.
+        topic: String,
+        /// The group.
+        group: String,
+        /// What is wrong and what would work.
+        problem: String,
+    },
+    /// The group has consumers, which would lose it.
+    #[error("group {group:?} of topic {topic:?} has {consumers} consumers ({}); end them or use force", processes(.pids))]
+    GroupInUse {
+        /// The topic.
+        topic: String,
+        /// The group.
+        group: String,
+        /// Connected consumers.
+        consumers: u32,
+        /// Their processes (as seen by the coordinator).
+        pids: Vec<u32>,
+    },
+    /// The name's present publisher lives and cannot be fenced, because the ring is full.
+    #[error(
+        "topic {topic:?}: {holder} holds the whole ring, so the name's present publisher cannot be fenced; let it read on"
+    )]
+    FullForFence {
+        /// The topic.
+        topic: String,
+        /// Who holds the ring.
+        holder: String,
+    },
     /// The topic is in use.
-    #[error("topic {topic:?} has {publishers} publishers and {subscribers} subscribers; end them or use --force")]
+    #[error(
+        "topic {topic:?} has {publishers} publishers, {subscribers} subscribers and {consumers} consumers; \
+             end them or use --force"
+    )]
     InUse {
         /// The topic.
         topic: String,
@@ -225,6 +294,8 @@ pub enum Refusal {
         publishers: u32,
         /// Attached subscribers.
         subscribers: u32,
+        /// Attached consumers of its groups.
+        consumers: u32,
     },
     /// The start position lies outside what is there.
     #[error("topic {topic:?} has no sequence {asked} yet; its next is {tail}")]
@@ -269,6 +340,15 @@ pub enum Refusal {
         /// What the system said.
         problem: String,
     },
+}
+
+/// Processes as an error names them: a few, and how many more there are.
+fn processes(pids: &[u32]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<String> = pids.iter().take(SHOWN).map(u32::to_string).collect();
+    let more = pids.len().saturating_sub(SHOWN);
+    let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("process{} {}{tail}", if pids.len() == 1 { "" } else { "es" }, shown.join(", "))
 }
 
 /// A segment that is not what it was promised to be.
@@ -384,6 +464,23 @@ pub enum PublishError {
     /// Shared memory holds values that no correct process writes.
     #[error("the topic's shared memory is corrupt: {0}")]
     Corrupt(&'static str),
+    /// The publisher's number, or the message's id, has been published already; it was not published again.
+    #[error("published already{}", .sequence.map_or(String::new(), |sequence| format!(" as sequence {sequence}")))]
+    Duplicate {
+        /// Where it is; `None` where the topic no longer retains it.
+        sequence: Option<Sequence>,
+    },
+    /// Numbers are dense: this is not the next one.
+    #[error("number {found} leaves a gap; the publisher's next number is {expected}")]
+    NumberGap {
+        /// The next number.
+        expected: u64,
+        /// The number given.
+        found: u64,
+    },
+    /// Another publisher has been opened under this one's name; this handle publishes nothing any more.
+    #[error("fenced: another publisher has taken the name")]
+    Fenced,
     /// A `publish_timeout` ran out.
     #[error("timed out: {holder} holds sequence {held}")]
     TimedOut {

@@ -31,7 +31,9 @@ pub use crate::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Lease, Loan, Message, Publisher, Start,
         Subscriber, SubscriberBuilder,
     },
-    coordinator::protocol::{ConsumerStatus, GroupStatus, LeaseStatus, PublisherStatus, SubscriberStatus, TopicStatus},
+    coordinator::protocol::{
+        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, SubscriberStatus, TopicStatus,
+    },
     group::{GroupOptions, Guarantee},
     wait::Wait,
 };
@@ -62,6 +64,7 @@ pub mod model {
     pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, Seen, State as LedgerState};
     pub use crate::ring::log::{LogHeader, Place, TopicState};
     pub use crate::ring::many::{Claim, Entry, ManyLog, Poll as ManyPoll, Reader as ManyReader, Writer as ManyWriter};
+    pub use crate::ring::notes::Note;
     pub use crate::ring::slot::{Ring, Slot};
     pub use crate::ring::spsc::{Channel, ChannelHeader, End, Receiver, Sender};
     pub use crate::shm::shared::Shared;

@@ -326,7 +326,7 @@ fn a_topic_in_use_is_removed_by_force_only() {
     let publisher = bus.publisher(topic.clone()).unwrap();
     let mut subscriber = bus.subscriber(topic.clone()).open().unwrap();
     let refused = refusal(bus.remove_topic(topic.name(), false));
-    assert_eq!(refused, Refusal::InUse { topic: topic.name().to_owned(), publishers: 1, subscribers: 1 });
+    assert_eq!(refused, Refusal::InUse { topic: topic.name().to_owned(), publishers: 1, subscribers: 1, consumers: 0 });
     bus.remove_topic(topic.name(), true).unwrap();
     assert!(matches!(subscriber.recv(), Err(RecvError::Gone(_))));
     drop((publisher, subscriber));

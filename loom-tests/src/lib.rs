@@ -44,7 +44,7 @@ pub fn exclusive(len: u64, readers: usize) -> ExclusiveLog<1> {
 pub fn many(len: u64, readers: usize) -> ManyLog {
     let ring = Ring::new(Shared::heap((0..len).map(|_| Entry::new()).collect::<Box<[_]>>()));
     let header = Shared::heap(Box::new(LogHeader::new(0)));
-    ManyLog::new(header, Shared::heap(Box::new(CursorsHeader::new())), cursors(readers), ring, 26)
+    ManyLog::new(header, Shared::heap(Box::new(CursorsHeader::new())), cursors(readers), ring, 26, RECORDS)
 }
 
 /// A formatted channel of `len` slots.
@@ -151,7 +151,7 @@ pub fn until_room<T>(mut attempt: impl FnMut() -> Result<T, Stop>) -> T {
     until(|| match attempt() {
         Ok(value) => Some(value),
         Err(Stop::Blocked(_)) => None,
-        Err(Stop::Corrupt(problem)) => panic!("{problem}"),
+        Err(stop) => panic!("{stop:?}"),
     })
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::client::control::Control;
 use crate::client::launch;
 use crate::coordinator::directory::Place;
-use crate::coordinator::protocol::{Answer, Request, TopicStatus};
+use crate::coordinator::protocol::{Answer, NameStatus, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
 use crate::topic::{Payload, Topic, TopicOptions};
 
@@ -129,6 +129,25 @@ impl Bus {
         match self.control.request(&Request::Status { topic: Some(name.to_owned()), after: None })?.0 {
             Answer::Status { mut topics, .. } if topics.len() == 1 => Ok(topics.swap_remove(0)),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Every name that publishers have published under on a topic, in their order. True at some moment while the answer
+    /// was made.
+    pub fn publisher_names(&self, topic: &str) -> Result<Vec<NameStatus>, OpenError> {
+        let mut all: Vec<NameStatus> = Vec::new();
+        loop {
+            let after = all.last().map(|status| status.name.clone());
+            match self.control.request(&Request::Names { topic: topic.to_owned(), after })?.0 {
+                Answer::Names { names, more } => {
+                    let more = more && !names.is_empty();
+                    all.extend(names);
+                    if !more {
+                        return Ok(all);
+                    }
+                }
+                other => return Err(unexpected(&other)),
+            }
         }
     }
 

@@ -475,6 +475,7 @@ fn opened_handle(answer: &Answer) -> Option<HandleRef> {
     }
 }
 
+/// Whether we read the topic, as subscriber or consumer, and so must know its arenas.
 fn subscribes(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
     holds.iter().any(|handle| match handle {
         HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => *topic == wanted,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::client::bus::{Bus, unexpected};
 use crate::client::held::Held;
-use crate::client::write::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
-use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
+use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
+use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo};
 use crate::error::{AttachError, Holder, OpenError, PublishError};
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
@@ -36,6 +36,10 @@ pub(crate) struct PublisherCore {
     port: Port,
     options: TopicOptions,
     id: u64,
+    named: bool,
+    /// The number before this handle's first.
+    before: u64,
+    runs: Runs,
     wait: Wait,
     held: Option<Held>,
     opened_by: u32,
@@ -56,22 +60,48 @@ impl Bus {
     /// # Errors
     /// The topic carries another type, is exclusive and has its publisher, or a limit is reached; see [`OpenError`].
     pub fn publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
+        self.open_publisher(topic, None)
+    }
+
+    /// Opens a publisher under a name, which goes on where the last publisher of that name ended: see
+    /// [`Publisher::last_number`] and [`Publisher::publish_numbered`]. A name belongs to its topic.
+    ///
+    /// On a topic for many, a publisher that has the name and lives is *fenced*: whatever it was doing, nothing it publishes
+    /// comes after this, and it gets [`PublishError::Fenced`]. On an exclusive topic it keeps its place, and the
+    /// name, until it ends.
+    ///
+    /// # Errors
+    /// As [`Self::publisher`]; the topic is a channel, has 1,024 names already, or its ring is so full that its present
+    /// publisher cannot be fenced.
+    pub fn publisher_as<T: Payload + ?Sized>(&self, topic: Topic<T>, name: &str) -> Result<Publisher<T>, OpenError> {
+        self.open_publisher(topic, Some(Identity::Named(name.to_owned())))
+    }
+
+    fn open_publisher<T: Payload + ?Sized>(
+        &self,
+        topic: Topic<T>,
+        identity: Option<Identity>,
+    ) -> Result<Publisher<T>, OpenError> {
         let options = topic.options();
-        let schema = options.schema.clone();
-        let request = Request::OpenPublisher { topic: topic.name().to_owned(), schema, create: Some(options) };
+        let (name, schema) = (topic.name().to_owned(), options.schema.clone());
+        let request = Request::OpenPublisher { topic: name, schema, create: Some(options), identity };
         let (answer, fds) = self.control().request(&request)?;
-        let Answer::PublisherOpened { info, slot, publisher, tenancy, .. } = answer else {
+        let Answer::PublisherOpened { info, slot, publisher, opening, tenancy, last_number, segments } = answer else {
             return Err(unexpected(&answer));
         };
         let handle = HandleRef::Publisher { topic: info.id, slot };
         let held = Held::new(self.control().clone(), handle);
         let info = Arc::new(info);
-        let port = Port::attach(&info, slot, publisher, tenancy, &fds)?;
+        let place = Tenure { slot, publisher, opening, tenancy, last_number };
+        let port = Port::attach(&info, place, &segments, fds)?;
         let options = info.options.clone();
         let core = PublisherCore {
             port,
             options,
             id: publisher,
+            named: last_number.is_some(),
+            before: last_number.unwrap_or(0),
+            runs: Runs::default(),
             wait: Wait::default(),
             held: Some(held),
             opened_by: std::process::id(),
@@ -80,21 +110,36 @@ impl Bus {
     }
 }
 
+/// What a publisher has been given on its topic.
+#[derive(Clone, Copy)]
+struct Tenure {
+    slot: u32,
+    publisher: u64,
+    opening: u64,
+    tenancy: u32,
+    last_number: Option<u64>,
+}
+
 impl Port {
     /// Maps what the coordinator handed out.
     fn attach(
         info: &SharedInfo,
-        slot: u32,
-        publisher: u64,
-        tenancy: u32,
-        fds: &[OwnedFd],
+        tenure: Tenure,
+        named: &[SegmentRef],
+        mut fds: Vec<OwnedFd>,
     ) -> Result<Port, AttachError> {
+        let Tenure { slot, publisher, opening, tenancy, last_number } = tenure;
         if info.options.mode == Mode::Channel {
             let fd = fds.first().ok_or_else(|| missing(0, 1))?;
             let segment = Segment::attach(fd.as_fd(), &info.channel(), Access::ReadWrite)?;
             return Ok(Port::channel(info, &segment, false));
         }
-        let [log, cursors, arena] = fds else { return Err(missing(fds.len(), 3)) };
+        let others = fds.split_off(fds.len().min(3));
+        let [log, cursors, arena] = &fds[..] else { return Err(missing(fds.len(), 3)) };
+        let others = Others::new(named.iter().skip(3).zip(others).filter_map(|(part, fd)| match part {
+            SegmentRef::Arena(slot) => Some((*slot, fd)),
+            _ => None,
+        }));
         let segments = LogSegments {
             log: Segment::attach(log.as_fd(), &info.log(), Access::ReadWrite)?,
             cursors: Segment::attach(cursors.as_fd(), &info.cursors(), Access::ReadWrite)?,
@@ -118,7 +163,9 @@ impl Port {
             }
             _ => {
                 let writer = many::Writer::new(segments.many(info), info.policy(), slot).ok_or_else(no_tail)?;
-                Port::Many(ManyPort::new(writer, info.clone(), slot, publisher, arena))
+                let writer = writer.opened_as(opening, last_number);
+                let before = last_number.unwrap_or(0);
+                Port::Many(ManyPort::new(writer, info.clone(), slot, publisher, before, arena, others))
             }
         })
     }
@@ -144,7 +191,17 @@ impl PublisherCore {
     pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
-        PublisherCore { port, options, id: 0, wait: Wait::default(), held: None, opened_by: std::process::id() }
+        PublisherCore {
+            port,
+            options,
+            id: 0,
+            named: false,
+            before: 0,
+            runs: Runs::default(),
+            wait: Wait::default(),
+            held: None,
+            opened_by: std::process::id(),
+        }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -216,6 +273,25 @@ impl PublisherCore {
         }
     }
 
+    /// The number of the message published last.
+    fn last_number(&self) -> u64 {
+        self.before + with_port!(&self.port, port => port.published())
+    }
+
+    /// Whether a message with this number comes next.
+    fn check_number(&mut self, number: u64) -> Result<(), PublishError> {
+        let last = self.last_number();
+        if number == last + 1 {
+            return Ok(());
+        }
+        if number == 0 || number > last {
+            return Err(PublishError::NumberGap { expected: last + 1, found: number });
+        }
+        let (port, id) = (&mut self.port, self.id);
+        let sequence = self.runs.sequence_of(number, last, || with_port!(port, port => port.runs_of(id)));
+        Err(PublishError::Duplicate { sequence: sequence.map(Sequence::new) })
+    }
+
     /// Waits until `attempt` succeeds, where the topic's policy is to wait.
     #[cold]
     fn wait_for<R>(
@@ -224,7 +300,7 @@ impl PublisherCore {
         deadline: Option<Instant>,
         mut attempt: impl FnMut(&mut Port) -> Result<R, Stop>,
     ) -> Result<R, PublishError> {
-        if self.options.full == Full::Reject || matches!(stop, Stop::Corrupt(_)) {
+        if self.options.full == Full::Reject || !matches!(stop, Stop::Blocked(_)) {
             return Err(self.refused(stop));
         }
         let mut last = stop;
@@ -264,6 +340,7 @@ impl PublisherCore {
     fn refused(&self, stop: Stop) -> PublishError {
         match stop {
             Stop::Corrupt(problem) => PublishError::Corrupt(problem),
+            Stop::Fenced => PublishError::Fenced,
             Stop::Blocked(Blocked { cursor, position }) => {
                 // Readers give back in steps; whoever meets a full ring wants what they have read already.
                 self.space_bell().urge();
@@ -338,6 +415,24 @@ impl<T: Payload + ?Sized> Publisher<T> {
         self.core.publish(self.checked(payload)?, Instant::now().checked_add(limit))
     }
 
+    /// Publishes the message with this number, once: a publisher under a name ([`Bus::publisher_as`]) that does not know how
+    /// far it came asks [`Self::last_number`], or tries again from wherever it likes.
+    ///
+    /// Numbers are dense and begin with 1. Without a name they count this handle's messages.
+    ///
+    /// # Errors
+    /// [`PublishError::Duplicate`] for a number that has been published, [`PublishError::NumberGap`] for one that
+    /// is not the next; otherwise as [`Self::publish`].
+    pub fn publish_numbered(&mut self, payload: &T, number: u64) -> Result<Sequence, PublishError> {
+        self.core.check_number(number)?;
+        self.publish(payload)
+    }
+
+    /// Under a name: the number of the message that was published last under it, 0 for none. `None` without a name.
+    pub fn last_number(&self) -> Option<u64> {
+        self.core.named.then(|| self.core.last_number())
+    }
+
     /// Publishes up to 1,024 messages, all or nothing and consecutively, for little more than the price of one.
     /// Returns the sequence of the first.
     ///
@@ -362,7 +457,7 @@ impl<T: Payload + ?Sized> Publisher<T> {
         Ok(bytes)
     }
 
-    /// This publisher's number on the bus, as messages carry it.
+    /// This publisher's number on the bus, as messages carry it; the same for everyone who publishes under one name.
     pub fn id(&self) -> u64 {
         self.core.id
     }

@@ -8,10 +8,13 @@
 //! What ends for everybody (a topic, the bus) is logged before the memory says so: a topic that its handles take for
 //! gone must not be there again after a restart. Who finds it logged says it once more.
 
+mod groups;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::coordinator::limits::Limits;
+use crate::coordinator::estate::groups::ConsumerRef;
+use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::protocol::{
@@ -26,8 +29,11 @@ use crate::ring::log::TopicState;
 use crate::topic::Mode;
 
 /// Bytes that the segments of a topic take.
-const FOOTPRINT: Footprint =
-    Footprint { topic: TopicMemory::footprint_bytes, arena: TopicMemory::arena_footprint_bytes };
+const FOOTPRINT: Footprint = Footprint {
+    topic: TopicMemory::footprint_bytes,
+    arena: TopicMemory::arena_footprint_bytes,
+    group: TopicMemory::group_footprint_bytes,
+};
 
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
@@ -79,11 +85,14 @@ impl Estate {
         }
         let mut estate = Estate::new(state, registry, Some(link));
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
-        for event in estate.adopt(&mut store) {
+        let mut losses = estate.adopt(&mut store);
+        losses.extend(estate.adopt_groups(&mut store));
+        for event in losses {
             if let Err(error) = estate.carry_out(event) {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
+        estate.finish_fencing();
         // What was stored but never logged belongs to nobody.
         store.into_keys().for_each(|name| estate.forget(name));
         if estate.state.ending {
@@ -102,6 +111,19 @@ impl Estate {
             memory.end(TopicState::Removed);
         }
         names.into_iter().for_each(|name| self.forget(name));
+    }
+
+    /// Fences whom the registry says to be fenced, if the coordinator that wrote it may have died before it did.
+    fn finish_fencing(&mut self) {
+        let topics = self.state.topics().values();
+        let unsettled: Vec<(u64, u32)> =
+            topics.flat_map(|entry| entry.unsettled().into_iter().map(|slot| (entry.info.id, slot))).collect();
+        for (topic, slot) in unsettled {
+            // If it fails now, whoever asks for the identity next tries again.
+            if let Err(error) = self.fence(topic, slot) {
+                eprintln!("shmbus coordinator: fencing publisher slot {slot} of topic {topic}: {error}");
+            }
+        }
     }
 
     fn new(state: State, registry: Registry, link: Option<Link>) -> Estate {
@@ -174,7 +196,7 @@ impl Estate {
     /// Whether anybody or anything needs the bus.
     pub(crate) fn is_needed(&self) -> bool {
         let holds_messages = |memory: &TopicMemory| memory.range().is_ok_and(|(oldest, tail)| oldest < tail);
-        let kept = |entry: &TopicEntry| entry.kept;
+        let kept = |entry: &TopicEntry| entry.kept || !entry.groups.is_empty();
         self.state.stay
             || !self.state.participants().is_empty()
             || self.state.topics().values().any(kept)
@@ -195,14 +217,14 @@ impl Estate {
         self.memories.values().for_each(|memory| memory.end(TopicState::Stopped));
     }
 
-    /// Takes the arenas to be announced to the subscribers of their topics.
+    /// Takes the arenas to be announced to the readers of their topics.
     pub(crate) fn take_announcements(&mut self) -> Vec<(u64, u32)> {
         std::mem::take(&mut self.announcements)
     }
 
     /// Every arena that a returning participant must know.
     pub(crate) fn arenas_for(&self, incarnation: u64) -> Vec<(u64, u32)> {
-        let reads = |entry: &&TopicEntry| entry.subscribers.values().any(|s| s.incarnation == incarnation);
+        let reads = |entry: &&TopicEntry| entry.readers().any(|reader| reader == incarnation);
         let arenas = |entry: &TopicEntry| entry.arenas.iter().map(|slot| (entry.info.id, *slot)).collect::<Vec<_>>();
         let many = |entry: &&TopicEntry| entry.info.options.mode == Mode::Many;
         self.state.topics().values().filter(many).filter(reads).flat_map(arenas).collect()
@@ -266,6 +288,7 @@ impl Estate {
             Reply::Stop => return Ok(None),
             Reply::Publisher { topic, slot } => Some(HandleRef::Publisher { topic, slot }),
             Reply::Subscriber { topic, cursor } => Some(HandleRef::Subscriber { topic, cursor }),
+            Reply::Consumer { topic, group, consumer } => Some(HandleRef::Consumer { topic, group, consumer }),
             _ => None,
         };
         let granted = self.granted(reply);
@@ -283,9 +306,10 @@ impl Estate {
         self.prepare(&event)?;
         self.log(&event)?;
         // Who is about to lose the topic or participant is known only before the event is applied.
-        let given_up = self.names_given_up(&event);
+        let (given_up, groups) = (self.names_given_up(&event), self.groups_concerned(&event));
         self.state.apply(&event);
         let acted = self.act(&event);
+        self.follow_groups(groups);
         // Last: as long as the keeper has them a successor can act in our place.
         given_up.into_iter().for_each(|name| self.forget(name));
         acted
@@ -300,9 +324,13 @@ impl Estate {
                 self.memories.insert(info.id, memory);
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
-            Event::Closed { handle } => self.release(*handle),
+            Event::GroupCreated { topic, info, start, .. } => self.prepare_group(*topic, info, *start)?,
+            // Once it is logged it must succeed.
+            Event::Fenced { topic, .. } => self.memory(*topic)?.has_room_for_fence()?,
+            Event::Closed { handle } => self.release(*handle)?,
             Event::Left { incarnation } => {
-                self.state.handles_of(*incarnation).into_iter().for_each(|handle| self.release(handle));
+                let handles = self.state.handles_of(*incarnation);
+                handles.into_iter().try_for_each(|handle| self.release(handle))?;
             }
             _ => {}
         }
@@ -312,13 +340,14 @@ impl Estate {
     /// After the event was logged and applied.
     fn act(&mut self, event: &Event) -> Result<(), Refusal> {
         match event {
-            Event::PublisherOpened { topic, slot, publisher, tenancy, .. } => {
-                let exclusive = self.state.topic(*topic).is_some_and(|t| t.info.options.mode == Mode::Exclusive);
-                if exclusive && let Err(refusal) = self.memory(*topic)?.begin_tenancy(*tenancy, *publisher) {
+            Event::PublisherOpened { topic, slot, opened } => {
+                let before = self.entry(*topic)?.number_before(opened);
+                if let Err(refusal) = self.memory(*topic)?.begin_publisher(*slot, opened, before) {
                     self.carry_out(Event::Closed { handle: HandleRef::Publisher { topic: *topic, slot: *slot } })?;
                     return Err(refusal);
                 }
             }
+            Event::Fenced { topic, slot } => self.fence(*topic, *slot)?,
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
                     Ok(joined) => self.joined = Some(joined),
@@ -330,6 +359,10 @@ impl Estate {
                 }
             }
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
+            Event::GroupCreated { topic, info, start, .. } => self.begin_group(*topic, info.id, *start)?,
+            Event::ConsumerOpened { topic, group, consumer, .. } => {
+                self.memory(*topic)?.begin_consumer(*group, *consumer as u8)?;
+            }
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.remove(topic) {
                     memory.end(TopicState::Removed);
@@ -389,16 +422,51 @@ impl Estate {
         Ok(())
     }
 
-    /// Takes a handle out of force in memory. Idempotent.
-    fn release(&self, handle: HandleRef) {
+    /// Stops a publisher by the log itself and settles its identity. Idempotent: twice leaves one more hole.
+    fn fence(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
+        let opening = self.entry(topic)?.publishers.get(&slot).map(|publisher| publisher.opening);
+        if let Some(opening) = opening {
+            self.memory(topic)?.fence(slot, opening)?;
+        }
+        self.settle_identity(topic, slot)
+    }
+
+    /// Writes down what a publisher that commits nothing any more has committed last.
+    fn settle_identity(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
+        match self.settled_number(topic, slot) {
+            Ok(Some(last_number)) => self.carry_out(Event::IdentitySettled { topic, slot, last_number }),
+            Ok(None) => Ok(()),
+            // The number stays what it was: nobody else is to suffer for one garbled topic.
+            Err(error) => {
+                eprintln!("shmbus coordinator: the last number of publisher slot {slot} of topic {topic}: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    fn settled_number(&self, topic: u64, slot: u32) -> Result<Option<u64>, Refusal> {
+        let entry = self.entry(topic)?;
+        let Some(publisher) = entry.publishers.get(&slot).filter(|publisher| publisher.identity.is_some()) else {
+            return Ok(None);
+        };
+        // Where its line never came into force, nothing was published under it.
+        Ok(self.memory(topic)?.last_number(slot, publisher)?.or(entry.number_before(publisher)))
+    }
+
+    /// Takes a handle out of force in memory. Idempotent. Fails only where the registry cannot be written.
+    fn release(&mut self, handle: HandleRef) -> Result<(), Refusal> {
         match handle {
             HandleRef::Publisher { topic, slot } => {
+                // Before the slot can be anybody else's.
+                self.settle_identity(topic, slot)?;
                 let ended = self.memory(topic).and_then(|memory| memory.end_publisher(slot));
                 if let Err(error) = ended {
                     eprintln!("shmbus coordinator: repairing after publisher slot {slot} of topic {topic}: {error}");
                 }
             }
-            HandleRef::Consumer { .. } => {}
+            HandleRef::Consumer { topic, group, consumer } => {
+                self.release_consumer(ConsumerRef { topic, group, consumer });
+            }
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
                     let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
@@ -406,6 +474,7 @@ impl Estate {
                 }
             }
         }
+        Ok(())
     }
 
     /// Logs an event, making room for it where there is none.
@@ -458,6 +527,12 @@ impl Estate {
             Reply::Done | Reply::Stop => Ok((Answer::Done, Vec::new())),
             Reply::Publisher { topic, slot } => self.publisher_opened(topic, slot),
             Reply::Subscriber { topic, cursor } => self.subscriber_opened(topic, cursor),
+            Reply::Consumer { topic, group, consumer } => self.consumer_opened(ConsumerRef { topic, group, consumer }),
+            Reply::Reclaim { topic, group, consumer } => {
+                self.reclaim(ConsumerRef { topic, group, consumer })?;
+                Ok((Answer::Done, Vec::new()))
+            }
+            Reply::Names { topic, after } => Ok((self.names(topic, after.as_deref())?, Vec::new())),
             Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
         }
     }
@@ -469,13 +544,22 @@ impl Estate {
     fn publisher_opened(&self, topic: u64, slot: u32) -> Result<Granted, Refusal> {
         let entry = self.entry(topic)?;
         let opened = entry.publishers.get(&slot).ok_or_else(|| broken("a publisher that is not there"))?;
-        let segments = match entry.info.options.mode {
+        let mut segments = match entry.info.options.mode {
             Mode::Channel => vec![SegmentRef::Channel],
             _ => vec![SegmentRef::Log, SegmentRef::Cursors, SegmentRef::Arena(slot)],
         };
-        let (info, publisher, tenancy) = (entry.info.clone(), opened.publisher, opened.tenancy);
-        let answer = Answer::PublisherOpened { info, slot, publisher, tenancy, segments };
-        Ok((answer, self.memory(topic)?.publisher_fds(slot)?))
+        let memory = self.memory(topic)?;
+        let mut fds = memory.publisher_fds(slot)?;
+        if opened.identity.is_some() {
+            // Where its predecessors' messages lie.
+            for other in (0..entry.max_publishers()).filter(|other| *other != slot && memory.has_arena(*other)) {
+                segments.push(SegmentRef::Arena(other));
+                fds.push(memory.arena_fd(other)?);
+            }
+        }
+        let (info, tenancy, last_number) = (entry.info.clone(), opened.tenancy, entry.number_before(opened));
+        let (publisher, opening) = (opened.publisher, opened.opening);
+        Ok((Answer::PublisherOpened { info, slot, publisher, opening, tenancy, last_number, segments }, fds))
     }
 
     fn subscriber_opened(&mut self, topic: u64, cursor: u32) -> Result<Granted, Refusal> {
@@ -484,6 +568,16 @@ impl Estate {
         let (segments, fds) = self.memory(topic)?.subscriber_fds()?.into_iter().unzip();
         let info = self.entry(topic)?.info.clone();
         Ok((Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments }, fds))
+    }
+
+    fn names(&self, topic: u64, after: Option<&str>) -> Result<Answer, Refusal> {
+        let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
+        // Stale at once while the holder publishes on.
+        let last = |slot: u32| memory.last_number(slot, entry.publishers.get(&slot)?).ok().flatten();
+        let mut rest = entry.names(after, last);
+        let names = rest.by_ref().take(MAX_PAGE_NAMES).collect();
+        let more = rest.next().is_some();
+        Ok(Answer::Names { names, more })
     }
 
     /// As many topics as fit in a packet, at least one.
@@ -516,7 +610,7 @@ impl Estate {
             publishers: publishers
                 .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: pid(p.incarnation) })
                 .collect(),
-            groups: Vec::new(),
+            groups: self.group_statuses(entry, tail),
             subscribers: subscribers
                 .map(|(&cursor, s)| {
                     let sequence = memory.map_or(0, |memory| memory.cursor_sequence(cursor));

@@ -146,3 +146,6 @@ fn an_end_is_remembered() {
     drop(estate);
     assert!(keeper.restart().state().ending);
 }
+
+#[path = "estate/group_tests.rs"]
+mod groups;

@@ -16,6 +16,19 @@ pub(crate) const MAX_QUEUED_PACKETS: usize = 1024;
 /// Topics in one page of a status answer, at most (its bytes are limited too).
 pub(crate) const MAX_STATUS_TOPICS: usize = 256;
 
+/// Groups of one topic, those included that were rewound or removed while consumers were connected. With
+/// [`MAX_CONSUMERS_OF_TOPIC`] it keeps the status of one topic in one packet.
+pub(crate) const MAX_GROUPS_OF_TOPIC: usize = 64;
+
+/// Consumers of one topic's groups together. One group has at most `ring::ledger::MAX_CONSUMERS`.
+pub(crate) const MAX_CONSUMERS_OF_TOPIC: usize = 1024;
+
+/// Names of publishers that a topic remembers, and as many identities of consumers that publish.
+pub(crate) const MAX_IDENTITIES: usize = 1024;
+
+/// Names in one page of an answer: each has 200 bytes at most, so they fit in a packet.
+pub(crate) const MAX_PAGE_NAMES: usize = 256;
+
 /// What the state machine checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
@@ -23,7 +36,7 @@ pub(crate) struct Limits {
     pub(crate) participants: usize,
     /// Topics.
     pub(crate) topics: usize,
-    /// Publishers and subscribers of one process.
+    /// Publishers, subscribers and consumers of one process.
     pub(crate) handles: usize,
     /// Shared memory of one user.
     pub(crate) budget_bytes: u64,

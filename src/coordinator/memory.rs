@@ -1,13 +1,20 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
+mod groups;
+
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
-use crate::error::Refusal;
+use crate::coordinator::memory::groups::GroupMemory;
+pub(crate) use crate::coordinator::memory::groups::{LedgerCount, ledger_name};
+use crate::coordinator::protocol::{Identity, SegmentRef, StartAt, TopicInfo};
+use crate::coordinator::state::PublisherEntry;
+use crate::error::{Holder, Refusal};
 use crate::os::memfd;
 use crate::ring::arena::Arena;
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
-use crate::ring::gate::{Gate, still_retained};
+use crate::ring::gate::{Gate, Stop, still_retained};
 use crate::ring::log::{Place, TopicState};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::spsc::Channel;
@@ -20,6 +27,8 @@ use crate::topic::Mode;
 pub(crate) struct TopicMemory {
     info: TopicInfo,
     parts: Parts,
+    /// By the group's number.
+    groups: BTreeMap<u32, GroupMemory>,
 }
 
 enum Parts {
@@ -32,7 +41,8 @@ struct ArenaPart {
     arena: Arena,
 }
 
-/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "channel".
+/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0",
+/// "channel".
 pub(crate) struct StoredSegment<'a> {
     pub(crate) name: String,
     pub(crate) fd: BorrowedFd<'a>,
@@ -58,7 +68,7 @@ impl TopicMemory {
                 topic::channel::<7>(&segment, &info.geometry).0.format();
             }
             segment.publish(&info.channel());
-            return Ok(TopicMemory { info: info.clone(), parts: Parts::Channel { segment, fd } });
+            return Ok(TopicMemory::new(info, Parts::Channel { segment, fd }));
         }
         let (log_fd, log) = new_segment(info, "log", &info.log())?;
         let (cursors_fd, cursors) = new_segment(info, "cursors", &info.cursors())?;
@@ -69,7 +79,7 @@ impl TopicMemory {
         segments.cursors.publish(&info.cursors());
         let arenas = Vec::new();
         let parts = Parts::Log { segments, log: log_fd, cursors: cursors_fd, arenas };
-        let mut memory = TopicMemory { info: info.clone(), parts };
+        let mut memory = TopicMemory::new(info, parts);
         memory.add_arena(info, 0)?;
         Ok(memory)
     }
@@ -111,12 +121,16 @@ impl TopicMemory {
             (None, None, Some((segment, fd))) => Parts::Channel { segment, fd },
             _ => return Err(corrupt(info, "some of its segments are missing".into())),
         };
-        Ok(TopicMemory { info: info.clone(), parts })
+        Ok(TopicMemory::new(info, parts))
+    }
+
+    fn new(info: &TopicInfo, parts: Parts) -> TopicMemory {
+        TopicMemory { info: info.clone(), parts, groups: BTreeMap::new() }
     }
 
     /// Every segment with the name it is stored under.
     pub(crate) fn segments(&self) -> Vec<StoredSegment<'_>> {
-        match &self.parts {
+        let mut all = match &self.parts {
             Parts::Channel { fd, .. } => vec![StoredSegment { name: "channel".into(), fd: fd.as_fd() }],
             Parts::Log { log, cursors, arenas, .. } => {
                 let mut all = vec![
@@ -130,7 +144,9 @@ impl TopicMemory {
                 }
                 all
             }
-        }
+        };
+        all.extend(self.stored_ledgers());
+        all
     }
 
     /// Whether a slot's arena exists.
@@ -196,13 +212,85 @@ impl TopicMemory {
         part.ok_or_else(|| corrupt(&self.info, format!("publisher slot {slot} has no arena")))
     }
 
-    /// Puts a publisher's tenancy in force, before it is told: its id and the index that goes into slot words.
-    pub(crate) fn begin_tenancy(&self, tenancy: u32, publisher: u64) -> Result<(), Refusal> {
-        if let (Mode::Exclusive, Parts::Log { segments, .. }) = (self.info.options.mode, &self.parts) {
+    /// Puts a publisher in force before it is told: on exclusive topics its tenancy, under an identity (whose last number is
+    /// `before`) its note.
+    pub(crate) fn begin_publisher(
+        &self,
+        slot: u32,
+        opened: &PublisherEntry,
+        before: Option<u64>,
+    ) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let header = segments.header();
+        if self.info.options.mode == Mode::Exclusive {
             let tail = self.tail()?.position;
-            segments.header().begin_tenancy(tenancy, tail, publisher, 1);
+            header.begin_tenancy(opened.tenancy, tail, opened.publisher, before.unwrap_or(0) + 1);
+        }
+        // Last: it says that the tenancy is there, too.
+        if let Some(last) = before {
+            header.begin_note(slot, opened.opening, last);
         }
         Ok(())
+    }
+
+    /// The number that a publisher with an identity committed last; `None` where it never came into force. Final once the
+    /// publisher is dead, closed or fenced.
+    pub(crate) fn last_number(&self, slot: u32, publisher: &PublisherEntry) -> Result<Option<u64>, Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(None) };
+        let header = segments.header();
+        let note = header.note(slot);
+        if self.info.options.mode == Mode::Many {
+            let log = segments.many(&self.info);
+            return Ok(note.last(publisher.opening, |position| log.owns(slot, position)));
+        }
+        let noted = note.last(publisher.opening, |position| self.commits(position));
+        if noted.is_none() || matches!(publisher.identity, Some(Identity::Origin { .. })) {
+            return Ok(noted);
+        }
+        // A name's numbers are dense, so where nobody else publishes the tail says it.
+        let (position, number) = header.tenancy(publisher.tenancy);
+        let published = self.tail()?.position.saturating_sub(position);
+        Ok(Some(number.saturating_sub(1).saturating_add(published)))
+    }
+
+    /// Whether an exclusive topic's message at `position` is committed and still there.
+    fn commits(&self, position: u64) -> bool {
+        match &self.parts {
+            Parts::Log { segments, .. } if self.info.small_slots() => {
+                segments.exclusive::<1>(&self.info).tenancy_at(position).is_some()
+            }
+            Parts::Log { segments, .. } => segments.exclusive::<7>(&self.info).tenancy_at(position).is_some(),
+            Parts::Channel { .. } => false,
+        }
+    }
+
+    /// Whether there is room for a fence; who holds the ring, where there is none.
+    pub(crate) fn has_room_for_fence(&self) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let fenced = segments.many(&self.info).has_room_for_fence(&self.info.policy());
+        fenced.map_err(|stop| self.cannot_fence(stop))
+    }
+
+    /// Commits a fence for a publisher of a topic for many: after this it commits nothing any more.
+    pub(crate) fn fence(&self, slot: u32, opening: u64) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
+        let fenced = segments.many(&self.info).fence(&self.info.policy(), slot, opening);
+        fenced.map_err(|stop| self.cannot_fence(stop))?;
+        // Readers step over it, and the fenced one may be waiting for room.
+        wake(&segments.readers().readers);
+        wake(&segments.readers().writers);
+        Ok(())
+    }
+
+    fn cannot_fence(&self, stop: Stop) -> Refusal {
+        match stop {
+            Stop::Blocked(blocked) => {
+                let holder = blocked.cursor.map_or(Holder::Hold, Holder::Subscriber);
+                Refusal::FullForFence { topic: self.info.name.clone(), holder: holder.to_string() }
+            }
+            Stop::Corrupt(problem) => corrupt(&self.info, problem.to_owned()),
+            Stop::Fenced => corrupt(&self.info, "the coordinator is fenced".to_owned()),
+        }
     }
 
     /// Repairs what a dead (or leaves tidy what a departed) publisher left. Idempotent.
@@ -227,6 +315,15 @@ impl TopicMemory {
 
     /// Puts a subscriber's cursor in force at its start position. Idempotent for one owner.
     pub(crate) fn join(&self, cursor: u32, owner: u64, start: StartAt, droppable: bool) -> Result<Joined, Refusal> {
+        self.join_line(cursor, start, |line| line.occupy(owner, droppable))
+    }
+
+    /// The same for a group's cursor.
+    fn join_group(&self, cursor: u32, group: u32, start: StartAt) -> Result<Joined, Refusal> {
+        self.join_line(cursor, start, |line| line.occupy_group(group.into()))
+    }
+
+    fn join_line(&self, cursor: u32, start: StartAt, occupy: impl FnOnce(&Cursor)) -> Result<Joined, Refusal> {
         let Parts::Log { segments, .. } = &self.parts else { return self.join_channel() };
         let lines = segments.cursor_lines(&self.info);
         let line = lines.get(cursor as usize).ok_or_else(|| corrupt(&self.info, format!("no cursor {cursor}")))?;
@@ -243,7 +340,7 @@ impl TopicMemory {
             }
             StartAt::Sequence(sequence) => sequence,
         };
-        line.occupy(owner, droppable);
+        occupy(line);
         let place = self.find_start(&gate, cursor, asked, tail);
         match place {
             Some(place) => line.advance(place.position, place.sequence),
@@ -303,18 +400,33 @@ impl TopicMemory {
         self.place_at(low)
     }
 
+    /// Position and sequence of what is at `position`, or of the tail; `None` where it is neither there nor next.
+    fn confirmed_place(&self, position: u64) -> Result<Option<Place>, Refusal> {
+        if self.info.options.mode != Mode::Exclusive {
+            return Ok(self.place_at(position));
+        }
+        let tail = self.tail()?.position;
+        Ok((position <= tail).then_some(Place { position, sequence: position }))
+    }
+
     /// Position and sequence of the batch at `position`, from its record.
     fn place_at(&self, position: u64) -> Option<Place> {
         let Parts::Log { segments, arenas, .. } = &self.parts else { return None };
         let log: ManyLog = segments.many(&self.info);
+        // A fence has no record to say its sequence; it takes one, and so does each behind it.
+        let (fence, position) = (position, log.past_fences(position));
+        let back = |place: Place| {
+            let sequence = place.sequence.checked_sub(place.position - fence)?;
+            Some(Place { position: fence, sequence })
+        };
         let Some(word) = log.committed(position) else {
-            return log.tail_from(None).filter(|tail| tail.position == position);
+            return log.tail_from(None).filter(|tail| tail.position == position).and_then(back);
         };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
         // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
-        let sound = record.position == position && still_retained(&segments.header(), position);
-        sound.then_some(Place { position, sequence: record.first_sequence })
+        let sound = record.position == position && still_retained(&segments.header(), fence);
+        sound.then_some(Place { position, sequence: record.first_sequence }).and_then(back)
     }
 
     /// Takes a cursor out of force and wakes publishers that it held. Idempotent. `from_oldest`: its reader began with the

@@ -31,7 +31,8 @@ pub(crate) enum Request {
     /// Removes a topic; `force` also while it is in use.
     RemoveTopic { topic: String, force: bool },
     /// Opens a publisher; `create` holds the options to create the topic with where it does not exist.
-    OpenPublisher { topic: String, schema: Option<Schema>, create: Option<TopicOptions> },
+    /// Under an `identity` it goes on where the last publisher of that identity ended, and takes its place.
+    OpenPublisher { topic: String, schema: Option<Schema>, create: Option<TopicOptions>, identity: Option<Identity> },
     /// Opens a subscriber on an existing topic.
     OpenSubscriber { topic: String, schema: Option<Schema>, start: StartAt, droppable: bool },
     /// Creates a group. With `exist_ok` an existing one with the same options is fine.
@@ -48,8 +49,20 @@ pub(crate) enum Request {
     Close { handles: Vec<HandleRef> },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
     Status { topic: Option<String>, after: Option<String> },
+    /// The named publishers of a topic whose name is greater than `after` (a page at a time).
+    Names { topic: String, after: Option<String> },
     /// Ends the bus.
     Stop,
+}
+
+/// Who a publisher is, across processes and restarts: the numbers it gives its messages go on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Identity {
+    /// A name that a program chose. Its numbers are dense.
+    Named(String),
+    /// What a group's consumer publishes for the messages it consumes. Its numbers are sequences of `topic`, the last of
+    /// which is the newest input whose outputs are all there.
+    Origin { topic: u64, group: u32, consumer: u32 },
 }
 
 /// Where a subscriber starts.
@@ -61,12 +74,13 @@ pub(crate) enum StartAt {
     Sequence(u64),
 }
 
-/// A handle as both sides name it.
+/// A handle as both sides name it. Consumers come first in their order: they are released before the publishers that say
+/// what they had finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum HandleRef {
+    Consumer { topic: u64, group: u32, consumer: u32 },
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
-    Consumer { topic: u64, group: u32, consumer: u32 },
 }
 
 /// A segment whose descriptor rides along.
@@ -111,8 +125,18 @@ pub(crate) enum Answer {
     Created { existed: bool },
     /// To `RemoveTopic`, `RemoveGroup`, `RewindGroup`, `Reclaim`, `Close`, `Stop`.
     Done,
-    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone).
-    PublisherOpened { info: TopicInfo, slot: u32, publisher: u64, tenancy: u32, segments: Vec<SegmentRef> },
+    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone); under an identity, also
+    /// every other arena there is, read-only. `opening` is never given twice, `publisher` goes with the identity.
+    PublisherOpened {
+        info: TopicInfo,
+        slot: u32,
+        publisher: u64,
+        opening: u64,
+        tenancy: u32,
+        /// Under an identity: the number committed last, 0 for none.
+        last_number: Option<u64>,
+        segments: Vec<SegmentRef>,
+    },
     /// To `OpenSubscriber`. Segments: log, cursors, every arena there is (a channel: the channel segment alone).
     /// It begins with the batch at `position`, whose first sequence may lie below the one asked for.
     SubscriberOpened {
@@ -135,9 +159,11 @@ pub(crate) enum Answer {
     },
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
+    /// To `Names`, in the order of names. `more`: ask again `after` the last one.
+    Names { names: Vec<NameStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
-    /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
+    /// Unasked, to every participant with a subscriber or consumer on the topic: a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
 }
 
@@ -239,6 +265,20 @@ pub struct PublisherStatus {
     pub publisher: u64,
     /// Its process.
     pub pid: u32,
+}
+
+/// One named publisher, attached or not.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct NameStatus {
+    /// Its name.
+    pub name: String,
+    /// The publisher's number, as its messages carry it.
+    pub publisher: u64,
+    /// The number of the message it committed last; 0 for none. True at some moment while the answer was made.
+    pub last_number: u64,
+    /// The slot of the publisher that has the name now; `None` while nobody has.
+    pub slot: Option<u32>,
 }
 
 /// One attached subscriber.

@@ -48,7 +48,8 @@ fn options(mode: Mode) -> TopicOptions {
 }
 
 fn open_publisher(control: &Control, topic: &str, mode: Mode) -> Result<HandleRef, OpenError> {
-    let request = Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: Some(options(mode)) };
+    let request =
+        Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: Some(options(mode)), identity: None };
     let (answer, fds) = control.request(&request)?;
     let Answer::PublisherOpened { info, slot, segments, .. } = answer else { panic!("{answer:?}") };
     assert_eq!(segments.len(), fds.len());
@@ -215,6 +216,7 @@ fn a_participant_that_comes_back_keeps_its_handles() {
         topic: topic.to_owned(),
         schema: None,
         create: Some(options(Mode::Exclusive)),
+        identity: None,
     };
     say(&first, &open("kept")).unwrap();
     say(&first, &open("dropped")).unwrap();

@@ -4,12 +4,18 @@
 //! it. The server carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
 //! event has just happened or is replayed from the registry.
 
+mod groups;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
-use crate::coordinator::protocol::{HandleRef, Request, StartAt, TopicInfo};
+use crate::coordinator::names;
+use crate::coordinator::names::NameEntry;
+use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
+pub(crate) use crate::coordinator::state::groups::GroupEntry;
+use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
 use crate::shm::layout::Geometry;
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
@@ -40,10 +46,25 @@ pub(crate) enum Event {
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
     ArenaAdded { topic: u64, slot: u32, bytes: u64 },
-    /// A publisher holds a slot.
-    PublisherOpened { topic: u64, slot: u32, publisher: u64, tenancy: u32, incarnation: u64 },
+    /// A publisher holds a slot, and its identity, if it has one.
+    PublisherOpened { topic: u64, slot: u32, opened: PublisherEntry },
+    /// An identity exists on a topic; what it committed last (part of a compacted registry).
+    IdentityKnown { topic: u64, identity: Identity, publisher: u64, last_number: u64 },
+    /// A publisher is to be fenced: somebody else asked for its identity. Who reads this and finds its identity not settled
+    /// does it (again).
+    Fenced { topic: u64, slot: u32 },
+    /// A publisher has lost its identity, whose last number is this: it is fenced, dead, or has left.
+    IdentitySettled { topic: u64, slot: u32, last_number: u64 },
     /// A subscriber holds a cursor.
     SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
+    /// A group exists, in the place of the one it `replaces` (a rewind), which is retired.
+    GroupCreated { topic: u64, info: GroupInfo, start: StartAt, bytes: u64, replaces: Option<u32> },
+    /// A group has lost its name: it was removed. It goes with its last consumer.
+    GroupRetired { topic: u64, group: u32 },
+    /// Groups below this number have been on the topic (part of a compacted registry).
+    GroupsGiven { topic: u64, groups: u32 },
+    /// A consumer holds its number in the group.
+    ConsumerOpened { topic: u64, group: u32, consumer: u32, incarnation: u64 },
     /// A handle was given back.
     Closed { handle: HandleRef },
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
@@ -65,7 +86,10 @@ pub(crate) enum Reply {
     Done,
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
+    Consumer { topic: u64, group: u32, consumer: u32 },
+    Reclaim { topic: u64, group: u32, consumer: u32 },
     Status { topics: Vec<u64>, more: bool },
+    Names { topic: u64, after: Option<String> },
     Stop,
 }
 
@@ -86,17 +110,26 @@ pub(crate) struct TopicEntry {
     pub(crate) arenas: BTreeSet<u32>,
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
+    pub(crate) groups: BTreeMap<u32, GroupEntry>,
+    next_group: u32,
+    pub(crate) identities: BTreeMap<Identity, NameEntry>,
     publishers_seen: u64,
     /// Created by request, not by a publisher in passing: it keeps the bus until it is removed, also while it is empty.
     pub(crate) kept: bool,
 }
 
 /// Who has a publisher slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PublisherEntry {
     pub(crate) incarnation: u64,
+    /// What its messages carry: one number for all openings under one identity.
     pub(crate) publisher: u64,
+    /// Never given twice.
+    pub(crate) opening: u64,
     pub(crate) tenancy: u32,
+    /// What it is, until it is settled.
+    pub(crate) identity: Option<Identity>,
+    pub(crate) fenced: bool,
 }
 
 /// Who has a cursor.
@@ -114,6 +147,8 @@ pub(crate) struct Footprint {
     pub(crate) topic: fn(&TopicInfo) -> u64,
     /// One more arena.
     pub(crate) arena: fn(&TopicInfo) -> u64,
+    /// A group's ledger.
+    pub(crate) group: fn(&TopicInfo, &GroupInfo) -> u64,
 }
 
 /// The whole state of a bus.
@@ -158,9 +193,9 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
-    /// Connected processes with a subscriber on the topic: they must know its arenas.
+    /// Connected processes with a subscriber or consumer on the topic: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
-        self.topics.get(&topic).into_iter().flat_map(|t| t.subscribers.values()).map(|s| s.incarnation).collect()
+        self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
     }
 
     /// Changes the state. Events are true: one that names what does not exist changes nothing.
@@ -196,14 +231,27 @@ impl State {
                     *self.reserved.entry(entry.uid).or_default() += bytes;
                 }
             }
-            Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation } => {
+            Event::PublisherOpened { topic, slot, opened } => {
                 self.close(HandleRef::Publisher { topic: *topic, slot: *slot });
                 let Some(entry) = self.topics.get_mut(topic) else { return };
                 entry.publishers_seen += 1;
-                let new = PublisherEntry { incarnation: *incarnation, publisher: *publisher, tenancy: *tenancy };
-                entry.publishers.insert(*slot, new);
-                self.next_publisher = self.next_publisher.max(publisher + 1);
-                self.hold(*incarnation, HandleRef::Publisher { topic: *topic, slot: *slot });
+                entry.attach_identity(*slot, opened);
+                entry.publishers.insert(*slot, opened.clone());
+                self.next_publisher = self.next_publisher.max(opened.opening + 1);
+                self.hold(opened.incarnation, HandleRef::Publisher { topic: *topic, slot: *slot });
+            }
+            Event::IdentityKnown { topic, identity, publisher, last_number } => {
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                let known = NameEntry { publisher: *publisher, last_number: *last_number, holder: None };
+                entry.identities.insert(identity.clone(), known);
+            }
+            Event::Fenced { topic, slot } => {
+                let publisher = self.topics.get_mut(topic).and_then(|entry| entry.publishers.get_mut(slot));
+                publisher.into_iter().for_each(|publisher| publisher.fenced = true);
+            }
+            Event::IdentitySettled { topic, slot, last_number } => {
+                let Some(entry) = self.topics.get_mut(topic) else { return };
+                entry.settle_identity(*slot, *last_number);
             }
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
                 self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
@@ -211,6 +259,20 @@ impl State {
                 let new = SubscriberEntry { incarnation: *incarnation, start: *start, droppable: *droppable };
                 entry.subscribers.insert(*cursor, new);
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
+            }
+            Event::GroupCreated { topic, info, start, bytes, replaces } => {
+                let (info, start, bytes) = (info.clone(), *start, *bytes);
+                let new = GroupEntry { info, start, bytes, retired: false, consumers: BTreeMap::new() };
+                self.add_group(*topic, new, *replaces);
+            }
+            Event::GroupRetired { topic, group } => self.retire_group(*topic, *group),
+            Event::GroupsGiven { topic, groups } => {
+                if let Some(entry) = self.topics.get_mut(topic) {
+                    entry.next_group = entry.next_group.max(*groups);
+                }
+            }
+            Event::ConsumerOpened { topic, group, consumer, incarnation } => {
+                self.add_consumer(*topic, *group, *consumer, *incarnation);
             }
             Event::Closed { handle } => self.close(*handle),
             Event::Ending => self.ending = true,
@@ -246,6 +308,9 @@ impl State {
             arenas: BTreeSet::from([0]),
             publishers: BTreeMap::new(),
             subscribers: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            next_group: 0,
+            identities: BTreeMap::new(),
             publishers_seen,
             kept,
         };
@@ -273,12 +338,12 @@ impl State {
     fn close(&mut self, handle: HandleRef) {
         let owner = match handle {
             HandleRef::Publisher { topic, slot } => {
-                self.topics.get_mut(&topic).and_then(|t| t.publishers.remove(&slot)).map(|p| p.incarnation)
+                self.topics.get_mut(&topic).and_then(|t| t.remove_publisher(slot)).map(|p| p.incarnation)
             }
             HandleRef::Subscriber { topic, cursor } => {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
             }
-            HandleRef::Consumer { .. } => None,
+            HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
         };
         if let Some(participant) = owner.and_then(|incarnation| self.participants.get_mut(&incarnation)) {
             participant.handles.remove(&handle);
@@ -291,26 +356,36 @@ impl TopicEntry {
     pub(crate) fn handles(&self) -> Vec<HandleRef> {
         let topic = self.info.id;
         let publishers = self.publishers.keys().map(|&slot| HandleRef::Publisher { topic, slot });
-        publishers.chain(self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor })).collect()
+        let subscribers = self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor });
+        self.group_handles().chain(publishers).chain(subscribers).collect()
+    }
+
+    /// Processes with a subscriber or a consumer.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> {
+        self.subscribers.values().map(|subscriber| subscriber.incarnation).chain(self.consuming())
     }
 
     fn snapshot(&self, events: &mut Vec<Event>) {
         let topic = self.info.id;
-        // What the added arenas take is counted in the topic already; the publishers that follow count themselves.
+        // What the added arenas take is counted in the topic already; the publishers and groups that follow count themselves.
         let publishers = self.publishers_seen - self.publishers.len() as u64;
-        let (info, kept) = (self.info.clone(), self.kept);
-        events.push(Event::TopicCreated { info, uid: self.uid, bytes: self.bytes, publishers, kept });
+        let (info, kept, bytes) = (self.info.clone(), self.kept, self.bytes - self.group_bytes());
+        events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
-        for (&slot, p) in &self.publishers {
-            let PublisherEntry { incarnation, publisher, tenancy } = *p;
-            events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        for (identity, name) in &self.identities {
+            let (identity, NameEntry { publisher, last_number, .. }) = (identity.clone(), *name);
+            events.push(Event::IdentityKnown { topic, identity, publisher, last_number });
+        }
+        for (&slot, opened) in &self.publishers {
+            events.push(Event::PublisherOpened { topic, slot, opened: opened.clone() });
         }
         for (&cursor, s) in &self.subscribers {
             let SubscriberEntry { incarnation, start, droppable } = *s;
             events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable });
         }
+        self.snapshot_groups(events);
     }
 
     /// A free publisher slot, if possible one whose arena exists already.
@@ -319,11 +394,14 @@ impl TopicEntry {
         self.arenas.iter().copied().find(free).or_else(|| (0..self.max_publishers()).find(free))
     }
 
+    /// A cursor that is neither a subscriber's nor a group's; a retired group keeps its own.
     fn free_cursor(&self) -> Option<u32> {
-        (0..self.max_subscribers()).find(|cursor| !self.subscribers.contains_key(cursor))
+        let groups: BTreeSet<u32> = self.groups.values().map(|group| group.info.cursor).collect();
+        let free = |cursor: &u32| !self.subscribers.contains_key(cursor) && !groups.contains(cursor);
+        (0..self.max_subscribers()).find(free)
     }
 
-    fn max_publishers(&self) -> u32 {
+    pub(crate) fn max_publishers(&self) -> u32 {
         if self.info.options.mode == Mode::Many { self.info.options.max_publishers } else { 1 }
     }
 
@@ -380,19 +458,26 @@ impl State {
             Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
             Request::CreateTopic { topic, options, exist_ok } => decider.create_topic(topic, options, *exist_ok),
             Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
-            Request::OpenPublisher { topic, schema, create } => {
-                decider.open_publisher(topic, schema.as_ref(), create.as_ref())
+            Request::OpenPublisher { topic, schema, create, identity } => {
+                decider.open_publisher(topic, schema.as_ref(), create.as_ref(), identity.as_ref())
             }
             Request::OpenSubscriber { topic, schema, start, droppable } => {
                 decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
             }
-            Request::CreateGroup { .. }
-            | Request::RemoveGroup { .. }
-            | Request::RewindGroup { .. }
-            | Request::OpenConsumer { .. }
-            | Request::Reclaim { .. } => Err(Refusal::Protocol { problem: "groups".to_owned() }),
+            Request::CreateGroup { topic, group, options, start, exist_ok } => {
+                decider.create_group(GroupName { topic, group }, options, *start, *exist_ok)
+            }
+            Request::RemoveGroup { topic, group, force } => decider.remove_group(GroupName { topic, group }, *force),
+            Request::RewindGroup { topic, group, start, force } => {
+                decider.rewind_group(GroupName { topic, group }, *start, *force)
+            }
+            Request::OpenConsumer { topic, group, schema, create } => {
+                decider.open_consumer(GroupName { topic, group }, schema.as_ref(), create.as_ref())
+            }
+            Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
             Request::Close { handles } => decider.close(handles),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
+            Request::Names { topic, after } => decider.names(topic, after.clone()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
     }
@@ -416,10 +501,11 @@ impl Decider<'_> {
 
     fn remove_topic(&self, name: &str, force: bool) -> Result<Plan, Refusal> {
         let entry = self.existing(name)?;
-        let (publishers, subscribers) = (entry.publishers.len(), entry.subscribers.len());
-        if !force && publishers + subscribers > 0 {
+        let (publishers, subscribers) = (entry.publishers.len() as u32, entry.subscribers.len() as u32);
+        let consumers = entry.consuming().count() as u32;
+        if !force && publishers + subscribers + consumers > 0 {
             let topic = name.to_owned();
-            return Err(Refusal::InUse { topic, publishers: publishers as u32, subscribers: subscribers as u32 });
+            return Err(Refusal::InUse { topic, publishers, subscribers, consumers });
         }
         Ok(Plan { events: vec![Event::TopicRemoved { topic: entry.info.id }], reply: Reply::Done })
     }
@@ -429,9 +515,11 @@ impl Decider<'_> {
         name: &str,
         schema: Option<&Schema>,
         create: Option<&TopicOptions>,
+        identity: Option<&Identity>,
     ) -> Result<Plan, Refusal> {
         checked(name)?;
         self.check_handles()?;
+        identity.map_or(Ok(()), names::check)?;
         let existing = self.state.names.get(name).and_then(|id| self.state.topics.get(id));
         let mut events = Vec::new();
         let (info, slot, tenancy) = match (existing, create) {
@@ -443,13 +531,20 @@ impl Decider<'_> {
             }
             (Some(entry), _) => {
                 let slot = self.publisher_slot(entry)?;
+                identity.map_or(Ok(()), |identity| names::check_room(entry, identity))?;
+                events.extend(identity.and_then(|identity| names::fencing(entry, identity)));
                 events.extend(self.arena_for(entry, slot)?);
                 (entry.info.clone(), slot, (entry.publishers_seen % TENANCIES) as u32)
             }
         };
         check_schema(&info, schema)?;
-        let (publisher, incarnation, topic) = (self.state.next_publisher, self.incarnation, info.id);
-        events.push(Event::PublisherOpened { topic, slot, publisher, tenancy, incarnation });
+        identity.map_or(Ok(()), |_| names::check_mode(&info))?;
+        let (opening, incarnation, topic) = (self.state.next_publisher, self.incarnation, info.id);
+        let known = existing.zip(identity).and_then(|(entry, identity)| entry.identities.get(identity));
+        let publisher = known.map_or(opening, |known| known.publisher);
+        let identity = identity.cloned();
+        let opened = PublisherEntry { incarnation, publisher, opening, tenancy, identity, fenced: false };
+        events.push(Event::PublisherOpened { topic, slot, opened });
         Ok(Plan { events, reply: Reply::Publisher { topic, slot } })
     }
 
@@ -469,7 +564,7 @@ impl Decider<'_> {
                 Mode::Channel => {
                     self.taken(entry, "subscriber", entry.subscribers.values().next().map(|s| s.incarnation))
                 }
-                _ => too_many("subscribers", entry, entry.max_subscribers()),
+                _ => too_many("subscribers and groups", entry, entry.max_subscribers()),
             });
         };
         let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable }];
@@ -495,6 +590,11 @@ impl Decider<'_> {
         let topics = rest.by_ref().take(MAX_STATUS_TOPICS).collect();
         let more = rest.next().is_some();
         Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more } })
+    }
+
+    fn names(&self, topic: &str, after: Option<String>) -> Result<Plan, Refusal> {
+        let topic = self.existing(topic)?.info.id;
+        Ok(Plan { events: Vec::new(), reply: Reply::Names { topic, after } })
     }
 
     fn existing(&self, name: &str) -> Result<&TopicEntry, Refusal> {
@@ -563,7 +663,7 @@ impl Decider<'_> {
         if held < self.limits.handles {
             return Ok(());
         }
-        let what = "publishers and subscribers of one process".to_owned();
+        let what = "publishers, subscribers and consumers of one process".to_owned();
         Err(Refusal::Limit { what, limit: self.limits.handles as u64, mend: "close some".to_owned() })
     }
 
@@ -575,10 +675,12 @@ impl Decider<'_> {
 }
 
 fn checked(name: &str) -> Result<(), Refusal> {
-    check_name(name).map_err(|source| {
-        let shown: String = name.char_indices().take_while(|(at, _)| *at < SHOWN_NAME_BYTES).map(|(_, c)| c).collect();
-        Refusal::Name { name: shown, source }
-    })
+    check_name(name).map_err(|source| Refusal::Name { name: shown(name), source })
+}
+
+/// The part of a name that an error repeats.
+fn shown(name: &str) -> String {
+    name.char_indices().take_while(|(at, _)| *at < SHOWN_NAME_BYTES).map(|(_, c)| c).collect()
 }
 
 /// Raw handles may open any topic; a typed one only a topic of its own type.

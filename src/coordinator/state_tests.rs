@@ -2,7 +2,7 @@ use super::*;
 use crate::topic::Full;
 
 const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, budget_bytes: 10_000 };
-const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100 };
+const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100, group: |_, _| 10 };
 
 fn state() -> State {
     let mut state = State::default();
@@ -28,7 +28,17 @@ fn create(topic: &str, options: TopicOptions) -> Request {
 }
 
 fn publisher(topic: &str) -> Request {
-    Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: Some(TopicOptions::default()) }
+    Request::OpenPublisher {
+        topic: topic.to_owned(),
+        schema: None,
+        create: Some(TopicOptions::default()),
+        identity: None,
+    }
+}
+
+fn named(topic: &str, name: &str) -> Request {
+    let (topic, identity) = (topic.to_owned(), Some(Identity::Named(name.to_owned())));
+    Request::OpenPublisher { topic, schema: None, create: Some(TopicOptions::default()), identity }
 }
 
 fn subscriber(topic: &str) -> Request {
@@ -60,7 +70,10 @@ fn opening_a_publisher_creates_the_topic_and_then_reuses_arenas() {
     assert_eq!(slot(ask(&mut state, a, publisher("t"))), 2);
     ask(&mut state, a, Request::Close { handles: vec![HandleRef::Publisher { topic: 0, slot: 1 }] }).unwrap();
     let reused = ask(&mut state, a, publisher("t")).unwrap();
-    assert!(matches!(reused.events[..], [Event::PublisherOpened { slot: 1, publisher: 4, .. }]));
+    assert!(matches!(
+        reused.events[..],
+        [Event::PublisherOpened { slot: 1, opened: PublisherEntry { publisher: 4, .. }, .. }]
+    ));
     assert_eq!(state.reserved_bytes(), 1_200);
 }
 
@@ -78,7 +91,10 @@ fn an_exclusive_topic_has_one_publisher_and_a_channel_one_of_each() {
     assert!(matches!(ask(&mut state, b, subscriber("c")), Err(Refusal::Taken { .. })));
     state.apply(&Event::Left { incarnation: a });
     let plan = ask(&mut state, b, publisher("x")).unwrap();
-    assert!(matches!(plan.events[..], [Event::PublisherOpened { slot: 0, tenancy: 1, .. }]));
+    assert!(matches!(
+        plan.events[..],
+        [Event::PublisherOpened { slot: 0, opened: PublisherEntry { tenancy: 1, .. }, .. }]
+    ));
     ask(&mut state, b, subscriber("c")).unwrap();
 }
 
@@ -90,7 +106,8 @@ fn schemas_are_compared_and_raw_handles_open_anything() {
     let typed = TopicOptions { schema: schema("Tick"), ..TopicOptions::default() };
     ask(&mut state, a, create("typed", typed)).unwrap();
     ask(&mut state, a, create("raw", TopicOptions::default())).unwrap();
-    let open = |topic: &str, schema| Request::OpenPublisher { topic: topic.to_owned(), schema, create: None };
+    let open =
+        |topic: &str, schema| Request::OpenPublisher { topic: topic.to_owned(), schema, create: None, identity: None };
     ask(&mut state, a, open("typed", schema("Tick"))).unwrap();
     ask(&mut state, a, open("typed", None)).unwrap();
     ask(&mut state, a, open("raw", None)).unwrap();
@@ -261,11 +278,13 @@ fn replay_equals_live() {
                 create(&topic, mode([Mode::Many, Mode::Exclusive, Mode::Channel][next(3) as usize])),
             ),
             4 => ask_only(&live, who, Request::RemoveTopic { topic, force: next(2) == 0 }),
-            5 | 6 => ask_only(&live, who, publisher(&topic)),
+            5 => ask_only(&live, who, publisher(&topic)),
+            6 => ask_only(&live, who, named(&topic, ["x", "y"][next(2) as usize])),
             7 | 8 => ask_only(&live, who, subscriber(&topic)),
             _ => ask_only(&live, who, Request::Close { handles: live.handles_of(who).into_iter().take(1).collect() }),
         };
-        for event in plan.into_iter().flat_map(|plan| plan.events) {
+        let events = plan.into_iter().flat_map(|plan| plan.events);
+        for event in events.flat_map(|event| settled(event, next(100))) {
             live.apply(&event);
             log.push(event);
         }
@@ -278,6 +297,55 @@ fn replay_equals_live() {
     assert!(log.len() > 1_000, "the life was too quiet: {}", log.len());
     assert_eq!(replay(&log), live, "SEED={seed}");
     assert_eq!(replay(&live.snapshot()), live, "SEED={seed}");
+}
+
+/// What the estate makes of an event: a fenced publisher loses its identity, unless the coordinator dies first.
+fn settled(event: Event, last_number: u64) -> Vec<Event> {
+    match event {
+        Event::Fenced { topic, slot } if last_number < 90 => {
+            vec![event, Event::IdentitySettled { topic, slot, last_number }]
+        }
+        other => vec![other],
+    }
+}
+
+#[test]
+fn a_name_is_taken_over_and_keeps_its_number() {
+    let mut state = state();
+    let (a, b) = (join(&mut state), join(&mut state));
+    ask(&mut state, a, named("t", "n")).unwrap();
+    let plan = ask_only(&state, b, named("t", "n")).unwrap();
+    let [Event::Fenced { topic: 0, slot: 0 }, Event::ArenaAdded { .. }, opened] = &plan.events[..] else {
+        panic!("{plan:?}")
+    };
+    state.apply(&plan.events[0]);
+    assert_eq!(state.topic(0).unwrap().unsettled(), [0], "to be done again by whoever reads this");
+    state.apply(&Event::IdentitySettled { topic: 0, slot: 0, last_number: 12 });
+    assert_eq!(state.topic(0).unwrap().unsettled(), []);
+    state.apply(&plan.events[1]);
+    state.apply(opened);
+    let Event::PublisherOpened { slot: 1, opened, .. } = opened else { panic!("{opened:?}") };
+    assert_eq!((opened.publisher, opened.opening), (1, 2));
+    assert_eq!(state.topic(0).unwrap().number_before(opened), Some(12));
+    ask(&mut state, a, Request::Close { handles: vec![HandleRef::Publisher { topic: 0, slot: 0 }] }).unwrap();
+    let names: Vec<_> = state.topic(0).unwrap().names(None, |_| None).map(|n| (n.last_number, n.slot)).collect();
+    assert_eq!(names, [(12, Some(1))], "what its former holder does is no concern of the name");
+}
+
+#[test]
+fn names_are_limited_and_channels_have_none() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, create("c", mode(Mode::Channel))).unwrap();
+    assert!(matches!(ask(&mut state, a, named("c", "n")), Err(Refusal::Options { .. })));
+    assert!(matches!(ask(&mut state, a, named("t", "a b")), Err(Refusal::Name { .. })));
+    ask(&mut state, a, create("t", TopicOptions::default())).unwrap();
+    for n in 0..crate::coordinator::limits::MAX_IDENTITIES as u64 {
+        let identity = Identity::Named(format!("n{n}"));
+        state.apply(&Event::IdentityKnown { topic: 1, identity, publisher: n, last_number: n });
+    }
+    assert!(matches!(ask(&mut state, a, named("t", "new")), Err(Refusal::Limit { limit: 1024, .. })));
+    ask(&mut state, a, named("t", "n7")).unwrap();
 }
 
 fn ask_only(state: &State, who: u64, request: Request) -> Result<Plan, Refusal> {

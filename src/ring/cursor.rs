@@ -8,6 +8,8 @@ pub(crate) const NOT_IN_FORCE: u64 = u64::MAX;
 
 const GATING: u64 = 1;
 const DROPPABLE: u64 = 2;
+/// A group's cursor: gates like a subscriber's, and stays while no consumer is connected.
+const GROUP: u64 = 3;
 
 /// The head of a cursors segment's body.
 #[repr(C)]
@@ -30,6 +32,8 @@ pub struct Cursor {
     sequence: AtomicU64,
     mode: AtomicU64,
     owner: AtomicU64,
+    /// A group's connected consumers, stored by the coordinator; 0 for subscribers.
+    consumers: AtomicU64,
 }
 
 /// The lowest gating cursor.
@@ -56,6 +60,7 @@ impl Cursor {
             sequence: AtomicU64::new(0),
             mode: AtomicU64::new(0),
             owner: AtomicU64::new(0),
+            consumers: AtomicU64::new(0),
         }
     }
 
@@ -92,13 +97,6 @@ impl Cursor {
         (self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
     }
 
-    /// Where the cursor stands; what lies there or above stays as long as it does.
-    #[cfg(not(loom))]
-    pub(crate) fn position(&self) -> u64 {
-        // Acquire: A-CURSOR pairs with R-CURSOR (raise): what another consumer saw settled is settled for us.
-        self.position.load(Ordering::Acquire)
-    }
-
     /// Stores a position a joining reader would like; see `gate::join` for what must follow.
     pub(crate) fn propose(&self, position: u64) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): the mode is visible with the position.
@@ -107,10 +105,27 @@ impl Cursor {
 
     /// Prepares the cursor for its new owner, before [`Self::propose`].
     pub fn occupy(&self, owner: u64, droppable: bool) {
+        self.occupy_as(owner, if droppable { DROPPABLE } else { GATING });
+    }
+
+    /// The same for a group, which has no consumers yet; `owner` is the group's own number.
+    pub fn occupy_group(&self, owner: u64) {
+        self.occupy_as(owner, GROUP);
+    }
+
+    fn occupy_as(&self, owner: u64, mode: u64) {
         // Relaxed: published by `propose`.
         self.owner.store(owner, Ordering::Relaxed);
+        self.consumers.store(0, Ordering::Relaxed);
         // Release: R-MODE pairs with A-MODE (lowest), as in `vacate`.
-        self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Release);
+        self.mode.store(mode, Ordering::Release);
+    }
+
+    /// Says how many consumers of the group are connected.
+    pub fn set_consumers(&self, count: u64) {
+        // Relaxed: a count that `readers` takes as it finds it. A consumer that was granted its place before its count was
+        // stored is at worst not counted yet, and the coordinator stores first.
+        self.consumers.store(count, Ordering::Relaxed);
     }
 
     /// Takes the cursor out of force, for its reader: the rest of the line is the coordinator's, who may already have
@@ -128,7 +143,19 @@ impl Cursor {
         // Release: R-MODE pairs with A-MODE (lowest): a scan may see the new mode beside the old position, and takes the
         // mode's word for it that nobody reads here any more.
         self.mode.store(0, Ordering::Release);
+        // Relaxed: whoever counts has seen the mode go, or counts what was true a moment ago.
+        self.consumers.store(0, Ordering::Relaxed);
         self.owner.store(0, Ordering::Relaxed);
+    }
+
+    /// Where a cursor stands whose reader has not begun; `None` where it is not in force.
+    #[cfg(not(loom))]
+    pub(crate) fn place(&self) -> Option<crate::ring::log::Place> {
+        // Acquire: A-CURSOR pairs with R-CURSOR (advance, raise): the sequence was stored before the position, where there is
+        // one reader; and what another consumer saw settled is settled for us.
+        let position = self.position.load(Ordering::Acquire);
+        let place = crate::ring::log::Place { position, sequence: self.sequence() };
+        (position != NOT_IN_FORCE).then_some(place)
     }
 
     /// The sequence people see. Stale the moment it is read.
@@ -160,8 +187,12 @@ pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowes
     for (index, cursor) in cursors[..used].iter().enumerate() {
         // Acquire: A-CURSOR pairs with R-CURSOR (advance, propose, vacate).
         let position = cursor.position.load(Ordering::Acquire);
-        // Acquire: A-MODE pairs with R-MODE (occupy, vacate).
-        if position == NOT_IN_FORCE || cursor.mode.load(Ordering::Acquire) != GATING {
+        if position == NOT_IN_FORCE {
+            continue;
+        }
+        // Acquire: A-MODE pairs with R-MODE (occupy_as, vacate).
+        let mode = cursor.mode.load(Ordering::Acquire);
+        if mode != GATING && mode != GROUP {
             continue;
         }
         if lowest.is_none_or(|l| position < l.position) {

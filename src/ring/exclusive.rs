@@ -78,6 +78,14 @@ impl<const W: usize> ExclusiveLog<W> {
         word.commits(position).then_some(word)
     }
 
+    /// The tenancy's index in the message at `position`, if that is committed and still there.
+    #[cfg(not(loom))]
+    pub(crate) fn tenancy_at(&self, position: u64) -> Option<u8> {
+        // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+        let word = Word(self.ring.at(position).word.load(Ordering::Acquire));
+        (word.commits(position) && word.kind() != Kind::Hole).then(|| word.tenancy())
+    }
+
     /// The arena payload that the message at `position` refers to, if it has one.
     #[cfg(not(loom))]
     pub(crate) fn span_at(&self, position: u64) -> Option<Span> {

@@ -40,6 +40,8 @@ pub enum Stop {
     Blocked(Blocked),
     /// Shared memory holds what no correct process writes.
     Corrupt(&'static str),
+    /// A successor has taken the publisher's name.
+    Fenced,
 }
 
 /// What a publisher asks of the gate.
@@ -68,6 +70,11 @@ pub struct Gate<'m> {
 impl Gate<'_> {
     /// Makes room as wanted. Returns the position up to which the caller may write without asking again.
     pub fn make_room(&self, policy: &Policy, want: Want) -> Result<u64, Blocked> {
+        self.make_room_after(policy, want, |_| ())
+    }
+
+    /// The same; `settle` is told of every floor before it is raised to it.
+    pub fn make_room_after(&self, policy: &Policy, want: Want, settle: impl Fn(u64)) -> Result<u64, Blocked> {
         // Before the floor may pass it: I-5.
         self.header.store_checkpoint(want.slot, want.at);
         let end = want.at.position + want.count;
@@ -80,7 +87,7 @@ impl Gate<'_> {
             return Err(blocked);
         }
         let need = end.saturating_sub(policy.slots).max(want.give_up_below);
-        let floor = if need > floor { self.raise(policy, want, need, held)? } else { floor };
+        let floor = if need > floor { self.raise(policy, want, need, held, settle)? } else { floor };
         // Release: R-COPY pairs with A-COPY (still_retained): the intent comes before whatever we write below the
         // floor, also where another publisher raised it.
         fence(Ordering::Release);
@@ -91,7 +98,14 @@ impl Gate<'_> {
     }
 
     /// Raises the floor to at least `need`, by `slack` more where nobody minds.
-    fn raise(&self, policy: &Policy, want: Want, need: u64, held: Option<Blocked>) -> Result<u64, Blocked> {
+    fn raise(
+        &self,
+        policy: &Policy,
+        want: Want,
+        need: u64,
+        held: Option<Blocked>,
+        settle: impl Fn(u64),
+    ) -> Result<u64, Blocked> {
         let ceiling = held.map_or(want.at.position, |b| b.position.min(want.at.position));
         if ceiling < need {
             return Err(held.unwrap_or(Blocked { cursor: None, position: ceiling }));
@@ -104,7 +118,9 @@ impl Gate<'_> {
         fence(Ordering::SeqCst);
         let joined = self.held_from(policy, need);
         let confirmed = joined.map_or(target, |b| b.position.min(target));
-        // AcqRel: R-FLOOR pairs with A-FLOOR (make_room): whoever uses this floor has our view of the readers.
+        settle(confirmed);
+        // AcqRel: R-FLOOR pairs with A-FLOOR (make_room): whoever uses this floor has our view of the readers, and what
+        // lies below it has been settled.
         let floor = self.header.floor.0.fetch_max(confirmed, Ordering::AcqRel).max(confirmed);
         if floor < need {
             return Err(joined.unwrap_or(Blocked { cursor: None, position: floor }));

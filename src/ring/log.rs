@@ -1,5 +1,6 @@
 //! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
 
+use crate::ring::notes::Note;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, pause};
 
 /// Checkpoints in a log; loom gets fewer, because it tracks every word.
@@ -7,6 +8,9 @@ pub(crate) const CHECKPOINTS: usize = if cfg!(loom) { 2 } else { 64 };
 
 /// Tenancies in a log.
 pub(crate) const TENANCIES: usize = if cfg!(loom) { 2 } else { 256 };
+
+/// The checkpoint slot of the coordinator, besides those of the publishers.
+pub(crate) const COORDINATOR: u32 = CHECKPOINTS as u32;
 
 const NO_CHECKPOINT: u64 = u64::MAX;
 
@@ -35,7 +39,16 @@ pub struct LogHeader {
     pub(crate) released: FloorLine,
     checkpoints: [Checkpoint; CHECKPOINTS],
     tenancies: [Tenancy; TENANCIES],
+    /// One line a publisher slot.
+    notes: [Note; CHECKPOINTS],
+    /// The coordinator's own, for the fences it commits.
+    own_checkpoint: Checkpoint,
+    identities: IdentitySlots,
 }
+
+/// The publisher slots that have ever had an owner with an identity, a bit each.
+#[repr(C, align(64))]
+struct IdentitySlots(AtomicU64);
 
 #[repr(C, align(128))]
 struct StateLine(AtomicU32);
@@ -90,6 +103,9 @@ impl LogHeader {
                 first_number: AtomicU64::new(0),
                 reserved: AtomicU64::new(0),
             }),
+            notes: std::array::from_fn(|_| Note::new()),
+            own_checkpoint: Checkpoint { pairs: [pair(), pair()] },
+            identities: IdentitySlots(AtomicU64::new(0)),
         };
         header.format(start);
         header
@@ -100,7 +116,7 @@ impl LogHeader {
         // Relaxed: nobody else sees the log before its descriptor is passed on.
         self.intent.0.store(start, Ordering::Relaxed);
         self.floor.0.store(start, Ordering::Relaxed);
-        for checkpoint in &self.checkpoints {
+        for checkpoint in self.checkpoints.iter().chain([&self.own_checkpoint]) {
             for pair in &checkpoint.pairs {
                 pair.position.store(NO_CHECKPOINT, Ordering::Relaxed);
             }
@@ -145,7 +161,9 @@ impl LogHeader {
 
     /// Leaves a checkpoint. `slot` is the caller's own: it is the only writer.
     pub fn store_checkpoint(&self, slot: u32, place: Place) {
-        let pairs = &self.checkpoints[slot as usize % CHECKPOINTS].pairs;
+        let own =
+            if slot == COORDINATOR { &self.own_checkpoint } else { &self.checkpoints[slot as usize % CHECKPOINTS] };
+        let pairs = &own.pairs;
         // Relaxed: only we write these. The older pair goes; a pair half-written by a dead predecessor goes first.
         let at = |i: usize| pairs[i].position.load(Ordering::Relaxed).wrapping_add(1);
         let pair = &pairs[usize::from(at(1) < at(0))];
@@ -158,7 +176,8 @@ impl LogHeader {
 
     /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
     pub fn newest_checkpoint(&self) -> Option<Place> {
-        self.checkpoints.iter().filter_map(Checkpoint::newest).max_by_key(|place| place.position)
+        let all = self.checkpoints.iter().chain([&self.own_checkpoint]);
+        all.filter_map(Checkpoint::newest).max_by_key(|place| place.position)
     }
 
     /// Puts a tenancy in force, before its publisher learns its index.
@@ -171,6 +190,40 @@ impl LogHeader {
         tenancy.publisher.store(publisher, Ordering::Release);
         tenancy.first_number.store(first_number, Ordering::Release);
         tenancy.first_position.store(first_position, Ordering::Release);
+    }
+
+    /// The line of a publisher slot.
+    #[inline]
+    pub fn note(&self, slot: u32) -> &Note {
+        &self.notes[slot as usize % CHECKPOINTS]
+    }
+
+    /// Hands a publisher slot's line to a new owner with an identity, before it is answered.
+    pub fn begin_note(&self, slot: u32, opening: u64, last: u64) {
+        self.note(slot).begin(opening, last);
+        // Release: R-IDENTITIES pairs with A-IDENTITIES (settle_notes).
+        self.identities.0.fetch_or(1 << (slot as usize % CHECKPOINTS), Ordering::Release);
+    }
+
+    /// Decides every note pending below `floor`; `owns` tells whether the entry at a position is a slot's. To be called
+    /// before the floor is raised, by who has walked to it or beyond.
+    pub(crate) fn settle_notes(&self, floor: u64, owns: impl Fn(u32, u64) -> bool) {
+        // Acquire: A-IDENTITIES pairs with R-IDENTITIES (begin_note). Who was answered after that store and has
+        // committed below `floor` is seen: its swap (R-CLAIM) lies on the way of whoever walked past it.
+        let mut slots = self.identities.0.load(Ordering::Acquire);
+        while slots != 0 {
+            let slot = slots.trailing_zeros();
+            slots &= slots - 1;
+            self.note(slot).settle(floor, |position| owns(slot, position));
+        }
+    }
+
+    /// First position and first number of the tenancy at `index`, for the coordinator, which alone writes them.
+    #[cfg(not(loom))]
+    pub(crate) fn tenancy(&self, index: u32) -> (u64, u64) {
+        let tenancy = &self.tenancies[index as usize % TENANCIES];
+        // Relaxed: the coordinator wrote them, or was handed the memory by the one that did.
+        (tenancy.first_position.load(Ordering::Relaxed), tenancy.first_number.load(Ordering::Relaxed))
     }
 
     /// Publisher and its number of the message at `position`; `None` where the tenancy's place has been used again.
@@ -215,5 +268,8 @@ const _: () = {
     assert!(offset_of!(LogHeader, released) == 384);
     assert!(offset_of!(LogHeader, checkpoints) == 512);
     assert!(offset_of!(LogHeader, tenancies) == 4608);
+    assert!(offset_of!(LogHeader, notes) == 12_800);
+    assert!(offset_of!(LogHeader, own_checkpoint) == 16_896);
+    assert!(offset_of!(LogHeader, identities) == 16_960);
     assert!(size_of::<LogHeader>() <= crate::shm::layout::RING_OFFSET as usize);
 };

@@ -9,12 +9,15 @@
 //!             lap mod (2^(54-u) - 1) + 1   messages - 1      record, in units over all arenas
 //! ```
 //!
-//! where `u` is as many bits as the topic's arenas need.
+//! where `u` is as many bits as the topic's arenas need. All ones in the record's field make the entry a *fence*: a hole of one
+//! sequence, whose other field names the publisher slot that commits nothing behind it. A publisher sees every entry
+//! before the one it swaps, so the log itself stops it (ARCHITECTURE.md §4.2).
 
 use crate::ring::arena::{Arena, Span};
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
-use crate::ring::log::{LogHeader, Place};
+use crate::ring::log::{COORDINATOR, LogHeader, Place};
+use crate::ring::notes::Note;
 use crate::ring::slot::Ring;
 use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::shared::Shared;
@@ -41,6 +44,8 @@ impl Entry {
 #[derive(Clone, Copy, Debug)]
 struct Format {
     unit_bits: u32,
+    /// Units of each publisher slot's arena.
+    units_per_slot: u64,
     /// How many laps the field can tell apart.
     laps: u64,
 }
@@ -50,12 +55,16 @@ struct Format {
 pub struct EntryWord {
     raw: u64,
     count: u64,
+    /// The record, or `FENCE` and a slot.
     unit: u64,
 }
 
+/// Marks an entry that has no record.
+const FENCE: u64 = 1 << 63;
+
 impl Format {
-    fn new(unit_bits: u32) -> Self {
-        Format { unit_bits, laps: (1 << (64 - COUNT_BITS - unit_bits)) - 1 }
+    fn new(unit_bits: u32, units_per_slot: u64) -> Self {
+        Format { unit_bits, units_per_slot, laps: (1 << (64 - COUNT_BITS - unit_bits)) - 1 }
     }
 
     /// The lap as stored: never 0, so that zeroed memory is no lap. Laps that lie `laps` apart share a field (I-6).
@@ -70,10 +79,25 @@ impl Format {
         EntryWord { raw, count, unit }
     }
 
+    /// What a record's place never is (`Geometry` sees to it).
+    #[inline]
+    fn no_unit(self) -> u64 {
+        (1 << self.unit_bits) - 1
+    }
+
+    fn fence(self, lap: u64, slot: u32) -> EntryWord {
+        let raw = self.word(lap, u64::from(slot) + 1, self.no_unit()).raw;
+        EntryWord { raw, count: 1, unit: FENCE | u64::from(slot) }
+    }
+
     #[inline]
     fn read(self, raw: u64) -> EntryWord {
-        let count = (raw >> self.unit_bits & ((1 << COUNT_BITS) - 1)) + 1;
-        EntryWord { raw, count, unit: raw & ((1 << self.unit_bits) - 1) }
+        let field = raw >> self.unit_bits & ((1 << COUNT_BITS) - 1);
+        let unit = raw & self.no_unit();
+        if unit == self.no_unit() {
+            return EntryWord { raw, count: 1, unit: FENCE | field };
+        }
+        EntryWord { raw, count: field + 1, unit }
     }
 
     /// Whether `raw` commits lap `lap`.
@@ -90,13 +114,25 @@ impl Format {
 }
 
 impl EntryWord {
-    /// Messages in the batch.
+    /// Sequences it takes: the messages of the batch, or one for a fence.
     #[inline]
     pub(crate) fn count(self) -> u64 {
         self.count
     }
 
-    /// The record's place over all arenas.
+    /// Whether it is a hole without a record.
+    #[inline]
+    pub(crate) fn is_fence(self) -> bool {
+        self.unit & FENCE != 0
+    }
+
+    /// Whether it fences this publisher slot.
+    #[inline]
+    fn fences(self, slot: u32) -> bool {
+        self.unit == FENCE | u64::from(slot)
+    }
+
+    /// The record's place over all arenas; not of a fence.
     #[inline]
     pub(crate) fn unit(self) -> u64 {
         self.unit
@@ -138,16 +174,18 @@ enum Look {
 }
 
 impl ManyLog {
-    /// A log over this memory; entry words say in `unit_bits` bits where a record is.
+    /// A log over this memory; entry words say in `unit_bits` bits where a record is, and each publisher slot has
+    /// `units_per_slot` of these places.
     pub fn new(
         header: Shared<LogHeader>,
         readers: Shared<CursorsHeader>,
         cursors: Shared<[Cursor]>,
         ring: Ring<Entry>,
         unit_bits: u32,
+        units_per_slot: u64,
     ) -> Self {
         let lap_shift = ring.len().trailing_zeros();
-        ManyLog { header, readers, cursors, ring, lap_shift, format: Format::new(unit_bits) }
+        ManyLog { header, readers, cursors, ring, lap_shift, format: Format::new(unit_bits, units_per_slot) }
     }
 
     pub fn gate(&self) -> Gate<'_> {
@@ -184,6 +222,51 @@ impl ManyLog {
                 return Some(place);
             }
         }
+    }
+
+    /// The first position from `position` on that is no fence, and thus has a record or is not committed yet: sequences are found
+    /// in records, and a fence is one sequence.
+    pub(crate) fn past_fences(&self, position: u64) -> u64 {
+        let end = position + self.ring.len();
+        (position..end).find(|at| !self.committed(*at).is_some_and(EntryWord::is_fence)).unwrap_or(end)
+    }
+
+    /// Commits a fence for the publisher that opened `slot` as number `opening`: nothing it publishes comes behind it. For the
+    /// coordinator; may use the ring's slack, which publishers may not. Twice is as good as once.
+    pub fn fence(&self, policy: &Policy, slot: u32, opening: u64) -> Result<Place, Stop> {
+        let mut writer = self.fencer(policy)?;
+        // Before the swap: a publisher that slept until the fence is overwritten finds this instead.
+        self.header.note(slot).fence(opening);
+        loop {
+            let expected = writer.walk_to_free()?;
+            let fence = self.format.fence(writer.at.position >> self.lap_shift, slot);
+            if writer.claim(expected, fence) {
+                return Ok(writer.at);
+            }
+        }
+    }
+
+    /// Whether there is room for a fence. Only fences use that room, so it stays until there is one.
+    #[cfg(not(loom))]
+    pub(crate) fn has_room_for_fence(&self, policy: &Policy) -> Result<(), Stop> {
+        self.fencer(policy)?.make_room(0, 0)
+    }
+
+    /// Whether the entry at `position` is there and its record in the arena of `slot`.
+    pub fn owns(&self, slot: u32, position: u64) -> bool {
+        let owner = |word: EntryWord| word.unit / self.format.units_per_slot;
+        self.committed(position).is_some_and(|word| !word.is_fence() && owner(word) == u64::from(slot))
+    }
+
+    /// Decides what publishers noted below `floor`, which the caller has walked to or beyond.
+    fn settle_notes(&self, floor: u64) {
+        self.header.settle_notes(floor, |slot, position| self.owns(slot, position));
+    }
+
+    fn fencer(&self, policy: &Policy) -> Result<Writer, Stop> {
+        // A chunk of one: the limit of a moment ago is no limit.
+        let policy = Policy { messages: policy.slots, slack: 0, ..*policy };
+        Writer::new(self.clone(), policy, COORDINATOR).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))
     }
 
     /// The committed entry at `position`, if it is still there.
@@ -254,13 +337,25 @@ pub struct Writer {
     /// Where this publisher last saw the tail.
     at: Place,
     limit: u64,
+    /// Which opening of a publisher this is; 0 in models.
+    opening: u64,
+    /// With an identity: the number committed last.
+    last: Option<u64>,
+    fenced: bool,
 }
 
 impl Writer {
     /// A publisher in `slot`; `at` is any place on the log that is not ahead of the tail.
     pub fn new(log: ManyLog, policy: Policy, slot: u32) -> Option<Self> {
         let at = log.tail_from(None)?;
-        Some(Writer { log, policy, slot, at, limit: at.position })
+        Some(Writer { log, policy, slot, at, limit: at.position, opening: 0, last: None, fenced: false })
+    }
+
+    /// Which opening of a publisher this is, by which it may be fenced. With an identity, `last` is the number that was
+    /// committed last.
+    #[must_use]
+    pub fn opened_as(self, opening: u64, last: Option<u64>) -> Self {
+        Writer { opening, last, ..self }
     }
 
     pub(crate) fn log(&self) -> &ManyLog {
@@ -277,31 +372,72 @@ impl Writer {
     pub fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
         // A publisher that slept may stand below the floor by now; what it would announce must be true.
         self.at = self.log.tail_from(Some(self.at)).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
+        // What was walked, or jumped, over may have been a fence.
+        self.fenced = self.fenced || self.log.header.note(self.slot).is_fenced(self.opening);
+        if self.fenced {
+            return Err(Stop::Fenced);
+        }
         let want = Want { slot: self.slot, at: self.at, count: 1, give_up_below, slack };
-        self.limit = self.log.gate().make_room(&self.policy, want).map_err(Stop::Blocked)?;
+        let settle = |floor| self.log.settle_notes(floor);
+        self.limit = self.log.gate().make_room_after(&self.policy, want, settle).map_err(Stop::Blocked)?;
         Ok(())
     }
 
-    /// Publishes the record at `offset` of `arena`, which is number `unit` over all arenas and holds `count` messages.
-    /// On `Stop` nothing has happened. Returns where it was committed.
-    pub(crate) fn publish(&mut self, arena: &Arena, offset: u64, unit: u64, count: u64) -> Result<Place, Stop> {
+    /// Publishes the record at `offset` of `arena`, which is number `unit` over all arenas and holds `count` messages, the last
+    /// of them with the publisher's own `number`. On `Stop` nothing has happened. Returns where it was committed.
+    pub(crate) fn publish(
+        &mut self,
+        arena: &Arena,
+        offset: u64,
+        unit: u64,
+        count: u64,
+        number: u64,
+    ) -> Result<Place, Stop> {
+        let mut expected = self.walk_to_free()?;
+        if let Some(last) = self.last {
+            self.note().prepare(self.at.position, last, number);
+        }
         loop {
-            let expected = self.walk_to_free()?;
             Record::write_place(arena, offset, self.at);
             let new = self.log.format.word(self.at.position >> self.log.lap_shift, count, unit);
-            if self.claim(expected, new) {
-                let place = self.at;
-                self.at = after(place, new);
-                return Ok(place);
+            if self.last.is_some() {
+                self.note().pend(self.at.position);
             }
+            if self.claim(expected, new) {
+                return Ok(self.committed(new, number));
+            }
+            expected = self.walk_to_free()?;
         }
+    }
+
+    #[inline]
+    fn committed(&mut self, word: EntryWord, number: u64) -> Place {
+        let place = self.at;
+        if self.last.is_some() {
+            self.note().commit(place.position);
+            self.last = Some(number);
+        }
+        self.at = after(place, word);
+        place
+    }
+
+    #[inline]
+    fn note(&self) -> &Note {
+        self.log.header.note(self.slot)
     }
 
     /// Walks to the first free entry that may be written. Returns what it holds now.
     #[inline]
     fn walk_to_free(&mut self) -> Result<u64, Stop> {
+        if self.fenced {
+            return Err(Stop::Fenced);
+        }
         loop {
             match self.log.look(self.at.position) {
+                Look::Committed(word) if word.fences(self.slot) => {
+                    self.fenced = true;
+                    return Err(Stop::Fenced);
+                }
                 Look::Committed(word) => self.at = after(self.at, word),
                 Look::Free(expected) if self.at.position < self.limit => return Ok(expected),
                 // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today.
@@ -355,7 +491,7 @@ impl Writer {
     pub fn publish_word(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<u64, Stop> {
         Record::write(arena, offset, 1, 8, 1);
         arena.store(offset + RECORD_HEADER_BYTES, value);
-        self.publish(arena, offset, unit, 1).map(|place| place.position)
+        self.publish(arena, offset, unit, 1, value).map(|place| place.position)
     }
 }
 
@@ -444,13 +580,18 @@ mod tests {
     #[test]
     fn words_tell_their_lap_count_and_record() {
         for unit_bits in [1, 20, 34] {
-            let format = Format::new(unit_bits);
+            let format = Format::new(unit_bits, 1);
             for lap in [1, 5, format.laps - 1, format.laps, format.laps + 1] {
-                let word = format.word(lap, 1024, (1 << unit_bits) - 1);
+                let fence = format.fence(lap, 63);
+                assert!(format.commits(fence.raw, lap) && format.precedes(fence.raw, lap + 1));
+                assert_eq!(format.read(fence.raw), fence);
+                assert!(fence.is_fence() && fence.fences(63) && !fence.fences(62) && fence.count() == 1);
+                let word = format.word(lap, 1024, (1 << unit_bits) - 2);
+                assert!(!word.is_fence() && !word.fences(63));
                 assert!(format.commits(word.raw, lap) && !format.commits(word.raw, lap - 1));
                 assert!(format.precedes(word.raw, lap + 1) && !format.precedes(word.raw, lap + 2));
                 assert_eq!(format.read(word.raw), word);
-                assert_eq!((word.count(), word.unit()), (1024, (1 << unit_bits) - 1));
+                assert_eq!((word.count(), word.unit()), (1024, (1 << unit_bits) - 2));
             }
             assert!(format.precedes(0, 0) && !format.commits(0, 0));
         }

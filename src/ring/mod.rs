@@ -13,6 +13,7 @@ pub(crate) mod gate;
 pub(crate) mod ledger;
 pub(crate) mod log;
 pub(crate) mod many;
+pub(crate) mod notes;
 pub(crate) mod sequence;
 pub(crate) mod slot;
 pub(crate) mod spsc;

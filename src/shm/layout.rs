@@ -11,7 +11,7 @@ pub(crate) const LAYOUT_VERSION: u32 = 2;
 pub(crate) const BODY_OFFSET: u64 = 4096;
 
 /// Where the ring starts in a log's body.
-pub(crate) const RING_OFFSET: u64 = 16_384;
+pub(crate) const RING_OFFSET: u64 = 20_480;
 
 /// Where the slots start in a channel's body (after its two doorbells).
 pub(crate) const CHANNEL_RING_OFFSET: u64 = 4096;
@@ -101,7 +101,8 @@ impl Geometry {
         let batch = options.bytes + RECORD_HEADER_BYTES + MAX_BATCH as u64 * (4 + 7) + ARENA_ALIGN;
         let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES).max(batch.next_multiple_of(ARENA_ALIGN));
         let units = arena_bytes / ARENA_ALIGN * u64::from(options.max_publishers);
-        let unit_bits = units.next_power_of_two().trailing_zeros().max(1);
+        // All ones is no record but a fence.
+        let unit_bits = (units + 1).next_power_of_two().trailing_zeros();
         // 10 bits count messages; what is left for the lap and the ring's length together must not come round soon.
         let lap_bits = 54 - unit_bits;
         let fewest = MIN_ENTRIES.max(1 << LAP_ROUND_BITS.saturating_sub(lap_bits));

@@ -99,7 +99,9 @@ impl LogSegments {
     /// The log of a topic with many publishers.
     pub(crate) fn many(&self, info: &TopicInfo) -> ManyLog {
         let ring = self.log.ring(RING_OFFSET, info.geometry.slots);
-        ManyLog::new(self.header(), self.readers(), self.cursor_lines(info), ring, info.geometry.unit_bits)
+        let units_per_slot = info.geometry.arena_bytes / ARENA_ALIGN;
+        let lines = self.cursor_lines(info);
+        ManyLog::new(self.header(), self.readers(), lines, ring, info.geometry.unit_bits, units_per_slot)
     }
 }
 

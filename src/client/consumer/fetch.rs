@@ -10,7 +10,6 @@ use super::copies::{Copies, Copy};
 use crate::client::control::Control;
 use crate::coordinator::protocol::TopicInfo;
 use crate::ring::arena::{Arena, Span};
-use crate::ring::cursor::Cursor;
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::still_retained;
 use crate::ring::log::{LogHeader, Place};
@@ -232,6 +231,9 @@ impl EntryLog {
             Some(batch) => *batch,
             None => {
                 let Some((place, word)) = self.find(sequence) else { return NOT_THERE };
+                if word.is_fence() {
+                    return Got::Hole;
+                }
                 match self.open(place, word) {
                     Ok(batch) => batch,
                     Err(problem) => return Got::Unsound(problem),
@@ -277,12 +279,21 @@ impl EntryLog {
         Some(low)
     }
 
-    /// Position and sequence of the batch at `position`, if it is there.
+    /// Position and sequence of the entry at `position`, if it is there and so is the record that says its sequence.
     fn place_at(&mut self, position: u64) -> Option<Place> {
-        let word = self.log.committed(position)?;
-        let (slot, offset) = locate(&self.info.geometry, word.unit());
-        let record = Record::read(self.arena(slot).ok()?, offset).filter(|record| record.position == position)?;
-        still_retained(&self.log.header, position).then_some(Place { position, sequence: record.first_sequence })
+        // A fence has no record; it takes one sequence, and so does each behind it.
+        let with_record = self.log.past_fences(position);
+        let fences = with_record - position;
+        let first_sequence = match self.log.committed(with_record) {
+            None => self.log.tail_from(None).filter(|tail| tail.position == with_record)?.sequence,
+            Some(word) => {
+                let (slot, offset) = locate(&self.info.geometry, word.unit());
+                let record = Record::read(self.arena(slot).ok()?, offset);
+                record.filter(|record| record.position == with_record)?.first_sequence
+            }
+        };
+        let sequence = first_sequence.checked_sub(fences)?;
+        still_retained(&self.log.header, position).then_some(Place { position, sequence })
     }
 
     /// Where the group's line stands: for who finds the ring overwritten where it stood.
@@ -290,21 +301,12 @@ impl EntryLog {
     fn line_place(&mut self) -> Option<Place> {
         // Others may raise the line while we look; each time it is a batch further on.
         for _ in 0..1000 {
-            let position = self.line().position();
-            let at_tail = |place: &Place| place.position == position;
-            let place = match self.place_at(position) {
-                None => self.log.tail_from(None).filter(at_tail),
-                found => found,
-            };
-            if place.is_some() {
-                return place;
+            let position = self.log.cursors[self.line].place()?.position;
+            if let Some(place) = self.place_at(position) {
+                return Some(place);
             }
         }
         None
-    }
-
-    fn line(&self) -> &Cursor {
-        &self.log.cursors[self.line]
     }
 
     fn position_of_floor(&mut self, floor: u64) -> u64 {

@@ -189,14 +189,24 @@ impl ManyPort {
 
     /// Position and sequence of the batch at `position`, if it is still retained.
     fn place_at(&mut self, position: u64) -> Result<Option<Place>, RecvError> {
+        // A fence has no record to say its sequence; it takes one, and so does each behind it.
+        let (fence, position) = (position, self.reader.log().past_fences(position));
+        let back = |place: Place| {
+            let sequence = place.sequence.checked_sub(place.position - fence)?;
+            Some(Place { position: fence, sequence })
+        };
         let Some(word) = self.reader.log().committed(position) else {
-            return Ok(self.reader.log().tail_from(None).filter(|tail| tail.position >= position));
+            let tail = self.reader.log().tail_from(None);
+            return Ok(match fence == position {
+                true => tail.filter(|tail| tail.position >= position),
+                false => tail.filter(|tail| tail.position == position).and_then(back),
+            });
         };
         let (slot, offset) = locate(&self.info.geometry, word.unit());
         self.load_arena(slot)?;
         let record = Record::read(self.arena(slot), offset).filter(|record| record.position == position);
-        let sound = record.filter(|_| still_retained(&self.reader.log().header, position));
-        Ok(sound.map(|record| Place { position, sequence: record.first_sequence }))
+        let sound = record.filter(|_| still_retained(&self.reader.log().header, fence));
+        Ok(sound.and_then(|record| back(Place { position, sequence: record.first_sequence })))
     }
 }
 
@@ -220,6 +230,11 @@ impl ReadPort for ManyPort {
             let batch = match self.batch {
                 Some(batch) => batch,
                 None => match self.reader.poll() {
+                    many::Poll::Ready(word) if word.is_fence() => {
+                        self.reader.step(word);
+                        self.finish_batch();
+                        continue;
+                    }
                     many::Poll::Ready(word) => match self.open(word)? {
                         Some(batch) => batch,
                         None => return Err(self.lagged()),

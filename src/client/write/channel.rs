@@ -1,5 +1,6 @@
 //! A channel's sender as a [`SlotEnd`].
 
+use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
@@ -92,6 +93,11 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
             return None;
         }
         header.ended().or_else(|| header.is_closed(spsc::End::Receiver).then_some(GoneReason::Closed))
+    }
+
+    fn runs_of(&self, _publisher: u64) -> Vec<Run> {
+        // A channel keeps no record of who published.
+        Vec::new()
     }
 
     fn leave(&mut self) {

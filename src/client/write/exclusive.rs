@@ -1,6 +1,7 @@
 //! An exclusive topic's publisher as a [`SlotEnd`].
 
 use super::arena_slack;
+use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
@@ -72,6 +73,17 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         if self.log().readers.readers.wants_attention() { self.log().header.gone() } else { None }
+    }
+
+    fn runs_of(&self, publisher: u64) -> Vec<Run> {
+        let log = self.log();
+        // Acquire: A-FLOOR, as in the gate.
+        let oldest = log.header.floor.0.load(Ordering::Acquire).max(self.next().saturating_sub(log.ring.len()));
+        let number = |position: u64| {
+            let (owner, number) = log.header.publisher_at(log.tenancy_at(position)?, position)?;
+            (owner == publisher).then_some(Run { number, sequence: position, count: 1 })
+        };
+        (oldest..self.next()).filter_map(number).collect()
     }
 
     fn leave(&mut self) {

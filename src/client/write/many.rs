@@ -1,16 +1,42 @@
 //! One publisher of a topic with many.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
 
+use super::runs::Run;
 use super::{WritePort, arena_slack};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
 use crate::ring::doorbell::Doorbell;
-use crate::ring::gate::Stop;
+use crate::ring::gate::{Stop, still_retained};
 use crate::ring::many::{self, Record};
 use crate::shm::layout::{ARENA_ALIGN, MAX_BATCH, RECORD_HEADER_BYTES};
-use crate::shm::topic::{SharedInfo, locate, unit_of};
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic::{self, SharedInfo, locate, unit_of};
 use crate::sync::{Ordering, fence};
+
+/// The arenas of other slots, where messages of the same name may lie: mapped when they are first needed.
+pub(crate) struct Others {
+    given: BTreeMap<u32, OwnedFd>,
+    mapped: BTreeMap<u32, Arena>,
+}
+
+impl Others {
+    /// What the coordinator handed out.
+    pub(crate) fn new(given: impl IntoIterator<Item = (u32, OwnedFd)>) -> Self {
+        Others { given: given.into_iter().collect(), mapped: BTreeMap::new() }
+    }
+
+    /// A slot's arena, if it was there when we came and is what was promised.
+    fn arena(&mut self, slot: u32, info: &SharedInfo) -> Option<&Arena> {
+        if let Some(fd) = self.given.remove(&slot)
+            && let Ok(segment) = Segment::attach(fd.as_fd(), &info.arena(slot), Access::ReadOnly)
+        {
+            self.mapped.insert(slot, topic::arena(&segment, &info.geometry));
+        }
+        self.mapped.get(&slot)
+    }
+}
 
 /// One publisher of a topic with many.
 pub(crate) struct ManyPort {
@@ -18,14 +44,25 @@ pub(crate) struct ManyPort {
     info: SharedInfo,
     slot: u32,
     publisher: u64,
-    /// The number of the next message.
+    /// The numbers of the first and the next message.
+    first: u64,
     number: u64,
     arena: Arena,
+    others: Others,
     allocator: Allocator,
 }
 
 impl ManyPort {
-    pub(crate) fn new(writer: many::Writer, info: SharedInfo, slot: u32, publisher: u64, arena: Arena) -> Self {
+    /// `before`: the number of the message before the first.
+    pub(crate) fn new(
+        writer: many::Writer,
+        info: SharedInfo,
+        slot: u32,
+        publisher: u64,
+        before: u64,
+        arena: Arena,
+        others: Others,
+    ) -> Self {
         let log = writer.log();
         // Acquire: A-FLOOR, as in the gate.
         let floor = log.header.floor.0.load(Ordering::Acquire);
@@ -33,13 +70,15 @@ impl ManyPort {
         let oldest = floor.max(tail.saturating_sub(log.ring.len()));
         let live: VecDeque<Live> = (oldest..tail)
             .filter_map(|position| {
-                let (owner, offset) = locate(&info.geometry, log.committed(position)?.unit());
+                let word = log.committed(position).filter(|word| !word.is_fence())?;
+                let (owner, offset) = locate(&info.geometry, word.unit());
                 let record = if owner == slot { Record::read(&arena, offset)? } else { return None };
                 Some(Live { position, offset, end: offset + RECORD_HEADER_BYTES + record.body_bytes })
             })
             .collect();
         let allocator = Allocator::new(arena.len_bytes(), live);
-        ManyPort { writer, info, slot, publisher, number: 1, arena, allocator }
+        let (first, number) = (before + 1, before + 1);
+        ManyPort { writer, info, slot, publisher, first, number, arena, others, allocator }
     }
 
     /// Arena space for a record with a body of `body` bytes.
@@ -64,7 +103,7 @@ impl ManyPort {
     fn commit(&mut self, offset: u64, body: u64, count: u64) -> Result<u64, Stop> {
         Record::write(&self.arena, offset, self.publisher, body, self.number);
         let unit = unit_of(&self.info.geometry, self.slot, offset);
-        let place = self.writer.publish(&self.arena, offset, unit, count)?;
+        let place = self.writer.publish(&self.arena, offset, unit, count, self.number + count - 1)?;
         self.allocator.commit(place.position, offset, RECORD_HEADER_BYTES + body);
         self.number += count;
         self.writer.notify();
@@ -129,6 +168,29 @@ impl WritePort for ManyPort {
 
     fn max_batch(&self) -> usize {
         MAX_BATCH
+    }
+
+    fn published(&self) -> u64 {
+        self.number - self.first
+    }
+
+    fn runs_of(&mut self, publisher: u64) -> Vec<Run> {
+        let log = self.writer.log();
+        // Acquire: A-INTENT, as a joiner would look at it.
+        let oldest = log.header.intent.0.load(Ordering::Acquire);
+        let tail = log.tail_from(Some(self.writer.at())).map_or(oldest, |tail| tail.position);
+        let mut runs = Vec::new();
+        for position in oldest..tail {
+            let Some(word) = log.committed(position).filter(|word| !word.is_fence()) else { continue };
+            let (slot, offset) = locate(&self.info.geometry, word.unit());
+            let arena = if slot == self.slot { Some(&self.arena) } else { self.others.arena(slot, &self.info) };
+            let record = arena.and_then(|arena| Record::read(arena, offset));
+            let sound = record.filter(|r| r.position == position && still_retained(&log.header, position));
+            if let Some(record) = sound.filter(|record| record.publisher == publisher) {
+                runs.push(Run { number: record.first_number, sequence: record.first_sequence, count: word.count() });
+            }
+        }
+        runs
     }
 
     fn leave(&mut self) {

@@ -3,6 +3,7 @@
 mod channel;
 mod exclusive;
 mod many;
+mod runs;
 mod slots;
 
 use crate::error::GoneReason;
@@ -12,8 +13,11 @@ use crate::ring::gate::Stop;
 
 pub(crate) use channel::{ChannelEnd, channel};
 pub(crate) use exclusive::exclusive;
-pub(crate) use many::ManyPort;
+pub(crate) use many::{ManyPort, Others};
+pub(crate) use runs::Runs;
 pub(crate) use slots::SlotPort;
+
+use runs::Run;
 
 /// A kind of ring, seen from its writing end. Lengths have been checked against the topic's largest message.
 pub(crate) trait WritePort: Send {
@@ -50,6 +54,12 @@ pub(crate) trait WritePort: Send {
 
     /// Most messages in one batch.
     fn max_batch(&self) -> usize;
+
+    /// How many messages this port has published.
+    fn published(&self) -> u64;
+
+    /// Where the retained messages of `publisher` are, whichever port published them; unsorted.
+    fn runs_of(&mut self, publisher: u64) -> Vec<Run>;
 
     /// Called once, by the handle's drop.
     fn leave(&mut self);

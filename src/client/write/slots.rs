@@ -1,6 +1,7 @@
 //! Rings of slots, seen from their one writing end: exclusive topics and channels.
 
 use super::WritePort;
+use super::runs::Run;
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
 use crate::ring::doorbell::Doorbell;
@@ -28,6 +29,8 @@ pub(crate) trait SlotEnd: Send {
     fn space_bell(&self) -> &Doorbell;
     /// Whether the topic is gone.
     fn gone(&self) -> Option<GoneReason>;
+    /// Where the retained messages of a publisher are.
+    fn runs_of(&self, publisher: u64) -> Vec<Run>;
     /// The last call.
     fn leave(&mut self);
 }
@@ -38,6 +41,8 @@ pub(crate) struct SlotPort<const W: usize, E> {
     arena: Arena,
     allocator: Allocator,
     max_batch: usize,
+    /// The position of the first message.
+    start: u64,
 }
 
 impl<const W: usize, E: SlotEnd> SlotPort<W, E> {
@@ -47,7 +52,8 @@ impl<const W: usize, E: SlotEnd> SlotPort<W, E> {
         let live =
             live.map(|(position, span)| Live { position, offset: span.offset, end: span.offset + span.len.max(1) });
         let allocator = Allocator::new(arena.len_bytes(), live.collect());
-        SlotPort { end, arena, allocator, max_batch: (most as usize).min(MAX_BATCH) }
+        let start = end.next();
+        SlotPort { end, arena, allocator, max_batch: (most as usize).min(MAX_BATCH), start }
     }
 
     /// Arena space for `len` bytes.
@@ -162,6 +168,14 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
 
     fn max_batch(&self) -> usize {
         self.max_batch
+    }
+
+    fn published(&self) -> u64 {
+        self.end.next() - self.start
+    }
+
+    fn runs_of(&mut self, publisher: u64) -> Vec<Run> {
+        self.end.runs_of(publisher)
     }
 
     fn leave(&mut self) {

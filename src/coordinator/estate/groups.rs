@@ -1,0 +1,250 @@
+//! Groups: their events carried out, their answers and their status.
+//!
+//! A group takes a ledger and a cursor's line: keeper, registry, then the line comes into force, then the ledger begins
+//! where the line stands. A ledger that has not begun is not known to anybody, and a successor begins it. A group that
+//! ends is logged first, like everything that ends for others too; a successor says so again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+
+use super::{Estate, Granted, broken};
+use crate::coordinator::link::segment_name;
+use crate::coordinator::memory::{LedgerCount, ledger_name};
+use crate::coordinator::protocol::{Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, LeaseStatus, StartAt};
+use crate::coordinator::state::{Event, GroupEntry, TopicEntry};
+use crate::error::Refusal;
+use crate::group::Guarantee;
+use crate::os::clock;
+use crate::ring::ledger::{Seen, State as Word};
+
+/// A consumer by topic, group and number in the group.
+#[derive(Clone, Copy)]
+pub(super) struct ConsumerRef {
+    pub(super) topic: u64,
+    pub(super) group: u32,
+    pub(super) consumer: u32,
+}
+
+impl ConsumerRef {
+    /// Its number as the ledger's words name it.
+    fn slot(self) -> u8 {
+        // The state gives numbers below the ledger's limit only.
+        self.consumer as u8
+    }
+}
+
+/// Events.
+impl Estate {
+    /// Before a group is logged: its start is possible, and its ledger's memory is there and stored.
+    pub(super) fn prepare_group(&mut self, topic: u64, group: &GroupInfo, start: StartAt) -> Result<(), Refusal> {
+        let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("a group on a topic that is not there"))?;
+        memory.check_start(start)?;
+        memory.create_ledger(group)?;
+        let segment = memory.stored_ledger(group.id)?;
+        match &mut self.link {
+            Some(link) => link.store(&segment_name(topic, &segment.name), segment.fd),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts a group in force that has been logged.
+    pub(super) fn begin_group(&mut self, topic: u64, group: u32, start: StartAt) -> Result<(), Refusal> {
+        let begun = self.memory(topic).and_then(|memory| memory.begin_group(group, start));
+        if begun.is_err() {
+            self.carry_out(Event::GroupRetired { topic, group })?;
+        }
+        begun
+    }
+
+    /// The groups that an event may retire, or whose consumers it changes, as they are before it.
+    pub(super) fn groups_concerned(&self, event: &Event) -> Vec<(u64, GroupEntry)> {
+        let of = |handle: &HandleRef| match handle {
+            HandleRef::Consumer { topic, group, .. } => Some((*topic, *group)),
+            _ => None,
+        };
+        let concerned: BTreeSet<(u64, u32)> = match event {
+            Event::GroupRetired { topic, group } | Event::ConsumerOpened { topic, group, .. } => {
+                [(*topic, *group)].into()
+            }
+            Event::GroupCreated { topic, replaces, .. } => replaces.iter().map(|group| (*topic, *group)).collect(),
+            Event::Closed { handle } => of(handle).into_iter().collect(),
+            Event::Left { incarnation } => self.state.handles_of(*incarnation).iter().filter_map(of).collect(),
+            _ => BTreeSet::new(),
+        };
+        let known = |(topic, group)| Some((topic, self.state.group(topic, group)?.clone()));
+        concerned.into_iter().filter_map(known).collect()
+    }
+
+    /// Lets memory and keeper know what became of these groups.
+    pub(super) fn follow_groups(&mut self, before: Vec<(u64, GroupEntry)>) {
+        for (topic, was) in before {
+            let Some(memory) = self.memories.get_mut(&topic) else { continue };
+            let now = self.state.group(topic, was.info.id);
+            if !was.retired && now.is_none_or(|now| now.retired) {
+                memory.end_group(&was.info, was.start == StartAt::Oldest);
+            }
+            match now {
+                Some(now) if !now.retired => memory.count_consumers(now.info.cursor, now.consumers.len() as u64),
+                Some(_) => {}
+                None => {
+                    memory.drop_ledger(was.info.id);
+                    self.forget(segment_name(topic, &ledger_name(was.info.id)));
+                }
+            }
+        }
+    }
+
+    /// Takes back what a consumer holds that is dead, has left or is fenced. Idempotent.
+    pub(super) fn release_consumer(&self, who: ConsumerRef) {
+        if let Ok(memory) = self.memory(who.topic) {
+            memory.release_consumer(who.group, who.slot(), |sequence| self.committed_by_origin(who, sequence));
+        }
+    }
+
+    /// Another consumer of the group found that `who` holds what is overdue. Only that, on the ledger's own word, gives
+    /// it away: all of it, once its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
+    pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
+        let Some(group) = self.state.group(who.topic, who.group) else { return Ok(()) };
+        if group.retired || !group.consumers.contains_key(&who.consumer) {
+            return Ok(());
+        }
+        let effectively_once = group.info.options.guarantee == Guarantee::EffectivelyOnce;
+        let now_ms = clock::now_ms();
+        let overdue = self.memory(who.topic)?.overdue(who.group, who.slot(), now_ms);
+        if overdue.is_empty() {
+            return Ok(());
+        }
+        let moves = |seen: &Seen| matches!(seen.state, Word::Moving(_));
+        if !effectively_once && !overdue.iter().any(moves) {
+            self.memory(who.topic)?.give_back(who.group, &overdue, now_ms);
+            return Ok(());
+        }
+        // First: what it takes from now on, its outputs do not follow.
+        self.memory(who.topic)?.fence_consumer(who.group, who.slot());
+        self.fence_origin(who)?;
+        self.release_consumer(who);
+        Ok(())
+    }
+
+    /// Takes every group's ledger out of the store, begins what had not begun, ends what had not ended. Returns what is
+    /// lost.
+    pub(super) fn adopt_groups(&mut self, store: &mut BTreeMap<String, OwnedFd>) -> Vec<Event> {
+        let mut losses = Vec::new();
+        for (topic, group) in self.all_groups() {
+            let id = group.info.id;
+            if let Err(error) = self.adopt_group(topic, &group, store) {
+                eprintln!("shmbus coordinator: group {:?} of topic {topic} is lost: {error}", group.info.name);
+                losses.push(Event::GroupRetired { topic, group: id });
+            }
+        }
+        for (topic, memory) in &self.memories {
+            let Some(entry) = self.state.topic(*topic) else { continue };
+            memory.sweep_cursors(|cursor| entry.cursor_in_use(cursor));
+        }
+        losses
+    }
+
+    fn adopt_group(
+        &mut self,
+        topic: u64,
+        group: &GroupEntry,
+        store: &mut BTreeMap<String, OwnedFd>,
+    ) -> Result<(), Refusal> {
+        let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("a group on a lost topic"))?;
+        let fd = store.remove(&segment_name(topic, &ledger_name(group.info.id)));
+        let fd = fd.ok_or_else(|| broken("the keeper has no ledger of it"))?;
+        let has_begun = memory.adopt_ledger(&group.info, fd)?;
+        if group.retired {
+            memory.end_group(&group.info, group.start == StartAt::Oldest);
+        } else if has_begun {
+            memory.count_consumers(group.info.cursor, group.consumers.len() as u64);
+        } else {
+            self.prepare_group(topic, &group.info, group.start)?;
+            self.memory(topic)?.begin_group(group.info.id, group.start)?;
+        }
+        Ok(())
+    }
+
+    fn all_groups(&self) -> Vec<(u64, GroupEntry)> {
+        let groups = |(topic, entry): (&u64, &TopicEntry)| {
+            let topic = *topic;
+            entry.groups.values().cloned().map(move |group| (topic, group)).collect::<Vec<_>>()
+        };
+        self.state.topics().iter().flat_map(groups).collect()
+    }
+}
+
+/// Answers.
+impl Estate {
+    pub(super) fn consumer_opened(&self, who: ConsumerRef) -> Result<Granted, Refusal> {
+        let ConsumerRef { topic, group, consumer } = who;
+        let memory = self.memory(topic)?;
+        let info = self.entry(topic)?.info.clone();
+        let group = self.state.group(topic, group).ok_or_else(|| broken("a consumer without a group"))?.info.clone();
+        let place = memory.group_place(group.cursor)?;
+        let (segments, fds) = memory.consumer_fds(group.id)?.into_iter().unzip();
+        let (position, sequence) = (place.position, place.sequence);
+        Ok((Answer::ConsumerOpened { info, group, consumer, position, sequence, segments }, fds))
+    }
+
+    /// The groups of a topic whose next sequence is `tail`, by name.
+    pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64) -> Vec<GroupStatus> {
+        let memory = self.memories.get(&entry.info.id);
+        let count =
+            |group: &GroupEntry| memory.and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default();
+        let mut groups: Vec<GroupStatus> =
+            entry.living_groups().map(|group| self.group_status(group, &count(group), tail)).collect();
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
+        groups
+    }
+
+    fn group_status(&self, group: &GroupEntry, count: &LedgerCount, tail: u64) -> GroupStatus {
+        let pid = |incarnation: &u64| self.state.participant(*incarnation).map_or(0, |p| p.pid);
+        let consumer = |(&consumer, incarnation): (&u32, &u64)| ConsumerStatus {
+            consumer,
+            pid: pid(incarnation),
+            in_flight: count.leases.get(&consumer).copied().unwrap_or(0),
+            active: group.info.options.exclusive && count.active.map(u32::from) == Some(consumer),
+        };
+        let now_ms = clock::now_ms();
+        let lease = |seen: Seen| {
+            let consumer = u32::from(seen.owner?);
+            Some(LeaseStatus {
+                sequence: seen.sequence(),
+                consumer,
+                pid: group.consumers.get(&consumer).map_or(0, pid),
+                attempt: seen.attempt.into(),
+                ends_in_ms: seen.due_in(now_ms),
+            })
+        };
+        GroupStatus {
+            id: group.info.id,
+            name: group.info.name.clone(),
+            options: group.info.options.clone(),
+            floor: count.floor,
+            lag: tail.saturating_sub(count.floor),
+            window: count.window,
+            in_flight: count.leases.values().sum(),
+            returned: count.returned,
+            moving: count.moving,
+            redelivered: count.redelivered,
+            expired: count.expired,
+            dead_lettered: count.dead_lettered,
+            oldest_lease: count.oldest.and_then(lease),
+            consumers: group.consumers.iter().map(consumer).collect(),
+        }
+    }
+}
+
+/// Outputs.
+impl Estate {
+    /// Whether the consumer's outputs and dead letters say that it had finished the message.
+    fn committed_by_origin(&self, _who: ConsumerRef, _sequence: u64) -> bool {
+        false
+    }
+
+    /// Fences what the consumer publishes its outputs and dead letters through.
+    fn fence_origin(&mut self, _who: ConsumerRef) -> Result<(), Refusal> {
+        Ok(())
+    }
+}

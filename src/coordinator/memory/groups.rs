@@ -1,0 +1,256 @@
+//! What the coordinator does to a group's memory: its ledger, and its line among the cursors.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system, wake};
+use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
+use crate::error::{AttachError, Refusal};
+use crate::os::clock;
+use crate::ring::cursor::Cursor;
+use crate::ring::ledger::{Ledger, Seen, State};
+use crate::ring::log::Place;
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic;
+use crate::sync::Ordering;
+
+/// Looks at a group's cursor that its consumers keep moving on; the limit is for garbage.
+const CURSOR_LOOKS: usize = 1000;
+
+/// A group's ledger as the coordinator holds it.
+pub(super) struct GroupMemory {
+    info: GroupInfo,
+    fd: OwnedFd,
+    segment: Segment,
+}
+
+/// What a ledger says at some moment.
+#[derive(Debug, Default)]
+pub(crate) struct LedgerCount {
+    pub(crate) floor: u64,
+    pub(crate) window: u64,
+    pub(crate) returned: u64,
+    pub(crate) moving: u64,
+    pub(crate) redelivered: u64,
+    pub(crate) expired: u64,
+    pub(crate) dead_lettered: u64,
+    /// Leases by consumer.
+    pub(crate) leases: BTreeMap<u32, u64>,
+    /// The lease that holds the floor.
+    pub(crate) oldest: Option<Seen>,
+    /// Exclusive groups: the consumer at work.
+    pub(crate) active: Option<u8>,
+}
+
+/// The name of a group's ledger among its topic's segments.
+pub(crate) fn ledger_name(group: u32) -> String {
+    format!("ledger-{group}")
+}
+
+impl GroupMemory {
+    fn ledger(&self, info: &TopicInfo) -> Ledger {
+        topic::ledger(&self.segment, info, &self.info)
+    }
+}
+
+impl TopicMemory {
+    /// Bytes that a group's ledger reserves.
+    pub(crate) fn group_footprint_bytes(info: &TopicInfo, group: &GroupInfo) -> u64 {
+        info.ledger(group).len_bytes
+    }
+
+    /// Reserves a group's ledger. It is not one yet: [`Self::begin_group`] says where it starts.
+    pub(crate) fn create_ledger(&mut self, group: &GroupInfo) -> Result<(), Refusal> {
+        let (fd, segment) = new_segment(&self.info, &ledger_name(group.id), &self.info.ledger(group))?;
+        self.groups.insert(group.id, GroupMemory { info: group.clone(), fd, segment });
+        Ok(())
+    }
+
+    /// Takes over the ledger that an earlier coordinator created. `false`: it had not begun, and nobody knows it.
+    pub(crate) fn adopt_ledger(&mut self, group: &GroupInfo, fd: OwnedFd) -> Result<bool, Refusal> {
+        match Segment::attach(fd.as_fd(), &self.info.ledger(group), Access::ReadWrite) {
+            Ok(segment) => {
+                self.groups.insert(group.id, GroupMemory { info: group.clone(), fd, segment });
+                Ok(true)
+            }
+            Err(AttachError::Magic { found: 0, .. }) => Ok(false),
+            Err(error) => Err(corrupt(&self.info, error.to_string())),
+        }
+    }
+
+    /// Lets go of a group's ledger.
+    pub(crate) fn drop_ledger(&mut self, group: u32) {
+        self.groups.remove(&group);
+    }
+
+    /// The ledgers with the names they are stored under.
+    pub(super) fn stored_ledgers(&self) -> impl Iterator<Item = StoredSegment<'_>> {
+        self.groups.iter().map(|(id, group)| StoredSegment { name: ledger_name(*id), fd: group.fd.as_fd() })
+    }
+
+    /// One ledger, to be stored.
+    pub(crate) fn stored_ledger(&self, group: u32) -> Result<StoredSegment<'_>, Refusal> {
+        let fd = self.group(group)?.fd.as_fd();
+        Ok(StoredSegment { name: ledger_name(group), fd })
+    }
+
+    /// Whether a group may start there.
+    pub(crate) fn check_start(&self, start: StartAt) -> Result<(), Refusal> {
+        let StartAt::Sequence(asked) = start else { return Ok(()) };
+        let tail = self.tail()?.sequence;
+        if asked > tail {
+            return Err(Refusal::BeyondTail { topic: self.info.name.clone(), asked, tail });
+        }
+        Ok(())
+    }
+
+    /// Puts a group in force: its cursor, and its ledger from the same sequence on. The ledger's magic comes last (I-1),
+    /// so that a successor tells a group that has begun, and may have consumers, from one to begin (again).
+    pub(crate) fn begin_group(&self, group: u32, start: StartAt) -> Result<(), Refusal> {
+        let memory = self.group(group)?;
+        let joined = self.join_group(memory.info.cursor, group, start)?;
+        memory.ledger(&self.info).header().format(joined.sequence.max(joined.asked));
+        memory.segment.publish(&self.info.ledger(&memory.info));
+        Ok(())
+    }
+
+    /// Ends a group that was rewound or removed: its consumers are fenced, and it holds nothing back any more.
+    /// `from_oldest`: it began with the oldest message. Idempotent.
+    pub(crate) fn end_group(&self, group: &GroupInfo, from_oldest: bool) {
+        if let Ok(memory) = self.group(group.id) {
+            memory.ledger(&self.info).end();
+        }
+        self.leave(group.cursor, from_oldest);
+        self.wake_readers();
+    }
+
+    /// Lets a consumer take messages.
+    pub(crate) fn begin_consumer(&self, group: u32, consumer: u8) -> Result<(), Refusal> {
+        self.group(group)?.ledger(&self.info).set_fenced(consumer, false);
+        Ok(())
+    }
+
+    /// Gives back what a consumer held that is proven dead, has left or is fenced; settles what `committed` says it
+    /// had finished. Idempotent.
+    pub(crate) fn release_consumer(&self, group: u32, consumer: u8, committed: impl Fn(u64) -> bool) {
+        let Ok(memory) = self.group(group) else { return };
+        let ledger = memory.ledger(&self.info);
+        ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
+        ledger.deactivate(consumer);
+        self.wake_readers();
+    }
+
+    /// Fences a consumer: it takes nothing any more.
+    pub(crate) fn fence_consumer(&self, group: u32, consumer: u8) {
+        if let Ok(memory) = self.group(group) {
+            memory.ledger(&self.info).set_fenced(consumer, true);
+        }
+    }
+
+    /// What a consumer holds whose time has come.
+    pub(crate) fn overdue(&self, group: u32, consumer: u8, now_ms: u64) -> Vec<Seen> {
+        let Ok(memory) = self.group(group) else { return Vec::new() };
+        let ledger = memory.ledger(&self.info);
+        let held = |seen: &Seen| {
+            seen.owner == Some(consumer)
+                && matches!(seen.state, State::Leased | State::Moving(_))
+                && seen.is_due(now_ms)
+        };
+        ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).collect()
+    }
+
+    /// Gives these leases back, where they still are as they were seen.
+    pub(crate) fn give_back(&self, group: u32, leases: &[Seen], now_ms: u64) {
+        let Ok(memory) = self.group(group) else { return };
+        let ledger = memory.ledger(&self.info);
+        for lease in leases {
+            ledger.give_back(*lease, now_ms);
+        }
+        self.wake_readers();
+    }
+
+    /// Tells publishers how many consumers a group has.
+    pub(crate) fn count_consumers(&self, cursor: u32, consumers: u64) {
+        self.with_line(cursor, |line| line.set_consumers(consumers));
+    }
+
+    /// Takes every cursor out of force that `is_owned` does not know: a coordinator that ended a group died before it
+    /// came to that.
+    pub(crate) fn sweep_cursors(&self, is_owned: impl Fn(u32) -> bool) {
+        let Parts::Log { segments, .. } = &self.parts else { return };
+        for cursor in 0..segments.cursor_lines(&self.info).len() as u32 {
+            let in_force = self.with_line(cursor, |line| line.place().is_some()).unwrap_or(false);
+            if in_force && !is_owned(cursor) {
+                self.leave(cursor, false);
+            }
+        }
+    }
+
+    /// A place at or below the group's floor, which its cursor keeps in the ring.
+    pub(crate) fn group_place(&self, cursor: u32) -> Result<Place, Refusal> {
+        for _ in 0..CURSOR_LOOKS {
+            let Some(at) = self.with_line(cursor, Cursor::place).flatten() else { break };
+            // Consumers move position and sequence one after the other: the record knows which belong together.
+            if let Some(place) = self.confirmed_place(at.position)? {
+                return Ok(place);
+            }
+        }
+        Err(corrupt(&self.info, format!("the cursor {cursor} of a group stands nowhere")))
+    }
+
+    /// Descriptors for a consumer: as for a subscriber, and the ledger (read-write).
+    pub(crate) fn consumer_fds(&self, group: u32) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
+        let mut fds = self.subscriber_fds()?;
+        let ledger = self.group(group)?.fd.try_clone();
+        let ledger = ledger.map_err(|error| system(&self.info, "cannot duplicate a descriptor", error))?;
+        // After log and cursors.
+        fds.insert(2.min(fds.len()), (SegmentRef::Ledger, ledger));
+        Ok(fds)
+    }
+
+    /// Counts what lies between floor and hint, which is a window's length at most.
+    pub(crate) fn count_ledger(&self, group: u32) -> Option<LedgerCount> {
+        let ledger = self.group(group).ok()?.ledger(&self.info);
+        // Relaxed: only shown to people.
+        let relaxed = Ordering::Relaxed;
+        let counters = &ledger.header().counters;
+        let mut count = LedgerCount {
+            floor: ledger.floor(),
+            window: ledger.window(),
+            redelivered: counters.redelivered.load(relaxed),
+            expired: counters.expired.load(relaxed),
+            dead_lettered: counters.dead_lettered.load(relaxed),
+            active: ledger.active(),
+            ..LedgerCount::default()
+        };
+        let mut lowest = None;
+        for seen in ledger.handed_out().map(|sequence| ledger.look(sequence)) {
+            if seen.state != State::Settled {
+                lowest = lowest.or(Some(seen));
+            }
+            match (seen.state, seen.owner) {
+                (State::Leased, Some(owner)) => *count.leases.entry(owner.into()).or_default() += 1,
+                (State::Returned, _) => count.returned += 1,
+                (State::Moving(_), _) => count.moving += 1,
+                _ => {}
+            }
+        }
+        count.oldest = lowest.filter(|seen| seen.state == State::Leased);
+        Some(count)
+    }
+
+    fn group(&self, group: u32) -> Result<&GroupMemory, Refusal> {
+        self.groups.get(&group).ok_or_else(|| corrupt(&self.info, format!("group {group} has no ledger")))
+    }
+
+    fn with_line<T>(&self, cursor: u32, use_it: impl FnOnce(&Cursor) -> T) -> Option<T> {
+        let Parts::Log { segments, .. } = &self.parts else { return None };
+        segments.cursor_lines(&self.info).get(cursor as usize).map(use_it)
+    }
+
+    fn wake_readers(&self) {
+        if let Parts::Log { segments, .. } = &self.parts {
+            wake(&segments.readers().readers);
+        }
+    }
+}
