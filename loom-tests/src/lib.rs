@@ -54,6 +54,12 @@ pub fn channel(len: u64) -> Channel<1> {
     channel
 }
 
+/// A ledger of `window` words, starting at `start`.
+pub fn ledger(window: u64, start: u64) -> Ledger {
+    let words = (0..window).map(|_| AtomicU64::new(0)).collect::<Box<[_]>>();
+    Ledger::new(Shared::heap(Box::new(LedgerHeader::new(start))), Shared::heap(words))
+}
+
 /// A policy that retains as many messages as a ring of `len` has slots, and raises the floor one further than needed.
 pub fn gated(len: u64) -> Policy {
     Policy { messages: len, slots: len, overwrite: false, hold: false, slack: 1 }

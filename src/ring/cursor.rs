@@ -80,7 +80,7 @@ impl Cursor {
 
     /// Moves the line of a group forward; several consumers may do so at once. Everything below `position` has been
     /// settled, and everything below `sequence`.
-    pub(crate) fn raise(&self, position: u64, sequence: u64) {
+    pub fn raise(&self, position: u64, sequence: u64) {
         // AcqRel: R-CURSOR pairs with A-CURSOR (lowest): who settled those messages had read them, and we have seen that
         // (A-LEDGER). Monotone by max: a slow consumer moves nothing back, and a line that is out of force stays so.
         self.position.fetch_max(position, Ordering::AcqRel);

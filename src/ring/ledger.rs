@@ -22,12 +22,20 @@ pub const MAX_CONSUMERS: u32 = 255;
 const NOBODY: u8 = 255;
 
 const STATE_BITS: u32 = 3;
+const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const OWNER_SHIFT: u32 = STATE_BITS;
 const ATTEMPT_SHIFT: u32 = OWNER_SHIFT + 8;
 const DUE_SHIFT: u32 = ATTEMPT_SHIFT + 12;
 const LAP_SHIFT: u32 = DUE_SHIFT + DUE_BITS;
 const DUE_BITS: u32 = 28;
 const DUE_MASK: u64 = (1 << DUE_BITS) - 1;
+
+/// Longest time in milliseconds that a due time may lie ahead of now. What seems further ahead has long been due; the
+/// field tells that for two days more ([`Ledger::renew_due`]).
+const MAX_AHEAD_MS: u64 = *crate::group::LEASE_MS.end();
+
+/// How long ago a time may have come before [`Ledger::renew_due`] sets it anew: half a day.
+const RENEW_MS: u64 = MAX_AHEAD_MS / 2;
 
 /// Attempts are counted up to here.
 pub const MAX_ATTEMPT: u16 = (1 << 12) - 1;
@@ -93,16 +101,20 @@ impl Seen {
         Seen { state: State::Settled, attempt: self.attempt.max(1), ..self }
     }
 
-    /// Whether the time that the word names has come. `now` in milliseconds; times more than 37 hours apart are taken for
-    /// the other side of now.
+    /// Whether the time that the word names has come. `now` in milliseconds.
     pub fn is_due(self, now: u64) -> bool {
         self.due_in(now) == 0
     }
 
-    /// Milliseconds until due.
+    /// Milliseconds until due; 24 hours at most, what seems to lie further ahead is taken for the past.
     pub fn due_in(self, now: u64) -> u64 {
         let ahead = self.due.wrapping_sub(now) & DUE_MASK;
-        if ahead > DUE_MASK / 2 { 0 } else { ahead }
+        if ahead > MAX_AHEAD_MS { 0 } else { ahead }
+    }
+
+    /// Milliseconds since it was due.
+    fn due_since(self, now: u64) -> u64 {
+        if self.is_due(now) { now.wrapping_sub(self.due) & DUE_MASK } else { 0 }
     }
 }
 
@@ -144,7 +156,7 @@ pub struct Counters {
 
 impl LedgerHeader {
     /// A head outside shared memory, starting at `start`.
-    #[cfg(loom)]
+    #[cfg(any(loom, test))]
     pub fn new(start: u64) -> Self {
         let line = |value| Line(AtomicU64::new(value));
         LedgerHeader {
@@ -203,17 +215,22 @@ impl Ledger {
         (sequence >> self.lap_shift) % LAPS + 1
     }
 
-    /// What the word of `sequence` says. The caller knows that `floor <= sequence < floor + window`.
+    /// What the word of `sequence` says. The caller has seen that `sequence < floor + window`; where the floor has passed
+    /// the sequence since, it is settled.
     #[inline]
     pub fn look(&self, sequence: u64) -> Seen {
         // Acquire: A-LEDGER pairs with R-LEDGER (swap).
-        let raw = self.word(sequence).load(Ordering::Acquire);
-        self.read(sequence, raw)
+        let seen = self.read(sequence, self.word(sequence).load(Ordering::Acquire));
+        // A word of a later lap was written by somebody who had seen the floor above us; so, after the load, do we.
+        if seen.state == State::Corrupt && sequence < self.floor() {
+            return Seen { state: State::Settled, ..seen };
+        }
+        seen
     }
 
     #[inline]
     fn read(&self, sequence: u64, raw: u64) -> Seen {
-        let (lap, state) = (raw >> LAP_SHIFT, raw & ((1 << STATE_BITS) - 1));
+        let (lap, state) = (raw >> LAP_SHIFT, raw & STATE_MASK);
         let owner = (raw >> OWNER_SHIFT) as u8;
         let seen = Seen {
             sequence,
@@ -242,9 +259,13 @@ impl Ledger {
             | state
     }
 
-    /// Puts `new` in the place of exactly what was seen.
+    /// Puts `new` in the place of exactly what was seen. What is settled stays settled, what is corrupt stays for people
+    /// to see.
     #[inline]
     fn swap(&self, seen: Seen, new: u64) -> Option<Seen> {
+        if matches!(seen.state, State::Settled | State::Corrupt) {
+            return None;
+        }
         // AcqRel: R-LEDGER pairs with A-LEDGER (look, and every later swap): our copy of the payload was made before we
         // took or settled it, and whoever moves the floor over a settled word has seen all who read the message.
         // Crash points: before this the message was as it was seen, after it it is as the new word says.
@@ -253,9 +274,13 @@ impl Ledger {
         Some(self.read(seen.sequence, new))
     }
 
-    /// Leases the message to `owner` until `due`, one attempt more. `None`: somebody was faster.
+    /// Leases the message to `owner` until `due`, one attempt more. `None`: somebody was faster, or it is being moved to
+    /// the dead-letter topic, and such a message is never delivered again.
     #[inline]
     pub fn take(&self, seen: Seen, owner: u8, due: u64) -> Option<Seen> {
+        if matches!(seen.state, State::Moving(_)) {
+            return None;
+        }
         let attempt = seen.attempt.saturating_add(1);
         self.swap(seen, self.pack(seen.sequence, due, attempt, owner, LEASED))
     }
@@ -263,15 +288,19 @@ impl Ledger {
     /// Settles the message: an ack, the end of a move, a delivery at most once, a hole. `false`: it was not as seen.
     #[inline]
     pub fn settle(&self, seen: Seen) -> bool {
-        let new = seen.raw & !((1 << STATE_BITS) - 1) | SETTLED;
-        let new = if seen.state == State::Fresh { self.pack(seen.sequence, 0, 1, NOBODY, SETTLED) } else { new };
+        let new = match seen.state {
+            // No due time tells this word from the one 8,191 laps before, which a small window at full speed goes
+            // through in milliseconds. So it says how often the lap's field has come round.
+            State::Fresh => self.pack(seen.sequence, (seen.sequence >> self.lap_shift) / LAPS, 1, NOBODY, SETTLED),
+            _ => seen.raw & !STATE_MASK | SETTLED,
+        };
         self.swap(seen, new).is_some()
     }
 
-    /// Gives a lease back, to be taken by anybody from `due` on.
+    /// Gives a lease back, to be taken by anybody from `due` on, which is at most 24 hours from now.
     pub fn give_back(&self, lease: Seen, due: u64) -> bool {
         let new = self.pack(lease.sequence, due, lease.attempt, NOBODY, RETURNED);
-        if self.swap(lease, new).is_none() {
+        if lease.state != State::Leased || self.swap(lease, new).is_none() {
             return false;
         }
         self.tell_returned();
@@ -283,14 +312,21 @@ impl Ledger {
         self.give_back(Seen { attempt: lease.attempt.saturating_sub(1), ..lease }, now)
     }
 
-    /// Lets a lease end later (or sooner).
+    /// Lets a lease end later (or sooner), at most 24 hours from now.
     pub fn extend(&self, lease: Seen, due: u64) -> Option<Seen> {
+        if lease.state != State::Leased {
+            return None;
+        }
         let owner = lease.owner.unwrap_or(NOBODY);
         self.swap(lease, self.pack(lease.sequence, due, lease.attempt, owner, LEASED))
     }
 
-    /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's.
+    /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's. `None`: somebody was
+    /// faster, or it is another's move, overdue or not: only the coordinator can tell whether that one's copy is there.
     pub fn begin_move(&self, seen: Seen, owner: u8, due: u64, reason: MoveReason) -> Option<Seen> {
+        if matches!(seen.state, State::Moving(_)) && seen.owner.is_some_and(|mover| mover != owner) {
+            return None;
+        }
         self.swap(seen, self.pack(seen.sequence, due, seen.attempt, owner, MOVING + reason as u64))
     }
 
@@ -325,33 +361,46 @@ impl Ledger {
         self.handed_out().map(|sequence| self.look(sequence)).filter(counts).count() as u64
     }
 
+    /// Sets times anew that came more than half a day ago, before the due field comes round and they seem to lie ahead
+    /// again. The coordinator does it at least once a day, for groups on which nobody looks. A lease that ended so long ago
+    /// is lost to its owner by this, as it may be at any time.
+    pub fn renew_due(&self, now: u64) {
+        for sequence in self.handed_out() {
+            let seen = self.look(sequence);
+            let timed = matches!(seen.state, State::Returned | State::Leased | State::Moving(_));
+            if timed && seen.due_since(now) > RENEW_MS {
+                self.swap(seen, seen.raw & !(DUE_MASK << DUE_SHIFT) | (now & DUE_MASK) << DUE_SHIFT);
+            }
+        }
+    }
+
     /// Everything between the floor and the hint.
     pub fn handed_out(&self) -> std::ops::Range<u64> {
         let floor = self.floor();
-        // Acquire: A-HINT pairs with R-HINT (reserve, raise_hint): nothing that was taken lies above.
-        let hint = self.header.hint.0.load(Ordering::Acquire);
-        floor..hint.clamp(floor, floor.saturating_add(self.window()))
+        floor..self.hint().clamp(floor, floor.saturating_add(self.window()))
     }
 
     /// Up to where words have been handed out.
     #[inline]
     pub fn hint(&self) -> u64 {
-        // Acquire: A-HINT pairs with R-HINT (reserve, raise_hint).
-        self.header.hint.0.load(Ordering::Acquire)
+        // Relaxed: a number that stands for nothing but itself. Who has seen a word taken, or a floor above it, finds
+        // the hint above it too: it was raised first, and what came before a swap is seen with it (A-LEDGER).
+        self.header.hint.0.load(Ordering::Relaxed)
     }
 
     /// Reserves `count` sequences from `from` on, which is the hint as last seen. It keeps others from trying the same
     /// words; whoever finds nothing else to do tries them all the same, so a reservation that dies costs nothing.
     #[inline]
     pub fn reserve(&self, from: u64, count: u64) -> bool {
-        // Release: R-HINT pairs with A-HINT: who sees a word taken by us, or repairs after us, finds it below the hint.
-        self.header.hint.0.compare_exchange(from, from + count, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        // Relaxed: as in `hint`.
+        let to = from.saturating_add(count);
+        self.header.hint.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Lets the hint be at least `to`: for consumers that choose among messages (ordered by key).
     pub fn raise_hint(&self, to: u64) {
-        // Release: R-HINT pairs with A-HINT, as in `reserve`.
-        self.header.hint.0.fetch_max(to, Ordering::AcqRel);
+        // Relaxed: as in `hint`.
+        self.header.hint.0.fetch_max(to, Ordering::Relaxed);
     }
 
     /// The lowest sequence that is not settled, as far as anybody has looked.
@@ -365,7 +414,7 @@ impl Ledger {
     pub fn advance_floor(&self) -> u64 {
         let floor = self.floor();
         let mut next = floor;
-        while next < floor + self.window() && self.look(next).state == State::Settled {
+        while next < floor.saturating_add(self.window()) && self.look(next).state == State::Settled {
             next += 1;
         }
         if next == floor {
@@ -398,10 +447,12 @@ impl Ledger {
         }
     }
 
-    /// Puts `owner` in the place of the consumer at work, whose lease has ended.
-    pub fn supersede(&self, owner: u8) {
+    /// Puts `owner` in the place of `overdue`, the consumer at work, whose lease has ended. `false`: it is that one's
+    /// place no more; another standby was faster, and has only just begun.
+    pub fn supersede(&self, overdue: u8, owner: u8) -> bool {
+        let (from, to) = (u64::from(overdue) + 1, u64::from(owner) + 1);
         // Relaxed: as in `activate`.
-        self.header.active.0.store(u64::from(owner) + 1, Ordering::Relaxed);
+        self.header.active.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// The consumer at work of an exclusive group.
@@ -420,11 +471,11 @@ impl Ledger {
     /// Marks a consumer as fenced (or, for its place's next owner, not).
     pub fn set_fenced(&self, owner: u8, fenced: bool) {
         let (word, bit) = (&self.header.state.fenced[usize::from(owner) / 64], 1 << (owner % 64));
-        // Release: R-FENCED pairs with A-FENCED (is_fenced).
+        // Relaxed: it stops whoever sees it. Who does not yet may take one more word, and leave it to the next release.
         if fenced {
-            word.fetch_or(bit, Ordering::Release);
+            word.fetch_or(bit, Ordering::Relaxed);
         } else {
-            word.fetch_and(!bit, Ordering::Release);
+            word.fetch_and(!bit, Ordering::Relaxed);
         }
     }
 
@@ -432,15 +483,15 @@ impl Ledger {
     #[inline]
     pub fn is_fenced(&self, owner: u8) -> bool {
         let state = &self.header.state;
-        // Acquire: A-FENCED pairs with R-FENCED (set_fenced, end).
-        let fenced = state.fenced[usize::from(owner) / 64].load(Ordering::Acquire) >> (owner % 64) & 1 == 1;
-        fenced || state.ended.load(Ordering::Acquire) != 0
+        // Relaxed: as in `set_fenced`.
+        let fenced = state.fenced[usize::from(owner) / 64].load(Ordering::Relaxed) >> (owner % 64) & 1 == 1;
+        fenced || state.ended.load(Ordering::Relaxed) != 0
     }
 
     /// Ends the ledger: its group was rewound or removed, and all consumers on it are fenced.
     pub fn end(&self) {
-        // Release: R-FENCED pairs with A-FENCED (is_fenced).
-        self.header.state.ended.store(1, Ordering::Release);
+        // Relaxed: as in `set_fenced`; what is still written here touches nobody else's ledger.
+        self.header.state.ended.store(1, Ordering::Relaxed);
     }
 }
 
@@ -449,7 +500,7 @@ fn stored_state(state: u64) -> State {
         RETURNED => State::Returned,
         LEASED => State::Leased,
         SETTLED => State::Settled,
-        4 => State::Moving(MoveReason::Exhausted),
+        MOVING => State::Moving(MoveReason::Exhausted),
         5 => State::Moving(MoveReason::Rejected),
         6 => State::Moving(MoveReason::Expired),
         _ => State::Corrupt,
@@ -458,3 +509,382 @@ fn stored_state(state: u64) -> State {
 
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<LedgerHeader>() == crate::shm::layout::LEDGER_WORDS_OFFSET as usize);
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::collections::HashMap;
+    use std::ptr::NonNull;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HOUR: u64 = 3_600_000;
+
+    fn share<T: ?Sized + Send + Sync>(target: Box<T>) -> Shared<T> {
+        let keep = Arc::new(target);
+        // SAFETY: I-11: `keep` owns the memory, which does not move; atomics only.
+        unsafe { Shared::new(NonNull::from(&**keep), keep) }
+    }
+
+    /// A ledger on which all of the first window has been handed out.
+    fn ledger(window: u64, start: u64) -> Ledger {
+        let words = (0..window).map(|_| AtomicU64::new(0)).collect::<Box<[_]>>();
+        let ledger = Ledger::new(share(Box::new(LedgerHeader::new(start))), share(words));
+        ledger.raise_hint(start.saturating_add(window));
+        ledger
+    }
+
+    fn settle_fresh(ledger: &Ledger, sequence: u64) {
+        let seen = ledger.look(sequence);
+        assert_eq!(seen.state, State::Fresh, "{sequence}");
+        assert!(ledger.settle(seen));
+    }
+
+    /// Hands the ledger on by `laps` laps at most once, as far as one word sees it.
+    fn skip_laps(ledger: &Ledger, sequence: u64, laps: u64) {
+        let later = sequence + (laps - 1) * ledger.window();
+        ledger.word(sequence).store(ledger.pack(later, 0, 1, NOBODY, SETTLED), Ordering::Relaxed);
+        ledger.header().floor.0.store(later + 1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn laps_come_round_without_a_foreign_word() {
+        let start = 2 * (LAPS - 2) + 1;
+        let ledger = ledger(2, start);
+        for sequence in start..start + 8 {
+            settle_fresh(&ledger, sequence);
+            assert_eq!(ledger.look(sequence).state, State::Settled);
+            assert_eq!(ledger.advance_floor(), sequence + 1);
+        }
+    }
+
+    #[test]
+    fn a_word_that_was_reused_is_settled_and_one_from_nowhere_is_corrupt() {
+        let ledger = ledger(2, 0);
+        let slow = ledger.look(0);
+        settle_fresh(&ledger, 0);
+        ledger.advance_floor();
+        let reused = ledger.take(ledger.look(2), 1, 10).unwrap();
+        assert_eq!(ledger.look(0).state, State::Settled);
+        assert!(ledger.take(slow, 2, 10).is_none() && !ledger.settle(ledger.look(0)));
+        assert_eq!(ledger.look(2), reused);
+
+        let foreign = ledger.pack(4, 0, 1, 1, LEASED);
+        ledger.word(1).store(foreign, Ordering::Relaxed);
+        let seen = ledger.look(1);
+        assert_eq!((seen.state, seen.owner), (State::Corrupt, None));
+        assert!(ledger.take(seen, 1, 10).is_none() && !ledger.settle(seen));
+        assert_eq!(ledger.advance_floor(), 1, "no floor moves over it");
+    }
+
+    /// A consumer that copied a message at most once, slept while all laps of the field went by, and then settles it.
+    #[test]
+    fn a_swap_slept_through_for_all_laps_fails_at_most_once() {
+        let ledger = ledger(2, 0);
+        settle_fresh(&ledger, 0);
+        ledger.advance_floor();
+        let slow = ledger.look(2);
+        settle_fresh(&ledger, 2);
+        let later = 2 + LAPS * 2;
+        for lap in 1..LAPS {
+            skip_laps(&ledger, 0, lap + 1);
+            settle_fresh(&ledger, 2 + lap * 2);
+            ledger.header().floor.0.store(3 + lap * 2, Ordering::Relaxed);
+        }
+        assert_eq!(ledger.lap_field(2), ledger.lap_field(later), "the field has come round");
+        assert_eq!(ledger.look(later).state, State::Fresh);
+        assert!(!ledger.settle(slow), "it would have settled {later} undelivered");
+    }
+
+    /// What each operation makes of each state; `None`: it changes nothing and says so.
+    #[test]
+    fn every_transition_from_every_state() {
+        use State::{Fresh, Leased, Moving, Returned, Settled};
+        let (mine, nobodys) = (Moving(MoveReason::Expired), Moving(MoveReason::Exhausted));
+        type Operation = (&'static str, fn(&Ledger, Seen) -> bool);
+        let operations: [Operation; 6] = [
+            ("take", |ledger, seen| ledger.take(seen, 7, 9).is_some()),
+            ("settle", |ledger, seen| ledger.settle(seen)),
+            ("give back", |ledger, seen| ledger.give_back(seen, 9)),
+            ("give back unseen", |ledger, seen| ledger.give_back_unseen(seen, 9)),
+            ("extend", |ledger, seen| ledger.extend(seen, 9).is_some()),
+            ("move", |ledger, seen| ledger.begin_move(seen, 7, 9, MoveReason::Rejected).is_some()),
+        ];
+        let moved = Some(Moving(MoveReason::Rejected));
+        let table = [
+            (Fresh, [Some(Leased), Some(Settled), None, None, None, moved]),
+            (Returned, [Some(Leased), Some(Settled), None, None, None, moved]),
+            (Leased, [Some(Leased), Some(Settled), Some(Returned), Some(Returned), Some(Leased), moved]),
+            (mine, [None, Some(Settled), None, None, None, None]),
+            (nobodys, [None, Some(Settled), None, None, None, moved]),
+            (Settled, [None; 6]),
+        ];
+        for (state, results) in table {
+            for ((name, operation), expected) in operations.iter().zip(results) {
+                let ledger = ledger(2, 5);
+                let fresh = ledger.look(5);
+                match state {
+                    Fresh => {}
+                    Settled => assert!(ledger.settle(fresh)),
+                    Moving(reason) => drop(ledger.begin_move(fresh, 3, 4, reason).unwrap()),
+                    _ => drop(ledger.take(fresh, 3, 4).unwrap()),
+                }
+                match state {
+                    Returned => assert!(ledger.give_back(ledger.look(5), 4)),
+                    Moving(MoveReason::Exhausted) => drop(ledger.release_owner(3, 0, |_, _| false)),
+                    _ => {}
+                }
+                let before = ledger.look(5);
+                assert_eq!(before.state, state);
+                assert_eq!(operation(&ledger, before), expected.is_some(), "{name} of {state:?}");
+                let after = ledger.look(5);
+                assert_eq!(after.state, expected.unwrap_or(state), "{name} of {state:?}");
+                assert_eq!(expected.is_some(), after != before, "{name} of {state:?}");
+                assert!(expected.is_none() || !operation(&ledger, before), "{name} twice of {state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn attempts_are_counted_up_to_the_most() {
+        let ledger = ledger(2, 0);
+        for attempt in 1..=MAX_ATTEMPT + 2 {
+            let lease = ledger.take(ledger.look(0), 254, 0).unwrap();
+            assert_eq!((lease.attempt, lease.owner), (attempt.min(MAX_ATTEMPT), Some(254)));
+        }
+        let lease = ledger.look(0);
+        assert!(ledger.give_back_unseen(lease, 5));
+        assert_eq!((ledger.look(0).attempt, ledger.look(0).owner), (MAX_ATTEMPT - 1, None));
+        assert!(ledger.look(0).is_due(5), "nobody has seen it: at once");
+    }
+
+    #[test]
+    fn what_the_dead_held_may_be_taken_at_once() {
+        let ledger = ledger(4, 0);
+        let now = 1 << 40;
+        for (sequence, owner) in [(0, 3), (1, 3), (2, 4)] {
+            ledger.take(ledger.look(sequence), owner, now + 24 * HOUR).unwrap();
+        }
+        assert_eq!(ledger.release_owner(3, now, |sequence, state| sequence == 1 && state == State::Leased), 2);
+        assert_eq!((ledger.look(0).state, ledger.look(0).attempt), (State::Returned, 1));
+        assert!(ledger.look(0).is_due(now));
+        assert_eq!((ledger.look(1).state, ledger.look(2).state), (State::Settled, State::Leased));
+        assert_eq!(ledger.release_owner(3, now, |_, _| true), 0);
+    }
+
+    /// Nobody looks at a group for weeks; the coordinator renews once a day what has long been due.
+    #[test]
+    fn what_is_due_stays_due() {
+        let ledger = ledger(4, 0);
+        let begin = 1 << 40;
+        let returned = ledger.take(ledger.look(0), 1, begin).unwrap();
+        assert!(ledger.give_back(returned, begin + 24 * HOUR));
+        ledger.take(ledger.look(1), 2, begin + HOUR).unwrap();
+        ledger.begin_move(ledger.look(2), 2, begin + HOUR, MoveReason::Rejected).unwrap();
+        for day in 1..20 {
+            let now = begin + day * 24 * HOUR;
+            ledger.renew_due(now);
+            assert!((0..3).all(|sequence| ledger.look(sequence).is_due(now)), "day {day}");
+        }
+        assert_eq!((ledger.look(1).owner, ledger.look(2).owner), (Some(2), Some(2)));
+        assert_eq!(ledger.look(2).state, State::Moving(MoveReason::Rejected));
+    }
+
+    #[test]
+    fn what_was_handed_out_is_never_more_than_a_window() {
+        let ledger = ledger(4, 10);
+        assert_eq!(ledger.handed_out(), 10..14);
+        assert!(!ledger.reserve(13, 1) && ledger.reserve(14, u64::MAX));
+        assert_eq!((ledger.hint(), ledger.handed_out()), (u64::MAX, 10..14));
+        ledger.header().hint.0.store(3, Ordering::Relaxed);
+        assert!(ledger.handed_out().is_empty());
+        ledger.header().floor.0.store(u64::MAX, Ordering::Relaxed);
+        assert_eq!((ledger.handed_out().count(), ledger.advance_floor()), (0, u64::MAX), "garbage is no panic");
+    }
+
+    #[test]
+    fn each_consumer_is_fenced_alone() {
+        let ledger = ledger(2, 0);
+        for owner in [0, 63, 64, 254] {
+            ledger.set_fenced(owner, true);
+            assert!((0..=254).all(|other| ledger.is_fenced(other) == (other == owner)));
+            ledger.set_fenced(owner, false);
+        }
+        ledger.end();
+        assert!((0..=254).all(|owner| ledger.is_fenced(owner)));
+    }
+
+    #[test]
+    fn a_standby_takes_the_place_of_the_one_it_saw() {
+        let ledger = ledger(2, 0);
+        assert!(ledger.activate(0) && ledger.activate(0) && !ledger.activate(254));
+        assert!(!ledger.supersede(1, 254) && ledger.supersede(0, 254) && !ledger.supersede(0, 1));
+        ledger.deactivate(0);
+        assert_eq!(ledger.active(), Some(254));
+        ledger.deactivate(254);
+        assert_eq!(ledger.active(), None);
+    }
+
+    /// A word of the model: what it says, and how often it has changed.
+    #[derive(Clone, Copy)]
+    struct Word {
+        state: State,
+        owner: Option<u8>,
+        attempt: u16,
+        due: u64,
+        changes: u64,
+    }
+
+    const FRESH: Word = Word { state: State::Fresh, owner: None, attempt: 0, due: 0, changes: 0 };
+
+    /// A ledger beside what it should be. The clock runs, so that no word is written twice.
+    struct Pair {
+        ledger: Ledger,
+        words: HashMap<u64, Word>,
+        floor: u64,
+        now: u64,
+        /// Words as they were seen, and how often they had changed by then.
+        seen: Vec<(Seen, u64)>,
+    }
+
+    impl Pair {
+        fn new(start: u64, now: u64) -> Self {
+            Pair { ledger: ledger(8, start), words: HashMap::new(), floor: start, now, seen: Vec::new() }
+        }
+
+        fn expected(&self, sequence: u64) -> Word {
+            let settled = Word { state: State::Settled, ..FRESH };
+            self.words.get(&sequence).copied().unwrap_or(if sequence < self.floor { settled } else { FRESH })
+        }
+
+        fn look(&mut self, sequence: u64) {
+            let (seen, word) = (self.ledger.look(sequence), self.expected(sequence));
+            assert_eq!(seen.state, word.state, "{sequence}");
+            if !matches!(word.state, State::Fresh | State::Settled) {
+                assert_eq!((seen.owner, seen.attempt), (word.owner, word.attempt), "{sequence}");
+                assert_eq!(seen.due_in(self.now), word.due.saturating_sub(self.now), "{sequence}");
+            }
+            self.seen.push((seen, word.changes));
+        }
+
+        /// Does something to a word as it was seen, perhaps long ago.
+        fn act(&mut self, which: usize, operation: u8, owner: u8, ahead: u64) {
+            if self.seen.is_empty() {
+                return;
+            }
+            let (seen, changes) = self.seen[which % self.seen.len()];
+            let (word, due) = (self.expected(seen.sequence()), self.now + ahead);
+            let unchanged = word.changes == changes && word.state == seen.state;
+            let leased = seen.state == State::Leased;
+            let moving = matches!(seen.state, State::Moving(_));
+            let alive = unchanged && seen.state != State::Settled;
+            let attempt = seen.attempt;
+            let (done, expected, new) = match operation % 6 {
+                0 => {
+                    let word = Word { state: State::Leased, owner: Some(owner), attempt: attempt + 1, due, ..FRESH };
+                    (self.ledger.take(seen, owner, due).is_some(), alive && !moving, word)
+                }
+                1 => (self.ledger.settle(seen), alive, Word { state: State::Settled, ..FRESH }),
+                2 => {
+                    let word = Word { state: State::Returned, owner: None, attempt, due, ..FRESH };
+                    (self.ledger.give_back(seen, due), alive && leased, word)
+                }
+                3 => {
+                    let attempt = attempt.saturating_sub(1);
+                    let word = Word { state: State::Returned, owner: None, attempt, due: self.now, ..FRESH };
+                    (self.ledger.give_back_unseen(seen, self.now), alive && leased, word)
+                }
+                4 => {
+                    let word = Word { state: State::Leased, owner: seen.owner, attempt, due, ..FRESH };
+                    (self.ledger.extend(seen, due).is_some(), alive && leased, word)
+                }
+                _ => {
+                    let reason = MoveReason::Exhausted;
+                    let word = Word { state: State::Moving(reason), owner: Some(owner), attempt, due, ..FRESH };
+                    let mine = !moving || seen.owner.is_none_or(|mover| mover == owner);
+                    (self.ledger.begin_move(seen, owner, due, reason).is_some(), alive && mine, word)
+                }
+            };
+            assert_eq!(done, expected, "{operation} of {seen:?}");
+            if done {
+                self.words.insert(seen.sequence(), Word { changes: word.changes + 1, ..new });
+            }
+        }
+
+        fn release(&mut self, owner: u8) {
+            let mut concerned = 0;
+            for (sequence, word) in self.words.iter_mut().filter(|(_, word)| word.owner == Some(owner)) {
+                let new = match word.state {
+                    _ if sequence % 3 == 0 => Word { state: State::Settled, ..FRESH },
+                    State::Leased => Word { state: State::Returned, owner: None, due: self.now, ..*word },
+                    _ => Word { owner: None, ..*word },
+                };
+                *word = Word { changes: word.changes + 1, ..new };
+                concerned += 1;
+            }
+            assert_eq!(self.ledger.release_owner(owner, self.now, |sequence, _| sequence % 3 == 0), concerned);
+        }
+
+        fn advance(&mut self) {
+            while self.expected(self.floor).state == State::Settled {
+                self.floor += 1;
+            }
+            assert_eq!(self.ledger.advance_floor(), self.floor);
+            self.ledger.raise_hint(self.floor + self.ledger.window());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_word_says_what_was_packed(
+            sequence: u64, due in 0..=DUE_MASK, attempt in 0..=MAX_ATTEMPT, owner: u8, state in 1..7_u64,
+        ) {
+            let ledger = ledger(8, sequence);
+            let seen = ledger.read(sequence, ledger.pack(sequence, due, attempt, owner, state));
+            prop_assert_eq!(seen.state, stored_state(state));
+            prop_assert_eq!((seen.due, seen.attempt), (due, attempt));
+            prop_assert_eq!(seen.owner, (owner != NOBODY).then_some(owner));
+            for other in [1, 7, 8, 9] {
+                let other = ledger.read(sequence ^ other << 3, seen.raw);
+                prop_assert!(matches!(other.state, State::Corrupt | State::Fresh));
+            }
+        }
+
+        #[test]
+        fn times_are_told_from_a_day_ahead_to_two_days_ago(
+            now: u64, ahead in 0..=24 * HOUR, ago in 0..=50 * HOUR,
+        ) {
+            let ledger = ledger(2, 0);
+            let at = |due| ledger.read(0, ledger.pack(0, due, 1, 1, LEASED));
+            prop_assert_eq!(at(now.wrapping_add(ahead)).due_in(now), ahead);
+            prop_assert!(at(now.wrapping_sub(ago)).is_due(now));
+            prop_assert_eq!(at(now.wrapping_sub(ago)).due_since(now), ago);
+        }
+
+        #[test]
+        fn a_ledger_is_what_its_model_says(
+            start in prop_oneof![Just(0), 0..1000_u64, (LAPS - 2) * 8..(LAPS + 2) * 8],
+            now in prop_oneof![Just(1 << 28), (1_u64 << 40)..1 << 50, (1_u64 << 28) - 50..1 << 28],
+            steps in prop::collection::vec((0..10_u8, any::<usize>(), 0..6_u8, 0..3_u8, 1..=24 * HOUR), 0..400),
+        ) {
+            let mut pair = Pair::new(start, now);
+            for (kind, which, operation, owner, ahead) in steps {
+                pair.now += 1;
+                match kind {
+                    0..4 => pair.look(pair.floor + which as u64 % 8),
+                    // As fresh as can be, so that most swaps succeed.
+                    4..7 => {
+                        pair.look(pair.floor + which as u64 % 3);
+                        pair.act(pair.seen.len() - 1, operation, owner, ahead);
+                    }
+                    7 => pair.act(which, operation, owner, ahead),
+                    8 => pair.release(owner),
+                    _ => pair.advance(),
+                }
+            }
+            (pair.floor..pair.floor + 8).for_each(|sequence| pair.look(sequence));
+        }
+    }
+}

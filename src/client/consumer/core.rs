@@ -134,7 +134,7 @@ impl Core {
     /// When a lease taken now ends.
     #[inline]
     pub(super) fn lease_end(&self, now: u64) -> u64 {
-        clock::after(now, self.group.options.lease_ms)
+        due_after(now, self.group.options.lease_ms)
     }
 
     /// Whether this process may use the handle at all.
@@ -187,7 +187,7 @@ impl Core {
         }
         let now = clock::now_ms();
         let rest = delay.map_or_else(|| options.rest_ms(lease.attempt), whole_ms).min(*LEASE_MS.end());
-        let due = if rest == 0 { now } else { clock::after(now, rest) };
+        let due = if rest == 0 { now } else { due_after(now, rest) };
         if !self.ledger.give_back(lease, due) {
             return Err(self.why_lost(lease));
         }
@@ -208,7 +208,7 @@ impl Core {
         self.check_settle()?;
         self.check_unsettled(lease)?;
         let time = whole_ms(time).clamp(*LEASE_MS.start(), *LEASE_MS.end());
-        let due = clock::after(clock::now_ms(), time);
+        let due = due_after(clock::now_ms(), time);
         self.ledger.extend(lease, due).ok_or_else(|| self.why_lost(lease))
     }
 
@@ -335,6 +335,13 @@ impl Core {
             }
         }
     }
+}
+
+/// A due time that is not before `ms` milliseconds have passed. Words tell no more than a day ahead, so a whole day's is the
+/// few milliseconds short by which the clock is coarse.
+#[inline]
+fn due_after(now: u64, ms: u64) -> u64 {
+    clock::after(now, ms).min(now + LEASE_MS.end())
 }
 
 impl Drop for Core {

@@ -163,8 +163,6 @@ impl Core {
         match seen.state {
             State::Fresh => return Ok(true),
             State::Settled => return Ok(false),
-            // Settled for so long that its word belongs to a later message; or garbage.
-            State::Corrupt if seen.sequence() < self.ledger.floor() => return Ok(false),
             State::Corrupt => return Err(RecvError::Corrupt("a word of the group's ledger makes no sense")),
             State::Moving(reason) if seen.owner.is_none() => {
                 self.take_move(seen, reason, now);
@@ -241,15 +239,16 @@ impl Core {
         self.reserved = 0..0;
         self.scan_idle(now);
         let active = self.ledger.active();
-        let overdue = self.candidates.iter().any(|sequence| {
-            let seen = self.ledger.look(*sequence);
-            seen.state == State::Leased && seen.owner == active && seen.is_due(now)
+        let overdue = active.filter(|active| {
+            self.candidates.iter().any(|sequence| {
+                let seen = self.ledger.look(*sequence);
+                seen.state == State::Leased && seen.owner == Some(*active) && seen.is_due(now)
+            })
         });
-        if overdue {
-            self.ledger.supersede(self.me);
-        } else {
+        let superseded = overdue.is_some_and(|overdue| self.ledger.supersede(overdue, self.me));
+        if !superseded {
             self.candidates.clear();
         }
-        overdue
+        superseded
     }
 }
