@@ -557,6 +557,24 @@ pub enum RecvError {
     Forked,
 }
 
+/// Why waiting for a group has ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SettleError {
+    /// The timeout ran out.
+    #[error("the group has not settled the message within the time given")]
+    TimedOut,
+    /// The topic has no such group (any more).
+    #[error("the topic has no group of this name; create it, or look at `shmbus show`")]
+    NoGroup,
+    /// The topic was removed or the bus stopped.
+    #[error("the topic is gone: {0}")]
+    Gone(GoneReason),
+    /// The coordinator could not be asked for the group.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
 /// Why an ack, nack, reject or extend changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -39,7 +39,8 @@ pub use crate::{
 };
 pub use crate::{
     error::{
-        AckError, AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal,
+        AckError, AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
+        Refusal, SettleError,
     },
     ring::sequence::Sequence,
     topic::{
