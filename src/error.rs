@@ -609,4 +609,61 @@ pub enum RecvError {
     /// Shared memory holds values that no correct process writes.
     #[error("the topic's shared memory is corrupt: {0}")]
     Corrupt(&'static str),
+    /// The consumer may not take messages any more.
+    #[error("this consumer is fenced: its group was rewound or removed, or its leases were reclaimed; open it again")]
+    Fenced,
+    /// A consumer was used in a forked child.
+    #[error("this consumer was opened before a fork; open the bus and the consumer again in the child")]
+    Forked,
+}
+
+/// Why waiting for a group has ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SettleError {
+    /// The timeout ran out.
+    #[error("the group has not settled the message within the time given")]
+    TimedOut,
+    /// The topic has no such group (any more).
+    #[error("the topic has no group of this name; create it, or look at `shmbus show`")]
+    NoGroup,
+    /// The topic was removed or the bus stopped.
+    #[error("the topic is gone: {0}")]
+    Gone(GoneReason),
+    /// The coordinator could not be asked for the group.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
+/// Why an ack, nack, reject or extend changed nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AckError {
+    /// The lease had ended and the message was given to another consumer, or back to the group.
+    #[error("the lease on sequence {sequence} is lost: it had ended and the message was given away")]
+    LeaseLost {
+        /// The message.
+        sequence: Sequence,
+    },
+    /// This very lease was used up before, or the group settles messages when it hands them out.
+    #[error("sequence {sequence} was settled before with this lease")]
+    AlreadySettled {
+        /// The message.
+        sequence: Sequence,
+    },
+    /// The lease was given to another consumer handle.
+    #[error("the lease on sequence {sequence} was given to another consumer; use it there")]
+    Foreign {
+        /// The message.
+        sequence: Sequence,
+    },
+    /// A consumer was used in a forked child.
+    #[error("this consumer was opened before a fork; its leases are the parent's")]
+    Forked,
+    /// The consumer's leases are void.
+    #[error("this consumer is fenced: its group was rewound or removed, or its leases were reclaimed; open it again")]
+    Fenced,
+    /// The topic was removed or the bus stopped.
+    #[error("the topic is gone: {0}")]
+    Gone(GoneReason),
 }

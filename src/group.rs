@@ -1,5 +1,7 @@
 //! Groups: the options of a named set of consumers that share a topic's messages.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// What a group promises when consumers or publishers die.
@@ -79,6 +81,89 @@ impl Default for GroupOptions {
 }
 
 impl GroupOptions {
+    /// The defaults: at least once, leases of 30 s, no limits.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A message counts as done when it is handed out; see [`Guarantee::AtMostOnce`].
+    #[must_use]
+    pub fn at_most_once(mut self) -> Self {
+        self.guarantee = Guarantee::AtMostOnce;
+        self
+    }
+
+    /// A lease passes on only after its holder was proven dead or fenced; see [`Guarantee::EffectivelyOnce`].
+    #[must_use]
+    pub fn effectively_once(mut self) -> Self {
+        self.guarantee = Guarantee::EffectivelyOnce;
+        self
+    }
+
+    /// How long a consumer has for one message (1 ms to 24 h; default 30 s). Rounded up to milliseconds.
+    #[must_use]
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.lease_ms = whole_ms(lease);
+        self
+    }
+
+    /// Leases of the whole group at a time.
+    #[must_use]
+    pub fn max_in_flight(mut self, leases: u32) -> Self {
+        self.max_in_flight = leases;
+        self
+    }
+
+    /// How often a message is delivered before it goes to the dead-letter topic.
+    #[must_use]
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.max_attempts = attempts;
+        self
+    }
+
+    /// How long a message rests after its first, second, ... failed attempt; the last one repeats. Rounded up to
+    /// milliseconds.
+    #[must_use]
+    pub fn back_off(mut self, delays: impl IntoIterator<Item = Duration>) -> Self {
+        self.back_off_ms = delays.into_iter().map(whole_ms).collect();
+        self
+    }
+
+    /// Where messages go that failed too often or were rejected (default `dlq.TOPIC.GROUP`).
+    #[must_use]
+    pub fn dead_letter(mut self, topic: impl Into<String>) -> Self {
+        self.dead_letter = Some(topic.into());
+        self
+    }
+
+    /// Messages whose time-to-live ended go to the dead-letter topic as well.
+    #[must_use]
+    pub fn dead_letter_expired(mut self) -> Self {
+        self.dead_letter_expired = true;
+        self
+    }
+
+    /// Messages of one key are delivered in order and one at a time.
+    #[must_use]
+    pub fn ordered_by_key(mut self) -> Self {
+        self.ordered_by_key = true;
+        self
+    }
+
+    /// One consumer at a time gets everything; the others stand by.
+    #[must_use]
+    pub fn exclusive(mut self) -> Self {
+        self.exclusive = true;
+        self
+    }
+
+    /// How many messages above the floor may be handed out; a power of two.
+    #[must_use]
+    pub fn window(mut self, messages: u64) -> Self {
+        self.window = messages;
+        self
+    }
+
     /// What is wrong with them, and what would work.
     pub(crate) fn check(&self) -> Result<(), String> {
         if !LEASE_MS.contains(&self.lease_ms) {
@@ -120,8 +205,13 @@ impl GroupOptions {
     }
 
     /// How long a message rests after `attempt` failed.
-    pub(crate) fn back_off(&self, attempt: u16) -> u64 {
+    pub(crate) fn rest_ms(&self, attempt: u16) -> u64 {
         let index = usize::from(attempt.max(1)) - 1;
         self.back_off_ms.get(index).or(self.back_off_ms.last()).copied().unwrap_or(0)
     }
+}
+
+/// In milliseconds, rounded up.
+pub(crate) fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }

@@ -27,7 +27,10 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Envelope, Loan, Message, Publisher, Repeats, Start, Subscriber, SubscriberBuilder},
+    client::{
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Lease, Loan,
+        Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Start, Subscriber, SubscriberBuilder,
+    },
     coordinator::protocol::{
         ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
@@ -36,11 +39,13 @@ pub use crate::{
 };
 pub use crate::{
     error::{
-        AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
-        Refusal,
+        AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
+        PublishError, RecvError, Refusal, SettleError,
     },
     ring::sequence::Sequence,
-    topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
+    topic::{
+        Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name, virtual_topic,
+    },
 };
 
 /// The README's program compiles.

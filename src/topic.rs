@@ -355,9 +355,32 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     Ok(())
 }
 
+/// Understands the name that ActiveMQ gives to the queue of a group: `Consumer.G.VirtualTopic.X` is group `G` on topic
+/// `VirtualTopic.X`.
+///
+/// ```
+/// assert_eq!(shmbus::virtual_topic("Consumer.billing.VirtualTopic.orders"), Some(("billing", "VirtualTopic.orders")));
+/// assert_eq!(shmbus::virtual_topic("VirtualTopic.orders"), None);
+/// ```
+pub fn virtual_topic(name: &str) -> Option<(&str, &str)> {
+    let (group, topic) = name.strip_prefix("Consumer.")?.split_once('.')?;
+    let is_virtual = topic.strip_prefix("VirtualTopic.").is_some_and(|rest| !rest.is_empty());
+    (is_virtual && !group.is_empty()).then_some((group, topic))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn queues_of_virtual_topics() {
+        assert_eq!(virtual_topic("Consumer.a.VirtualTopic.b.c"), Some(("a", "VirtualTopic.b.c")));
+        for other in
+            ["orders", "VirtualTopic.b", "Consumer.a.b", "Consumer..VirtualTopic.b", "Consumer.a.VirtualTopic."]
+        {
+            assert_eq!(virtual_topic(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn names_follow_the_token_rules() {

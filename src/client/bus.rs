@@ -176,7 +176,7 @@ impl Bus {
         &self.control
     }
 
-    fn done(&self, request: &Request) -> Result<(), OpenError> {
+    pub(crate) fn done(&self, request: &Request) -> Result<(), OpenError> {
         match self.control.request(request)?.0 {
             Answer::Done => Ok(()),
             other => Err(unexpected(&other)),

@@ -139,6 +139,22 @@ impl Control {
         }
     }
 
+    /// Tells the coordinator something, and does not wait for the answer. `false`: it could not be told now.
+    pub(crate) fn tell(&self, request: &Request) -> bool {
+        if self.check_process().is_err() {
+            return false;
+        }
+        let told = match self.inner.try_lock() {
+            Ok(mut inner) => {
+                inner.receive_all();
+                inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
+            }
+            Err(_) => false,
+        };
+        self.close_given_up();
+        told
+    }
+
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
     /// was written there, so it waits in our socket, also when the coordinator has died since. If our socket was full it
     /// waits with the coordinator, which goes on as we read; if the connection broke before that, the coordinator is

@@ -15,6 +15,10 @@ impl Held {
     pub(crate) fn new(control: Arc<Control>, handle: HandleRef) -> Self {
         Held { control, handle }
     }
+
+    pub(crate) fn control(&self) -> &Control {
+        &self.control
+    }
 }
 
 impl Drop for Held {

@@ -15,11 +15,13 @@ macro_rules! with_port {
 }
 
 mod bus;
+mod consumer;
 pub(crate) mod control;
 pub(crate) mod envelope;
 mod held;
 mod launch;
 mod message;
+mod pipeline;
 pub(crate) mod publisher;
 mod read;
 mod repeats;
@@ -27,8 +29,10 @@ pub(crate) mod subscriber;
 mod write;
 
 pub use bus::{Bus, BusOptions};
+pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use envelope::Envelope;
 pub use message::Message;
+pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
 pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

@@ -11,8 +11,8 @@ use crate::client::control::Control;
 use crate::client::envelope::{self, Envelope};
 use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
-use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo};
-use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError};
+use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
+use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
@@ -40,6 +40,10 @@ pub(crate) struct PublisherCore {
     options: TopicOptions,
     /// Where the topic has envelopes.
     sealer: Option<Sealer>,
+    /// The topic's; empty where it has no coordinator.
+    name: String,
+    /// The lines of groups that have been waited for, with the groups' names.
+    groups: Vec<GroupLine>,
     id: u64,
     named: bool,
     /// The number before this handle's first.
@@ -60,6 +64,13 @@ struct Sealer {
 
 /// A sealer does not keep more memory than this for the next message.
 const KEPT_SCRATCH_BYTES: usize = 1 << 20;
+
+/// A group's line among the cursors.
+struct GroupLine {
+    name: String,
+    group: u32,
+    cursor: u32,
+}
 
 /// The kinds of ring: closed, so that publishing is a branch and not an indirect call.
 enum Port {
@@ -127,6 +138,8 @@ impl PublisherCore {
             port,
             sealer: Sealer::new(&info),
             options,
+            name: info.name.clone(),
+            groups: Vec::new(),
             id: publisher,
             named: last_number.is_some(),
             before: last_number.unwrap_or(0),
@@ -162,8 +175,7 @@ impl OriginPublisher {
         batch: &[(&[u8], &Envelope)],
         deadline: Instant,
     ) -> Result<Sequence, PublishError> {
-        // 0 is no message's.
-        with_port!(&mut self.core.port, port => port.note_as(input + 1));
+        with_port!(&mut self.core.port, port => port.note_as(input_number(input)));
         self.core.publish_sealed_batch(batch, Some(deadline))
     }
 
@@ -284,6 +296,8 @@ impl PublisherCore {
             port,
             options,
             sealer: Sealer::new(info),
+            name: String::new(),
+            groups: Vec::new(),
             id: 0,
             named: false,
             before: 0,
@@ -520,6 +534,55 @@ impl PublisherCore {
     }
 }
 
+/// Waiting for groups.
+impl PublisherCore {
+    fn wait_settled(&mut self, group: &str, sequence: u64, limit: Duration) -> Result<(), SettleError> {
+        let deadline = Instant::now().checked_add(limit);
+        loop {
+            let line = match self.groups.iter().position(|line| line.name == group) {
+                Some(index) => index,
+                None => self.find_group(group)?,
+            };
+            // Consumers raise their line in steps; whoever waits wants what they have settled already.
+            self.space_bell().urge();
+            let poll = |core: &mut PublisherCore| {
+                if let Some(reason) = with_port!(&core.port, port => port.gone()) {
+                    return Some(Err(SettleError::Gone(reason)));
+                }
+                match core.settled_below(&core.groups[line]) {
+                    Some(below) => (below > sequence).then_some(Ok(true)),
+                    None => Some(Ok(false)),
+                }
+            };
+            match wait::until(self, self.wait, deadline, |core| core.space_bell(), poll) {
+                Some(Ok(true)) => return Ok(()),
+                // Rewound or removed: the coordinator knows which.
+                Some(Ok(false)) => drop(self.groups.swap_remove(line)),
+                Some(Err(error)) => return Err(error),
+                None => return Err(SettleError::TimedOut),
+            }
+        }
+    }
+
+    /// `None`: the group that we knew by this name has ended.
+    fn settled_below(&self, line: &GroupLine) -> Option<u64> {
+        let cursor = with_port!(&self.port, port => port.cursors()).get(line.cursor as usize)?;
+        cursor.settled_below(line.group.into())
+    }
+
+    /// Asks the coordinator where a group's line is.
+    fn find_group(&mut self, group: &str) -> Result<usize, SettleError> {
+        let control = self.held.as_ref().map(Held::control).ok_or(SettleError::NoGroup)?;
+        let request = Request::Status { topic: Some(self.name.clone()), after: None };
+        let (answer, _) = control.request(&request)?;
+        let Answer::Status { topics, .. } = answer else { return Err(unexpected(&answer).into()) };
+        let found = topics.into_iter().flat_map(|topic| topic.groups).find(|found| found.name == group);
+        let found = found.ok_or(SettleError::NoGroup)?;
+        self.groups.push(GroupLine { name: found.name, group: found.id, cursor: found.cursor });
+        Ok(self.groups.len() - 1)
+    }
+}
+
 impl Drop for PublisherCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original is its parent's.
@@ -614,6 +677,17 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// Under a name: the number of the message that was published last under it, 0 for none. `None` without a name.
     pub fn last_number(&self) -> Option<u64> {
         self.core.named.then(|| self.core.last_number())
+    }
+
+    /// Waits until a group has settled the message with this sequence and all before it: acknowledged, or moved to the
+    /// dead-letter topic.
+    ///
+    /// Consumers say so in steps; at the latest when they next receive or settle something, or find nothing to receive.
+    ///
+    /// # Errors
+    /// [`SettleError`]
+    pub fn wait_settled(&mut self, group: &str, sequence: Sequence, limit: Duration) -> Result<(), SettleError> {
+        self.core.wait_settled(group, sequence.get(), limit)
     }
 
     /// Publishes up to 1,024 messages, all or nothing and consecutively, for little more than the price of one.

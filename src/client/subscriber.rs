@@ -42,6 +42,30 @@ pub enum Start {
     LastPerKey,
 }
 
+impl Start {
+    /// Where the coordinator is to put the cursor.
+    pub(crate) fn at(self) -> StartAt {
+        match self {
+            Start::Latest => StartAt::Latest,
+            Start::Oldest => StartAt::Oldest,
+            Start::Last(count) => StartAt::Last(count),
+            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
+            Start::Time(_) | Start::LastPerKey => StartAt::Scan,
+        }
+    }
+
+    /// The same for a group, which begins at a sequence.
+    pub(crate) fn at_of_group(self, topic: &str) -> Result<StartAt, OpenError> {
+        match self.at() {
+            StartAt::Scan => {
+                let problem = "a group starts at latest, oldest, the last n or a sequence".to_owned();
+                Err(Refusal::Options { topic: topic.to_owned(), problem }.into())
+            }
+            start => Ok(start),
+        }
+    }
+}
+
 /// Reads a topic; every subscriber sees every message.
 ///
 /// On `block` and `reject` topics it holds the ring back until it has read (unless it is droppable). What it has read
@@ -160,17 +184,6 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         }
     }
 
-    /// Where the coordinator is to put the cursor.
-    fn start_at(&self) -> StartAt {
-        match self.start {
-            Start::Latest => StartAt::Latest,
-            Start::Oldest => StartAt::Oldest,
-            Start::Last(count) => StartAt::Last(count),
-            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
-            Start::Time(_) | Start::LastPerKey => StartAt::Scan,
-        }
-    }
-
     /// Whether the topic has what the start goes by.
     fn check_start(&self, options: &TopicOptions) -> Result<(), OpenError> {
         let what = match self.start {
@@ -189,7 +202,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
 
     fn open_core(&self) -> Result<SubscriberCore, OpenError> {
         let control = self.bus.control();
-        let start = self.start_at();
+        let start = self.start.at();
         let topic = self.topic.name().to_owned();
         let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
         let (answer, fds) = control.request(&request)?;

@@ -226,6 +226,8 @@ pub struct GroupStatus {
     pub id: u32,
     /// Its name.
     pub name: String,
+    /// Its cursor's number on the topic, by which a publisher that meets `Full` names it.
+    pub cursor: u32,
     /// What it was created with.
     pub options: GroupOptions,
     /// The lowest sequence it has not settled.

@@ -2,6 +2,7 @@
 
 pub(crate) mod cache;
 pub(crate) mod clock;
+pub(crate) mod fork;
 pub(crate) mod futex;
 pub(crate) mod lock;
 pub(crate) mod membarrier;

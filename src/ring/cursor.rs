@@ -88,13 +88,15 @@ impl Cursor {
         self.sequence.fetch_max(sequence, Ordering::Release);
     }
 
-    /// The line of a group: what lies below has been settled. `None`: the group is no more.
+    /// The line of `group`: what lies below has been settled. `None`: the line is not that group's any more.
     #[cfg(not(loom))]
-    pub(crate) fn settled_below(&self) -> Option<u64> {
+    pub(crate) fn settled_below(&self, group: u64) -> Option<u64> {
         // Acquire: A-SETTLED pairs with R-SETTLED (raise).
         let sequence = self.sequence.load(Ordering::Acquire);
-        // Relaxed: a line goes out of force for good.
-        (self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
+        // Acquire: A-MODE pairs with R-MODE (occupy_as): another group's line names another owner, and a group's number
+        // is never given twice. Relaxed: ordered after the sequence.
+        let same = self.mode.load(Ordering::Acquire) == GROUP && self.owner.load(Ordering::Relaxed) == group;
+        (same && self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
     }
 
     /// Stores a position a joining reader would like; see `gate::join` for what must follow.
@@ -151,7 +153,8 @@ impl Cursor {
     /// Where a cursor stands whose reader has not begun; `None` where it is not in force.
     #[cfg(not(loom))]
     pub(crate) fn place(&self) -> Option<crate::ring::log::Place> {
-        // Acquire: A-CURSOR pairs with R-CURSOR (advance): the sequence was stored before the position.
+        // Acquire: A-CURSOR pairs with R-CURSOR (advance, raise): the sequence was stored before the position, where there is
+        // one reader; and what another consumer saw settled is settled for us.
         let position = self.position.load(Ordering::Acquire);
         let place = crate::ring::log::Place { position, sequence: self.sequence() };
         (position != NOT_IN_FORCE).then_some(place)

@@ -69,6 +69,15 @@ impl<const W: usize> ExclusiveLog<W> {
         Some(position)
     }
 
+    /// The word at `position`, if it is committed and still there.
+    #[cfg(not(loom))]
+    #[inline]
+    pub(crate) fn committed(&self, position: u64) -> Option<Word> {
+        // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+        let word = Word(self.ring.at(position).word.load(Ordering::Acquire));
+        word.commits(position).then_some(word)
+    }
+
     /// The tenancy's index in the message at `position`, if that is committed and still there.
     #[cfg(not(loom))]
     pub(crate) fn tenancy_at(&self, position: u64) -> Option<u8> {

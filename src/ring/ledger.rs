@@ -96,6 +96,11 @@ impl Seen {
         self.sequence
     }
 
+    /// The same once it has been settled by a delivery at most once.
+    pub(crate) fn settled(self) -> Self {
+        Seen { state: State::Settled, attempt: self.attempt.max(1), ..self }
+    }
+
     /// Whether the time that the word names has come. `now` in milliseconds.
     pub fn is_due(self, now: u64) -> bool {
         self.due_in(now) == 0
@@ -347,6 +352,13 @@ impl Ledger {
         }
         self.tell_returned();
         released
+    }
+
+    /// Leases that have not ended, of one consumer or of all. A lease that has ended is anybody's, so it counts no more.
+    pub fn leased(&self, owner: Option<u8>, now: u64) -> u64 {
+        let counts =
+            |seen: &Seen| seen.state == State::Leased && (owner.is_none() || seen.owner == owner) && !seen.is_due(now);
+        self.handed_out().map(|sequence| self.look(sequence)).filter(counts).count() as u64
     }
 
     /// Sets times anew that came more than half a day ago, before the due field comes round and they seem to lie ahead

@@ -4,6 +4,7 @@ use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
 use crate::ring::slot::Body;
@@ -84,6 +85,10 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
 
     fn space_bell(&self) -> &Doorbell {
         &self.sender.channel().header.writers
+    }
+
+    fn cursors(&self) -> &[Cursor] {
+        &[]
     }
 
     #[inline]

@@ -5,6 +5,7 @@ use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive;
 use crate::ring::gate::Stop;
@@ -68,6 +69,10 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
 
     fn space_bell(&self) -> &Doorbell {
         &self.log().readers.writers
+    }
+
+    fn cursors(&self) -> &[Cursor] {
+        &self.log().cursors
     }
 
     #[inline]

@@ -7,6 +7,7 @@ use super::runs::Run;
 use super::{WritePort, arena_slack};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Stop, still_retained};
 use crate::ring::many::{self, Record};
@@ -162,6 +163,10 @@ impl WritePort for ManyPort {
 
     fn space_bell(&self) -> &Doorbell {
         &self.writer.log().readers.writers
+    }
+
+    fn cursors(&self) -> &[Cursor] {
+        &self.writer.log().cursors
     }
 
     #[inline]

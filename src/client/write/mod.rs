@@ -8,6 +8,7 @@ mod slots;
 
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Span};
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 
@@ -49,6 +50,9 @@ pub(crate) trait WritePort: Send {
 
     /// The bell to wait on after `Stop::Blocked`.
     fn space_bell(&self) -> &Doorbell;
+
+    /// Every reader's cursor, the groups' lines among them; none on channels.
+    fn cursors(&self) -> &[Cursor];
 
     /// Whether the topic is gone. Cheap while it is not.
     fn gone(&self) -> Option<GoneReason>;

@@ -4,6 +4,7 @@ use super::WritePort;
 use super::runs::Run;
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
+use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 use crate::ring::slot::{Body, Slot};
@@ -27,6 +28,8 @@ pub(crate) trait SlotEnd: Send {
     fn reclaim(&mut self, allocator: &mut Allocator, bytes: u64) -> Result<(), Stop>;
     /// The bell to wait on for space.
     fn space_bell(&self) -> &Doorbell;
+    /// Every reader's cursor.
+    fn cursors(&self) -> &[Cursor];
     /// Whether the topic is gone.
     fn gone(&self) -> Option<GoneReason>;
     /// Where the retained messages of a publisher are.
@@ -155,6 +158,10 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
 
     fn space_bell(&self) -> &Doorbell {
         self.end.space_bell()
+    }
+
+    fn cursors(&self) -> &[Cursor] {
+        self.end.cursors()
     }
 
     #[inline]

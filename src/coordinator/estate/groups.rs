@@ -262,6 +262,7 @@ impl Estate {
         GroupStatus {
             id: group.info.id,
             name: group.info.name.clone(),
+            cursor: group.info.cursor,
             options: group.info.options.clone(),
             floor: count.floor,
             lag: tail.saturating_sub(count.floor),

@@ -1,0 +1,54 @@
+//! A consumer's own memory for the payloads it has in hand.
+
+/// Payload copies, one behind the other, each aligned for every payload type. Grows to the largest batch and stays so.
+#[derive(Default)]
+pub(super) struct Copies {
+    blocks: Vec<Block>,
+    used: usize,
+}
+
+/// Where a copy lies: its first block and its length in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Copy {
+    block: usize,
+    len: usize,
+}
+
+#[repr(C, align(32))]
+#[derive(Clone, Copy)]
+struct Block([u8; 32]);
+
+impl Copies {
+    /// Forgets all copies.
+    #[inline]
+    pub(super) fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// Forgets `copy`, the one made last.
+    #[inline]
+    pub(super) fn undo(&mut self, copy: Copy) {
+        self.used = copy.block;
+    }
+
+    /// Room for `len` bytes, to be filled by the caller.
+    #[inline]
+    pub(super) fn add(&mut self, len: usize) -> (Copy, &mut [u8]) {
+        let copy = Copy { block: self.used, len };
+        self.used += len.div_ceil(size_of::<Block>());
+        if self.blocks.len() < self.used {
+            self.blocks.resize(self.used, Block([0; 32]));
+        }
+        let first = self.blocks[copy.block..].as_mut_ptr().cast::<u8>();
+        // SAFETY: `Block` is 32 plain bytes without padding, and `len` of them are there from `first` on (just resized).
+        (copy, unsafe { std::slice::from_raw_parts_mut(first, len) })
+    }
+
+    /// The bytes of a copy.
+    #[inline]
+    pub(super) fn bytes(&self, copy: Copy) -> &[u8] {
+        let blocks = &self.blocks[copy.block..copy.block + copy.len.div_ceil(size_of::<Block>())];
+        // SAFETY: as in `add`; the blocks are there (just indexed).
+        unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast(), copy.len) }
+    }
+}

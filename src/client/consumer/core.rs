@@ -1,0 +1,366 @@
+//! What a consumer does that does not depend on its payload's type: settling, the floor, waiting.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use super::copies::{Copies, Copy};
+use super::fetch::{Log, Origin};
+use super::moves::Moves;
+use super::scan::Scan;
+use crate::client::control::Control;
+use crate::client::held::Held;
+use crate::coordinator::protocol::{GroupInfo, Request};
+use crate::error::{AckError, GoneReason, RecvError};
+use crate::group::{Guarantee, LEASE_MS, whole_ms};
+use crate::os::{clock, fork};
+use crate::ring::cursor::{Cursor, CursorsHeader};
+use crate::ring::ledger::{Ledger, MoveReason, Seen, State};
+use crate::ring::sequence::Sequence;
+use crate::shm::shared::Shared;
+use crate::shm::topic::SharedInfo;
+use crate::sync::Ordering;
+use crate::wait::{self, Wait};
+
+/// Acks between two looks at the floor.
+const ACKS_PER_FLUSH: u32 = 64;
+
+/// A message in hand.
+pub(super) struct Item {
+    pub(super) lease: Seen,
+    pub(super) copy: Copy,
+    pub(super) origin: Origin,
+    /// Whether the program keeps the lease, so that what happens to the rest of a batch does not concern it.
+    pub(super) kept: Cell<bool>,
+}
+
+/// A consumer without its payload's type.
+pub(crate) struct Core {
+    pub(super) log: Log,
+    pub(super) ledger: Ledger,
+    pub(super) readers: Shared<CursorsHeader>,
+    pub(super) cursors: Shared<[Cursor]>,
+    pub(super) info: SharedInfo,
+    pub(super) group: GroupInfo,
+    pub(super) control: Arc<Control>,
+    /// Our number in the group.
+    pub(super) me: u8,
+    /// Tells this handle's leases from those of other handles of this process.
+    pub(super) token: u64,
+    pub(super) wait: Wait,
+    /// Most leases at a time; `u64::MAX`: no limit of our own.
+    pub(super) max_in_flight: u64,
+    /// Leases given out and not settled. Some may be lost by now; they are counted again where it matters.
+    pub(super) in_flight: u64,
+    /// Sequences reserved for us and not tried yet.
+    pub(super) reserved: Range<u64>,
+    /// Older sequences worth trying.
+    pub(super) candidates: VecDeque<u64>,
+    pub(super) scan: Scan,
+    pub(super) moves: Moves,
+    pub(super) copies: Copies,
+    pub(super) items: Vec<Item>,
+    pub(super) flush: Flush,
+    held: Option<Held>,
+    forks: u64,
+}
+
+/// When the floor was last looked at.
+#[derive(Default)]
+pub(super) struct Flush {
+    settled: u32,
+    at_ms: u64,
+    floor: u64,
+}
+
+impl Flush {
+    /// Counts a word, if it is settled, of which nobody has a lease.
+    pub(super) fn count(&mut self, settled: bool) {
+        self.settled += u32::from(settled);
+    }
+}
+
+/// What [`Core`] is made of.
+pub(super) struct Parts {
+    pub(super) log: Log,
+    pub(super) ledger: Ledger,
+    pub(super) readers: Shared<CursorsHeader>,
+    pub(super) cursors: Shared<[Cursor]>,
+    pub(super) info: SharedInfo,
+    pub(super) group: GroupInfo,
+    pub(super) control: Arc<Control>,
+    pub(super) me: u8,
+    pub(super) held: Held,
+}
+
+impl Core {
+    pub(super) fn new(parts: Parts, wait: Wait, max_in_flight: u64) -> Core {
+        static TOKENS: AtomicU64 = AtomicU64::new(0);
+        fork::watch();
+        let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
+        let moves = Moves::new(&info, &group);
+        Core {
+            log,
+            ledger,
+            readers,
+            cursors,
+            info,
+            group,
+            control,
+            me,
+            token: TOKENS.fetch_add(1, Ordering::Relaxed),
+            wait,
+            max_in_flight,
+            in_flight: 0,
+            reserved: 0..0,
+            candidates: VecDeque::new(),
+            scan: Scan::default(),
+            moves,
+            copies: Copies::default(),
+            items: Vec::new(),
+            flush: Flush::default(),
+            held: Some(held),
+            forks: fork::generation(),
+        }
+    }
+
+    pub(super) fn guarantee(&self) -> Guarantee {
+        self.group.options.guarantee
+    }
+
+    /// When a lease taken now ends.
+    #[inline]
+    pub(super) fn lease_end(&self, now: u64) -> u64 {
+        due_after(now, self.group.options.lease_ms)
+    }
+
+    /// Whether this process may use the handle at all.
+    #[inline]
+    pub(super) fn is_forked(&self) -> bool {
+        self.forks != fork::generation()
+    }
+
+    pub(super) fn gone(&self) -> Option<GoneReason> {
+        if self.readers.readers.wants_attention() { self.log.header().gone() } else { None }
+    }
+
+    /// Whether leases still mean anything.
+    #[inline]
+    fn check_settle(&self) -> Result<(), AckError> {
+        if self.is_forked() {
+            return Err(AckError::Forked);
+        }
+        if self.ledger.is_fenced(self.me) {
+            return Err(AckError::Fenced);
+        }
+        match self.gone() {
+            Some(reason) => Err(AckError::Gone(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// The message is done with.
+    #[inline]
+    pub(super) fn ack(&mut self, lease: Seen) -> Result<(), AckError> {
+        self.check_settle()?;
+        if lease.state == State::Settled {
+            // At most once: it was done with when it was handed out.
+            return Ok(());
+        }
+        if !self.ledger.settle(lease) {
+            return Err(self.why_lost(lease));
+        }
+        self.has_settled();
+        Ok(())
+    }
+
+    /// Gives the message back, to rest for `delay` or the group's back-off.
+    pub(super) fn nack(&mut self, lease: Seen, delay: Option<Duration>) -> Result<(), AckError> {
+        self.check_settle()?;
+        self.check_unsettled(lease)?;
+        let options = &self.group.options;
+        if options.max_attempts > 0 && u32::from(lease.attempt) >= options.max_attempts {
+            return self.move_away(lease, MoveReason::Exhausted, None);
+        }
+        let now = clock::now_ms();
+        let rest = delay.map_or_else(|| options.rest_ms(lease.attempt), whole_ms).min(*LEASE_MS.end());
+        let due = if rest == 0 { now } else { due_after(now, rest) };
+        if !self.ledger.give_back(lease, due) {
+            return Err(self.why_lost(lease));
+        }
+        self.ring_readers();
+        self.in_flight = self.in_flight.saturating_sub(1);
+        Ok(())
+    }
+
+    /// Sends the message to the dead-letter topic.
+    pub(super) fn reject(&mut self, lease: Seen, reason: &str) -> Result<(), AckError> {
+        self.check_settle()?;
+        self.check_unsettled(lease)?;
+        self.move_away(lease, MoveReason::Rejected, Some(reason))
+    }
+
+    /// Lets a lease end `time` from now.
+    pub(super) fn extend(&mut self, lease: Seen, time: Duration) -> Result<Seen, AckError> {
+        self.check_settle()?;
+        self.check_unsettled(lease)?;
+        let time = whole_ms(time).clamp(*LEASE_MS.start(), *LEASE_MS.end());
+        let due = due_after(clock::now_ms(), time);
+        self.ledger.extend(lease, due).ok_or_else(|| self.why_lost(lease))
+    }
+
+    fn move_away(&mut self, lease: Seen, reason: MoveReason, text: Option<&str>) -> Result<(), AckError> {
+        let due = self.lease_end(clock::now_ms());
+        let Some(seen) = self.ledger.begin_move(lease, self.me, due, reason) else {
+            return Err(self.why_lost(lease));
+        };
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.moves.add(seen, text);
+        self.work_off_moves();
+        Ok(())
+    }
+
+    fn check_unsettled(&self, lease: Seen) -> Result<(), AckError> {
+        let sequence = Sequence::new(lease.sequence());
+        if lease.state == State::Settled { Err(AckError::AlreadySettled { sequence }) } else { Ok(()) }
+    }
+
+    /// A swap failed: because this very lease was used before?
+    #[cold]
+    fn why_lost(&self, lease: Seen) -> AckError {
+        let now = self.ledger.look(lease.sequence());
+        let used = matches!(now.state, State::Settled | State::Moving(_));
+        let sequence = Sequence::new(lease.sequence());
+        if used && now.owner == lease.owner && now.attempt == lease.attempt {
+            AckError::AlreadySettled { sequence }
+        } else {
+            AckError::LeaseLost { sequence }
+        }
+    }
+
+    /// After one of our leases has been settled.
+    #[inline]
+    pub(super) fn has_settled(&mut self) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.flush.settled += 1;
+        if self.flush.settled >= ACKS_PER_FLUSH || self.readers.writers.is_waited_on() {
+            self.raise_floor();
+        }
+        if self.group.options.max_in_flight > 0 {
+            // There is room for others again.
+            self.ring_readers();
+        }
+    }
+
+    /// Raises the floor if something was settled and the clock has moved on since it was last raised.
+    #[inline]
+    pub(super) fn raise_floor_now_and_then(&mut self, now: u64) {
+        if self.flush.settled > 0 && (now != self.flush.at_ms || self.readers.writers.is_waited_on()) {
+            self.flush.at_ms = now;
+            self.raise_floor();
+        }
+    }
+
+    /// Moves the floor over what is settled, raises the group's line and wakes publishers that wait for it. Also mends
+    /// what a consumer that died between two of these steps left undone.
+    #[cold]
+    pub(super) fn raise_floor(&mut self) {
+        self.flush.settled = 0;
+        let floor = self.ledger.advance_floor();
+        let line = &self.cursors[self.group.cursor as usize];
+        if floor == self.flush.floor && line.sequence() >= floor {
+            return;
+        }
+        self.flush.floor = floor;
+        let position = self.log.position_of_floor(floor);
+        line.raise(position, floor);
+        if !self.readers.writers.is_quiet() {
+            self.readers.writers.ring();
+        }
+    }
+
+    /// Wakes consumers that sleep: there is something for them to look at.
+    pub(super) fn ring_readers(&self) {
+        if !self.readers.readers.is_quiet() {
+            self.readers.readers.ring();
+        }
+    }
+
+    /// Asks the coordinator, at most once a second for each, to fence a consumer that holds what is overdue.
+    #[cold]
+    pub(super) fn reclaim(&mut self, owner: u8, now: u64) {
+        if !self.scan.may_reclaim(owner, now) {
+            return;
+        }
+        let (topic, group, consumer) = (self.info.id, self.group.id, owner.into());
+        // If it cannot be told now, the next scan asks again.
+        self.control.tell(&Request::Reclaim { topic, group, consumer });
+    }
+
+    /// Takes up to `count` messages into `items`; waits for the first.
+    #[inline]
+    pub(super) fn recv(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
+        if self.poll(count)? { Ok(()) } else { self.wait(count, limit) }
+    }
+
+    fn wait(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
+        enum Outcome {
+            Taken,
+            /// There is a moment to wake at that was not known when we began to wait.
+            Sooner,
+            Failed(RecvError),
+        }
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        loop {
+            let nap = self.scan.nap();
+            let until = match (deadline, nap.and_then(|nap| Instant::now().checked_add(nap))) {
+                (Some(deadline), Some(nap)) => Some(deadline.min(nap)),
+                (deadline, nap) => deadline.or(nap),
+            };
+            let planned = self.scan.next_due();
+            let poll = |core: &mut Core| match core.poll(count) {
+                Ok(true) => Some(Outcome::Taken),
+                Ok(false) => (core.scan.next_due() != planned).then_some(Outcome::Sooner),
+                Err(error) => Some(Outcome::Failed(error)),
+            };
+            match wait::until(self, self.wait, until, |core| &core.readers.readers, poll) {
+                Some(Outcome::Taken) => return Ok(()),
+                Some(Outcome::Failed(error)) => return Err(error),
+                Some(Outcome::Sooner) => {}
+                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Err(RecvError::TimedOut),
+                None => {}
+            }
+        }
+    }
+}
+
+/// A due time that is not before `ms` milliseconds have passed. Words tell no more than a day ahead, so a whole day's is the
+/// few milliseconds short by which the clock is coarse.
+#[inline]
+fn due_after(now: u64, ms: u64) -> u64 {
+    clock::after(now, ms).min(now + LEASE_MS.end())
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // A forked child drops a copy: the original, and its leases, are its parent's.
+        if self.is_forked() {
+            return;
+        }
+        if self.gone().is_none() && !self.ledger.is_fenced(self.me) {
+            self.work_off_moves();
+            // What an effectively-once consumer has committed for its leases only the coordinator knows.
+            if self.guarantee() != Guarantee::EffectivelyOnce {
+                self.ledger.release_owner(self.me, clock::now_ms(), |_, _| false);
+            }
+            self.ledger.deactivate(self.me);
+            self.raise_floor();
+            self.ring_readers();
+        }
+        // Only now may the coordinator give our number away.
+        drop(self.held.take());
+    }
+}

@@ -1,0 +1,114 @@
+//! When to look at what has been handed out before, and what was seen then.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::core::Core;
+use crate::group::Guarantee;
+use crate::os::clock;
+use crate::ring::ledger::State;
+
+/// Candidates collected by one scan; there is another one behind them.
+const MAX_CANDIDATES: usize = 64;
+
+/// How often the coordinator is asked about one owner.
+const RECLAIM_EVERY_MS: u64 = 1000;
+
+/// What the last scan saw.
+#[derive(Default)]
+pub(super) struct Scan {
+    /// The clock when it was made.
+    at_ms: u64,
+    /// The count of what had been given back then.
+    returned: u64,
+    /// Up to where messages had been handed out then.
+    hint: u64,
+    /// The earliest moment at which something seen comes due.
+    due_at: Option<u64>,
+    reclaimed: HashMap<u8, u64>,
+}
+
+impl Scan {
+    /// The earliest moment at which something will be due, as far as is known.
+    pub(super) fn next_due(&self) -> Option<u64> {
+        self.due_at
+    }
+
+    /// How long to sleep at most because of it.
+    pub(super) fn nap(&self) -> Option<Duration> {
+        let due_at = self.due_at?;
+        Some(Duration::from_millis(due_at.saturating_sub(clock::now_ms()).max(1)))
+    }
+
+    /// Whether the coordinator may be asked about `owner` again; notes that it is.
+    pub(super) fn may_reclaim(&mut self, owner: u8, now: u64) -> bool {
+        let last = self.reclaimed.get(&owner);
+        if last.is_some_and(|last| now < last + RECLAIM_EVERY_MS) {
+            return false;
+        }
+        self.reclaimed.insert(owner, now);
+        true
+    }
+}
+
+impl Core {
+    /// Looks for messages to be delivered again, if there is reason to: something was given back, or the earliest moment
+    /// known has come. Not more often than the clock moves on.
+    #[inline]
+    pub(super) fn scan_if_due(&mut self, now: u64) {
+        if now == self.scan.at_ms {
+            return;
+        }
+        let due = self.scan.due_at.is_some_and(|due_at| now >= due_at);
+        if due || self.ledger.returned() != self.scan.returned {
+            self.scan(now, false);
+        }
+    }
+
+    /// Looks at everything between floor and hint, with nothing better to do: also takes over what others have reserved
+    /// and not taken. Whether that was just done.
+    pub(super) fn scan_idle(&mut self, now: u64) -> bool {
+        if now == self.scan.at_ms && self.ledger.returned() == self.scan.returned {
+            // What was handed out since will be looked at when the clock has moved on.
+            if self.scan.hint != self.ledger.hint() {
+                self.scan.due_at = Some(now + 1);
+            }
+            return false;
+        }
+        self.scan(now, true);
+        true
+    }
+
+    #[cold]
+    fn scan(&mut self, now: u64, idle: bool) {
+        self.scan.at_ms = now;
+        // Before the words: what is given back while we look is looked for again.
+        self.scan.returned = self.ledger.returned();
+        self.scan.hint = self.ledger.hint();
+        let keeps_own = self.guarantee() == Guarantee::EffectivelyOnce;
+        self.candidates.clear();
+        let mut due_in: Option<u64> = None;
+        let mut come_due = |ms: u64| due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms)));
+        for sequence in self.ledger.handed_out() {
+            let seen = self.ledger.look(sequence);
+            let wait_ms = match seen.state {
+                State::Fresh if idle => 0,
+                // Only the coordinator knows whether we have committed the outputs of what we let lie.
+                State::Leased if keeps_own && seen.owner == Some(self.me) => continue,
+                State::Returned | State::Leased => seen.due_in(now),
+                State::Moving(_) if seen.owner.is_none() => 0,
+                State::Moving(_) if seen.owner != Some(self.me) => seen.due_in(now),
+                State::Corrupt => 0,
+                _ => continue,
+            };
+            if wait_ms > 0 {
+                come_due(wait_ms);
+            } else if self.candidates.len() < MAX_CANDIDATES {
+                self.candidates.push_back(sequence);
+            } else {
+                come_due(1);
+            }
+        }
+        self.scan.due_at = due_in.map(|ms| now + ms);
+    }
+}

@@ -1,0 +1,254 @@
+//! Finding messages and taking them (ARCHITECTURE.md §4.9, *Take*).
+
+use std::cell::Cell;
+
+use super::core::{Core, Item};
+use super::fetch::Got;
+use crate::error::RecvError;
+use crate::group::Guarantee;
+use crate::os::clock;
+use crate::ring::ledger::{MoveReason, Seen, State};
+use crate::sync::{Ordering, fence};
+
+/// Sequences reserved at a time, at least: two lines of the ledger.
+const STRIDE: u64 = 16;
+
+/// Attempts to reserve, each lost to another consumer that went on.
+const RESERVE_ATTEMPTS: usize = 16;
+
+/// Copying more than this takes long enough for the clock to move on.
+const LONG_COPY_BYTES: usize = 1024;
+
+impl Core {
+    /// Takes up to `count` messages into `items`, as many as are there. Never waits.
+    #[inline]
+    pub(super) fn poll(&mut self, count: usize) -> Result<bool, RecvError> {
+        self.items.clear();
+        self.copies.clear();
+        if self.is_forked() {
+            return Err(RecvError::Forked);
+        }
+        if self.ledger.is_fenced(self.me) {
+            return Err(RecvError::Fenced);
+        }
+        let now = clock::now_ms();
+        self.raise_floor_now_and_then(now);
+        if self.group.options.exclusive && !self.ledger.activate(self.me) && !self.stand_by(now) {
+            return self.nothing();
+        }
+        let count = if self.is_limited() { count.min(self.room(now) as usize) } else { count };
+        self.scan_if_due(now);
+        if self.take_up_to(count, now)? || self.take_idle(count, now)? { Ok(true) } else { self.nothing() }
+    }
+
+    /// Nothing can be taken: because the topic is gone?
+    #[cold]
+    fn nothing(&self) -> Result<bool, RecvError> {
+        match self.gone() {
+            Some(reason) => Err(RecvError::Gone(reason)),
+            None => Ok(false),
+        }
+    }
+
+    #[inline]
+    fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+        while self.items.len() < count {
+            let Some(sequence) = self.next_sequence(count - self.items.len()) else { break };
+            if let Err(error) = self.try_take(sequence, now) {
+                if self.items.is_empty() {
+                    return Err(error);
+                }
+                // What has been taken comes first.
+                self.candidates.push_front(sequence);
+                break;
+            }
+        }
+        Ok(!self.items.is_empty())
+    }
+
+    /// There is nothing new. A good moment for everything else, and then for one more look.
+    #[cold]
+    fn take_idle(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+        self.raise_floor();
+        self.work_off_moves();
+        self.scan_idle(now);
+        self.take_up_to(count, now)
+    }
+
+    /// The next sequence worth trying: what comes back goes before what is new.
+    #[inline]
+    fn next_sequence(&mut self, wanted: usize) -> Option<u64> {
+        if !self.candidates.is_empty() {
+            return self.candidates.pop_front();
+        }
+        if self.reserved.is_empty() && !self.reserve(wanted as u64) {
+            return None;
+        }
+        self.reserved.next()
+    }
+
+    /// Reserves messages that nobody has been handed yet.
+    fn reserve(&mut self, wanted: u64) -> bool {
+        for _ in 0..RESERVE_ATTEMPTS {
+            let hint = self.ledger.hint();
+            let window_end = self.ledger.floor().saturating_add(self.ledger.window());
+            let to = (hint + wanted.max(STRIDE)).min(window_end);
+            if to <= hint {
+                return false;
+            }
+            let end = self.log.committed_end(hint, to);
+            if end <= hint {
+                return false;
+            }
+            if self.ledger.reserve(hint, end - hint) {
+                self.reserved = hint..end;
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Takes the message if it is to be had.
+    #[inline]
+    fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
+        let seen = self.ledger.look(sequence);
+        if seen.state != State::Fresh && !self.may_take_again(seen, now)? {
+            return Ok(());
+        }
+        let (copy, origin) = match self.log.read(sequence, &mut self.copies) {
+            Got::Message(copy, origin) => (copy, origin),
+            Got::Hole => {
+                let settled = self.ledger.settle(seen);
+                self.flush.count(settled);
+                return Ok(());
+            }
+            Got::Unsound(problem) => return self.unless_changed(seen, problem),
+        };
+        let taken = if self.guarantee() == Guarantee::AtMostOnce {
+            let settled = self.ledger.settle(seen);
+            self.flush.count(settled);
+            settled.then(|| seen.settled())
+        } else {
+            let now = if self.copies.bytes(copy).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
+            let lease = self.ledger.take(seen, self.me, self.lease_end(now));
+            lease.filter(|lease| self.fits_group_limit(*lease, now))
+        };
+        let Some(lease) = taken else {
+            self.copies.undo(copy);
+            return Ok(());
+        };
+        if seen.state != State::Fresh {
+            self.count_redelivery();
+        }
+        self.in_flight += u64::from(lease.state == State::Leased);
+        self.items.push(Item { lease, copy, origin, kept: Cell::new(false) });
+        Ok(())
+    }
+
+    /// What was read makes no sense. That is no error if somebody else has had the message meanwhile.
+    #[cold]
+    fn unless_changed(&self, seen: Seen, problem: &'static str) -> Result<(), RecvError> {
+        if self.ledger.look(seen.sequence()) == seen { Err(RecvError::Corrupt(problem)) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn count_redelivery(&self) {
+        // Relaxed: only shown to people.
+        self.ledger.header().counters.redelivered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a message that was handed out before may be delivered now. Also does what else is to be done about it.
+    #[cold]
+    fn may_take_again(&mut self, seen: Seen, now: u64) -> Result<bool, RecvError> {
+        match seen.state {
+            State::Fresh => return Ok(true),
+            State::Settled => return Ok(false),
+            State::Corrupt => return Err(RecvError::Corrupt("a word of the group's ledger makes no sense")),
+            State::Moving(reason) if seen.owner.is_none() => {
+                self.take_move(seen, reason, now);
+                return Ok(false);
+            }
+            _ => {}
+        }
+        if !seen.is_due(now) {
+            return Ok(false);
+        }
+        let moving = matches!(seen.state, State::Moving(_));
+        let leased = seen.state == State::Leased;
+        if moving || leased && self.guarantee() == Guarantee::EffectivelyOnce {
+            if let Some(owner) = seen.owner.filter(|owner| *owner != self.me) {
+                self.reclaim(owner, now);
+            }
+            return Ok(false);
+        }
+        let most = self.group.options.max_attempts;
+        if most > 0 && u32::from(seen.attempt) >= most {
+            self.take_move(seen, MoveReason::Exhausted, now);
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Begins to move a message to the dead-letter topic, or goes on with a move that nobody carries on with.
+    fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) {
+        if let Some(seen) = self.ledger.begin_move(seen, self.me, self.lease_end(now), reason) {
+            self.moves.add(seen, None);
+            self.work_off_moves();
+        }
+    }
+
+    fn is_limited(&self) -> bool {
+        self.max_in_flight != u64::MAX || self.group.options.max_in_flight > 0
+    }
+
+    /// How many more leases this consumer and its group may have.
+    fn room(&mut self, now: u64) -> u64 {
+        if self.in_flight >= self.max_in_flight {
+            // Leases that have ended, or were lost, count no more.
+            self.in_flight = self.ledger.leased(Some(self.me), now);
+        }
+        let own = self.max_in_flight.saturating_sub(self.in_flight);
+        match u64::from(self.group.options.max_in_flight) {
+            0 => own,
+            most => own.min(most.saturating_sub(self.ledger.leased(None, now))),
+        }
+    }
+
+    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise. Two consumers
+    /// that take the last one at the same time both count after their swap, so at least one of them sees both.
+    #[inline]
+    fn fits_group_limit(&self, lease: Seen, now: u64) -> bool {
+        let most = u64::from(self.group.options.max_in_flight);
+        if most == 0 {
+            return true;
+        }
+        // Store, then look: pairs with the same fence of another consumer.
+        fence(Ordering::SeqCst);
+        if self.ledger.leased(None, now) <= most {
+            return true;
+        }
+        self.ledger.give_back_unseen(lease, now);
+        self.ring_readers();
+        false
+    }
+
+    /// Another consumer of an exclusive group is at work. Whether its lease has ended and we have taken its place.
+    #[cold]
+    fn stand_by(&mut self, now: u64) -> bool {
+        // What we had reserved is for whoever is at work.
+        self.reserved = 0..0;
+        self.scan_idle(now);
+        let active = self.ledger.active();
+        let overdue = active.filter(|active| {
+            self.candidates.iter().any(|sequence| {
+                let seen = self.ledger.look(*sequence);
+                seen.state == State::Leased && seen.owner == Some(*active) && seen.is_due(now)
+            })
+        });
+        let superseded = overdue.is_some_and(|overdue| self.ledger.supersede(overdue, self.me));
+        if !superseded {
+            self.candidates.clear();
+        }
+        superseded
+    }
+}

@@ -1,0 +1,562 @@
+//! Groups, with real processes: who gets which message, how often, and what becomes of the messages of the dead.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
+use nix::sys::signal::Signal;
+use shmbus::{
+    AckError, Bus, Consumer, Delivery, GroupOptions, Mode, Publisher, RecvError, Sequence, SettleError, Start, Topic,
+};
+
+const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
+
+/// Long enough never to end in a test.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Not a test: what the tests' other processes do.
+#[test]
+fn role() {
+    let Some((role, arguments)) = common::role() else { return };
+    let bus = Bus::open_default().unwrap();
+    match role.as_str() {
+        "consume" => consume(&bus, &arguments),
+        "obey" => obey(&bus, &arguments),
+        _ => panic!("no role {role}"),
+    }
+}
+
+fn topic(mode: &str) -> Topic<[u8]> {
+    let mode = RINGS.into_iter().find(|known| known.to_string() == mode).unwrap();
+    raw(mode, "groups").messages(256).bytes(256 << 10)
+}
+
+/// Role: acknowledges everything and reports it on the topic `done`. Arguments: mode, group, messages a time.
+fn consume(bus: &Bus, arguments: &str) {
+    end_with_the_test();
+    let [mode, group, count] = arguments.split(' ').collect::<Vec<_>>()[..] else { panic!("{arguments}") };
+    let mut done = bus.publisher(done()).unwrap();
+    let mut consumer = bus.consumer(topic(mode), group).existing().open().unwrap();
+    let mut report = |sequence: Sequence, payload: &[u8]| {
+        assert_eq!(word(payload), sequence.get(), "another message's payload");
+        done.publish(&[sequence.get(), u64::from(std::process::id())]).unwrap();
+    };
+    say("ready");
+    loop {
+        if count == "1" {
+            let message = consumer.recv().unwrap();
+            let (sequence, payload) = (message.sequence(), message.to_vec());
+            message.ack().unwrap();
+            report(sequence, &payload);
+        } else {
+            let batch = consumer.recv_batch(count.parse().unwrap()).unwrap();
+            let messages: Vec<_> = batch.iter().map(|message| (message.sequence(), message.to_vec())).collect();
+            batch.ack().unwrap();
+            messages.iter().for_each(|(sequence, payload)| report(*sequence, payload));
+        }
+    }
+}
+
+fn done() -> Topic<[u64; 2]> {
+    Topic::new("done").messages(8192)
+}
+
+/// Role: does as it is told, one command a line. Arguments: mode, group.
+fn obey(bus: &Bus, arguments: &str) {
+    let [mode, group] = arguments.split(' ').collect::<Vec<_>>()[..] else { panic!("{arguments}") };
+    let mut consumer = bus.consumer(topic(mode), group).existing().open().unwrap();
+    let mut leases = Vec::new();
+    say("ready");
+    loop {
+        match hear().as_str() {
+            "take" => {
+                let message = consumer.recv_timeout(LIMIT).unwrap();
+                say(&format!("{} {}", message.sequence(), message.attempt()));
+                leases.push(message.keep());
+            }
+            "try" => match consumer.try_recv() {
+                Ok(None) => say("nothing"),
+                Ok(Some(message)) => {
+                    say(&format!("{} {}", message.sequence(), message.attempt()));
+                    leases.push(message.keep());
+                }
+                Err(error) => say(&format!("{error:?}")),
+            },
+            "ack" => say(&format!("{:?}", consumer.ack(&leases.pop().unwrap()))),
+            other => panic!("no command {other}"),
+        }
+    }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes[..8].try_into().unwrap())
+}
+
+/// A payload that says which it is: small and large ones.
+fn payload(number: u64) -> Vec<u8> {
+    let mut bytes = number.to_le_bytes().to_vec();
+    bytes.resize(8 + [0, 30, 300][(number % 3) as usize], number as u8);
+    bytes
+}
+
+/// Publishes the next `count` messages, one by one or, on topics that can, in batches.
+fn publish(publisher: &mut Publisher<[u8]>, from: u64, count: u64) {
+    let all: Vec<Vec<u8>> = (from..from + count).map(payload).collect();
+    for (index, chunk) in all.chunks(5).enumerate() {
+        if index % 2 == 0 {
+            publisher.publish_batch(chunk.iter().map(Vec::as_slice)).unwrap();
+        } else {
+            chunk.iter().for_each(|payload| drop(publisher.publish(payload).unwrap()));
+        }
+    }
+}
+
+/// A bus with a topic, its publisher and a group `g` that has been created from the first message on.
+struct Stage {
+    scene: Scene,
+    bus: Bus,
+    mode: Mode,
+    publisher: Publisher<[u8]>,
+}
+
+impl Stage {
+    fn new(mode: Mode, options: GroupOptions) -> Stage {
+        let scene = Scene::new("groups");
+        let bus = scene.open();
+        let publisher = bus.publisher(topic(&mode.to_string())).unwrap();
+        let stage = Stage { scene, bus, mode, publisher };
+        assert!(!stage.create_group("g", &options));
+        stage
+    }
+
+    fn topic(&self) -> Topic<[u8]> {
+        topic(&self.mode.to_string())
+    }
+
+    fn create_group(&self, name: &str, options: &GroupOptions) -> bool {
+        self.bus.create_group(self.topic().name(), name, options, Start::Oldest, true).unwrap()
+    }
+
+    fn publish(&mut self, from: u64, count: u64) {
+        publish(&mut self.publisher, from, count);
+    }
+
+    fn consumer(&self) -> Consumer<[u8]> {
+        self.bus.consumer(self.topic(), "g").existing().open().unwrap()
+    }
+
+    fn start(&self, role: &str, arguments: &str) -> Process {
+        let mut process = self.scene.start(role, &format!("{} {arguments}", self.mode));
+        process.expect("ready");
+        process
+    }
+}
+
+fn at_least_once() -> GroupOptions {
+    GroupOptions::new().lease(LONG)
+}
+
+/// Receives or fails the test: sequence and attempt; checks the payload.
+fn take(consumer: &mut Consumer<[u8]>) -> Delivery<'_, [u8]> {
+    let message = consumer.recv_timeout(LIMIT).unwrap();
+    assert_eq!(*message, *payload(message.sequence().get()));
+    message
+}
+
+fn seen(message: &Delivery<'_, [u8]>) -> (u64, u32) {
+    (message.sequence().get(), message.attempt())
+}
+
+/// Nothing can be had from this consumer now.
+fn expect_nothing(consumer: &mut Consumer<[u8]>) {
+    let message = consumer.try_recv().unwrap();
+    assert!(message.is_none(), "{:?}", message.as_ref().map(seen));
+}
+
+#[test]
+fn four_processes_share_the_messages_and_each_group_gets_all() {
+    const MESSAGES: u64 = 2000;
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.create_group("h", &at_least_once());
+        let mut reports = stage.bus.publisher(done()).map(|_| stage.bus.subscriber(done()).open().unwrap()).unwrap();
+        let sharers: Vec<Process> =
+            ["g 1", "g 1", "g 7", "g 32", "h 7"].map(|arguments| stage.start("consume", arguments)).into();
+        let loner = u64::from(sharers[4].pid().as_raw() as u32);
+        stage.publish(0, MESSAGES);
+        let (mut shared, mut alone) = (BTreeMap::new(), 0);
+        for _ in 0..2 * MESSAGES {
+            let [sequence, pid] = *reports.recv_timeout(LIMIT).unwrap();
+            if pid == loner {
+                alone += 1;
+            } else {
+                assert_eq!(shared.insert(sequence, pid), None, "{sequence} was delivered twice");
+            }
+        }
+        assert_eq!((shared.len() as u64, alone), (MESSAGES, MESSAGES));
+        assert_eq!((shared.keys().next(), shared.keys().last()), (Some(&0), Some(&(MESSAGES - 1))));
+    }
+}
+
+#[test]
+fn a_group_without_consumers_holds_its_messages() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 100);
+        let full = (100..).map(|n| stage.publisher.try_publish(&payload(n))).find_map(Result::err);
+        assert!(matches!(full, Some(shmbus::PublishError::Full { .. })), "{full:?}");
+        let mut consumer = stage.consumer();
+        for expected in 0..100 {
+            let message = take(&mut consumer);
+            assert_eq!(seen(&message), (expected, 1));
+            message.ack().unwrap();
+        }
+        assert_eq!(stage.bus.topic(stage.topic().name()).unwrap().groups.len(), 1);
+        await_that("room", || {
+            drop(consumer.try_recv());
+            stage.publisher.try_publish(&payload(0)).is_ok()
+        });
+    }
+}
+
+#[test]
+fn a_late_ack_loses_its_lease_and_disturbs_nobody() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, GroupOptions::new().lease(Duration::from_millis(20)));
+        stage.publish(0, 1);
+        let (mut late, mut next) = (stage.consumer(), stage.consumer());
+        let lease = take(&mut late).keep();
+        let message = take(&mut next);
+        assert_eq!(seen(&message), (0, 2));
+        let lost = AckError::LeaseLost { sequence: Sequence::new(0) };
+        let kept = message.keep();
+        assert_eq!(late.ack(&lease), Err(lost.clone()));
+        assert_eq!(late.nack(&lease), Err(lost.clone()));
+        assert_eq!(late.extend(&mut lease.clone(), LONG), Err(lost));
+        assert_eq!(late.ack(&kept), Err(AckError::Foreign { sequence: Sequence::new(0) }));
+        // Its own lease may have ended as well by now, but nobody else wants it.
+        next.ack(&kept).unwrap();
+        assert_eq!(next.ack(&kept), Err(AckError::AlreadySettled { sequence: Sequence::new(0) }));
+        expect_nothing(&mut late);
+    }
+}
+
+#[test]
+fn a_lease_is_never_short_and_an_extended_one_lasts() {
+    let lease = Duration::from_millis(50);
+    let mut stage = Stage::new(Mode::Exclusive, GroupOptions::new().lease(lease));
+    stage.publish(0, 1);
+    let (mut first, mut second) = (stage.consumer(), stage.consumer());
+    let taken = Instant::now();
+    let mut kept = take(&mut first).keep();
+    let taken_latest = Instant::now();
+    first.extend(&mut kept, 4 * lease).unwrap();
+    let message = take(&mut second);
+    assert!(taken.elapsed() >= 4 * lease, "after {:?}", taken_latest.elapsed());
+    message.ack().unwrap();
+    assert!(matches!(first.ack(&kept), Err(AckError::LeaseLost { .. })));
+}
+
+#[test]
+fn what_is_given_back_rests_and_comes_again() {
+    for mode in RINGS {
+        let rest = [Duration::from_millis(30), Duration::from_millis(60)];
+        let mut stage = Stage::new(mode, at_least_once().back_off(rest));
+        stage.publish(0, 1);
+        let mut consumer = stage.consumer();
+        let mut given_back = Instant::now();
+        take(&mut consumer).nack().unwrap();
+        for (attempt, rested) in [(2, rest[0]), (3, rest[1]), (4, rest[1])] {
+            let message = take(&mut consumer);
+            assert_eq!(seen(&message), (0, attempt));
+            assert!(given_back.elapsed() >= rested, "attempt {attempt} after {:?}", given_back.elapsed());
+            given_back = Instant::now();
+            // Dropped is given back.
+            drop(message);
+        }
+        take(&mut consumer).nack_after(Duration::ZERO).unwrap();
+        assert_eq!(seen(&take(&mut consumer)), (0, 6));
+    }
+}
+
+#[test]
+fn a_sleeping_consumer_wakes_for_what_comes_due() {
+    let mut stage = Stage::new(Mode::Many, GroupOptions::new().lease(Duration::from_millis(100)));
+    stage.publish(0, 1);
+    let mut holder = stage.start("obey", "g");
+    holder.tell("take");
+    holder.expect("0 1");
+    holder.signal(Signal::SIGSTOP);
+    let mut consumer = stage.bus.consumer(stage.topic(), "g").wait(shmbus::Wait::Park).open().unwrap();
+    let message = take(&mut consumer);
+    assert_eq!(seen(&message), (0, 2));
+    message.ack().unwrap();
+    holder.signal(Signal::SIGCONT);
+    holder.tell("ack");
+    assert!(holder.line().contains("LeaseLost"));
+}
+
+#[test]
+fn acks_out_of_order_move_the_floor_when_the_gap_closes() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once().window(64));
+        stage.publish(0, 100);
+        let mut consumer = stage.consumer();
+        let leases: Vec<_> = (0..64).map(|_| take(&mut consumer).keep()).collect();
+        // The window is full.
+        expect_nothing(&mut consumer);
+        leases[1..].iter().rev().for_each(|lease| consumer.ack(lease).unwrap());
+        expect_nothing(&mut consumer);
+        assert_eq!(consumer.floor(), Sequence::new(0));
+        consumer.ack(&leases[0]).unwrap();
+        let message = take(&mut consumer);
+        assert_eq!(message.sequence(), Sequence::new(64));
+        message.ack().unwrap();
+        assert!(consumer.floor() >= Sequence::new(64));
+    }
+}
+
+#[test]
+fn only_so_many_are_in_flight() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once().max_in_flight(3));
+        stage.publish(0, 20);
+        let mut small = stage.bus.consumer(stage.topic(), "g").max_in_flight(2).open().unwrap();
+        let mut large = stage.consumer();
+        let batch = small.recv_batch(10).unwrap();
+        let kept: Vec<_> = batch.iter().map(|message| message.keep()).collect();
+        drop(batch);
+        assert_eq!(kept.len(), 2, "its own limit");
+        expect_nothing(&mut small);
+        let third = take(&mut large).keep();
+        expect_nothing(&mut large);
+        small.ack(&kept[0]).unwrap();
+        take(&mut large).ack().unwrap();
+        small.nack(&kept[1]).unwrap();
+        large.ack(&third).unwrap();
+        assert_eq!(take(&mut large).attempt(), 2);
+    }
+}
+
+#[test]
+fn batches_are_settled_together_except_what_is_kept() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 40);
+        let mut consumer = stage.consumer();
+        let batch = consumer.recv_batch(32).unwrap();
+        assert_eq!(batch.len(), 32);
+        for (expected, message) in batch.iter().enumerate() {
+            assert_eq!((message.sequence().get(), &*message), (expected as u64, &*payload(expected as u64)));
+        }
+        let kept = batch.iter().nth(5).unwrap().keep();
+        batch.ack().unwrap();
+        assert_eq!(consumer.recv_batch(32).unwrap().len(), 8);
+        consumer.nack(&kept).unwrap();
+        let mut again: Vec<_> = Vec::new();
+        await_that("all that were dropped or given back", || {
+            let batch = consumer.recv_batch_timeout(32, LIMIT).unwrap();
+            again.extend(batch.iter().map(|message| (message.sequence().get(), message.attempt())));
+            batch.ack().unwrap();
+            again.len() == 9
+        });
+        again.sort_unstable();
+        assert_eq!(again[0], (5, 2));
+        assert!(again[1..].iter().zip(32..).all(|(found, expected)| *found == (expected, 2)), "{again:?}");
+        expect_nothing(&mut consumer);
+    }
+}
+
+#[test]
+fn what_the_killed_held_is_delivered_again() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 10);
+        let mut killed = stage.start("obey", "g");
+        for expected in ["0 1", "1 1"] {
+            killed.tell("take");
+            killed.expect(expected);
+        }
+        killed.tell("ack");
+        killed.expect("Ok(())");
+        killed.kill();
+        let mut consumer = stage.consumer();
+        let mut came: Vec<_> = (0..9)
+            .map(|_| {
+                let message = take(&mut consumer);
+                let came = seen(&message);
+                message.ack().unwrap();
+                came
+            })
+            .collect();
+        came.sort_unstable();
+        let expected: Vec<_> = [(0, 2)].into_iter().chain((2..10).map(|sequence| (sequence, 1))).collect();
+        assert_eq!(came, expected);
+        expect_nothing(&mut consumer);
+    }
+}
+
+#[test]
+fn at_most_once_never_delivers_again() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, GroupOptions::new().at_most_once());
+        stage.publish(0, 20);
+        let mut killed = stage.start("obey", "g");
+        killed.tell("take");
+        killed.expect("0 1");
+        killed.kill();
+        let mut consumer = stage.consumer();
+        let batch = consumer.recv_batch_timeout(32, LIMIT).unwrap();
+        let came: Vec<_> = batch.iter().map(|message| message.sequence().get()).collect();
+        assert_eq!(came, (1..20).collect::<Vec<_>>(), "only what was in hand is lost");
+        batch.ack().unwrap();
+        expect_nothing(&mut consumer);
+    }
+}
+
+#[test]
+fn dropping_a_consumer_gives_everything_back_at_once() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 3);
+        let (mut first, mut second) = (stage.consumer(), stage.consumer());
+        (0..3).for_each(|_| drop(take(&mut first).keep()));
+        expect_nothing(&mut second);
+        drop(first);
+        assert_eq!(
+            second.recv_batch_timeout(9, LIMIT).unwrap().iter().map(|m| m.attempt()).collect::<Vec<_>>(),
+            [2; 3]
+        );
+    }
+}
+
+#[test]
+fn one_consumer_of_an_exclusive_group_works_and_another_takes_over() {
+    for mode in RINGS {
+        let options = GroupOptions::new().lease(Duration::from_millis(300)).exclusive();
+        let mut stage = Stage::new(mode, options);
+        stage.publish(0, 30);
+        let mut at_work = stage.start("obey", "g");
+        at_work.tell("take");
+        at_work.expect("0 1");
+        let mut standby = stage.consumer();
+        expect_nothing(&mut standby);
+        at_work.tell("ack");
+        at_work.expect("Ok(())");
+        expect_nothing(&mut standby);
+        // Its death frees the place.
+        at_work.kill();
+        let message = take(&mut standby);
+        assert_eq!(seen(&message), (1, 1));
+        message.ack().unwrap();
+        // So does a lease that has ended.
+        let late = take(&mut standby).keep();
+        let mut next = stage.consumer();
+        let message = take(&mut next);
+        assert_eq!(seen(&message), (2, 2));
+        message.ack().unwrap();
+        assert!(matches!(standby.ack(&late), Err(AckError::LeaseLost { .. })));
+        expect_nothing(&mut standby);
+    }
+}
+
+#[test]
+fn rewinding_fences_and_starts_anew() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.create_group("keeper", &at_least_once());
+        stage.publish(0, 10);
+        let mut consumer = stage.consumer();
+        (0..5).for_each(|_| take(&mut consumer).ack().unwrap());
+        let kept = take(&mut consumer).keep();
+        let name = stage.topic().name().to_owned();
+        stage.bus.rewind_group(&name, "g", Start::Oldest, false).unwrap_err();
+        stage.bus.rewind_group(&name, "g", Start::Sequence(Sequence::new(2)), true).unwrap();
+        assert_eq!(consumer.try_recv().unwrap_err(), RecvError::Fenced);
+        assert_eq!(consumer.ack(&kept), Err(AckError::Fenced));
+        let mut anew = stage.consumer();
+        assert_eq!(seen(&take(&mut anew)), (2, 1));
+        stage.bus.remove_group(&name, "g", true).unwrap();
+        assert_eq!(anew.recv().unwrap_err(), RecvError::Fenced);
+    }
+}
+
+#[test]
+fn a_publisher_waits_until_a_group_has_settled() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 7);
+        let (last, short) = (Sequence::new(6), Duration::from_millis(5));
+        assert!(matches!(stage.publisher.wait_settled("g", last, short), Err(SettleError::TimedOut)));
+        let mut process = stage.start("obey", "g");
+        for sequence in 0..7 {
+            process.tell("take");
+            process.expect(&format!("{sequence} 1"));
+            process.tell("ack");
+            process.expect("Ok(())");
+        }
+        process.tell("try");
+        process.expect("nothing");
+        stage.publisher.wait_settled("g", last, LIMIT).unwrap();
+        assert!(matches!(stage.publisher.wait_settled("none", last, short), Err(SettleError::NoGroup)));
+        stage.bus.remove_group(stage.topic().name(), "g", true).unwrap();
+        let removed = stage.publisher.wait_settled("g", Sequence::new(9), LIMIT);
+        assert!(matches!(removed, Err(SettleError::NoGroup)), "{removed:?}");
+    }
+}
+
+#[test]
+fn a_topic_that_goes_takes_its_groups_along() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 1);
+        let mut consumer = stage.consumer();
+        let kept = take(&mut consumer).keep();
+        stage.bus.remove_topic(stage.topic().name(), true).unwrap();
+        let gone = shmbus::GoneReason::Removed;
+        assert_eq!(consumer.ack(&kept), Err(AckError::Gone(gone)));
+        assert_eq!(consumer.recv().unwrap_err(), RecvError::Gone(gone));
+    }
+}
+
+#[test]
+fn typed_messages_and_names_in_the_manner_of_activemq() {
+    for mode in RINGS {
+        let scene = Scene::new("groups");
+        let bus = scene.open();
+        let topic = || of_mode(mode, Topic::<[u64; 3]>::named("VirtualTopic.orders"));
+        let mut publisher = bus.publisher(topic()).unwrap();
+        let mut queue = bus.queue::<[u64; 3]>("Consumer.billing.VirtualTopic.orders").open().unwrap();
+        assert_eq!(queue.group(), "billing");
+        publisher.publish(&[1, 2, 3]).unwrap();
+        let order = queue.recv_timeout(LIMIT).unwrap();
+        assert_eq!(*order, [1, 2, 3]);
+        assert_eq!((order.publisher(), order.publisher_number()), (Some(publisher.id()), Some(1)));
+        order.ack().unwrap();
+    }
+}
+
+#[test]
+fn a_forked_child_is_told_so() {
+    let mut stage = Stage::new(Mode::Exclusive, at_least_once());
+    stage.publish(0, 2);
+    let mut consumer = stage.consumer();
+    let kept = take(&mut consumer).keep();
+    // SAFETY: the child calls the library and exits; it was forked from a process with other threads, so it allocates
+    // nothing it could wait for: these calls fail before they do.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            let told =
+                consumer.ack(&kept) == Err(AckError::Forked) && matches!(consumer.try_recv(), Err(RecvError::Forked));
+            // SAFETY: `_exit` runs nothing of ours.
+            unsafe { nix::libc::_exit(i32::from(!told)) }
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            let status = nix::sys::wait::waitpid(child, None).unwrap();
+            assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
+        }
+    }
+    consumer.ack(&kept).unwrap();
+}
