@@ -241,6 +241,7 @@ impl PublisherCore {
     }
 
     /// Publishes a payload in an envelope with `publish`, which gets both in one piece.
+    #[inline(never)]
     fn publish_sealed(
         &mut self,
         payload: &[u8],

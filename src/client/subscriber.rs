@@ -38,7 +38,7 @@ pub enum Start {
     /// With the first retained message that was published at this time or later; needs a topic with envelopes.
     Time(SystemTime),
     /// With the newest message of each key, in their order, then everything published from now on; needs a topic with
-    /// envelopes. Messages without a key count as having the same one.
+    /// envelopes. Messages without a key count as having the same one. Opening reads the topic once, through a second cursor.
     LastPerKey,
 }
 
@@ -331,6 +331,7 @@ impl SubscriberCore {
     }
 
     /// Finds the next message that is for the caller, and opens its envelope.
+    #[inline(never)]
     fn poll_opened(&mut self) -> Result<bool, RecvError> {
         while self.poll_ring()? {
             let Some(opener) = &mut self.opener else { return Ok(true) };
