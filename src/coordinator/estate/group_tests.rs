@@ -153,7 +153,6 @@ fn what_a_group_has_given_out_survives_its_coordinator() {
     assert_eq!(status(&mut estate)[0].consumers[0].in_flight, 1);
     estate.bury(us()).unwrap();
     assert_eq!(consumer.sees(0), Word::Returned, "its holder is dead");
-    assert!(estate.is_needed());
 }
 
 #[test]
@@ -222,6 +221,22 @@ fn a_topic_that_is_removed_takes_its_ledgers_along() {
     drop(estate);
     keeper.restart();
     assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn a_group_keeps_the_bus() {
+    for has_group in [false, true] {
+        let mut estate = Estate::found(7).unwrap();
+        estate.admit(std::process::id(), 1000, pidfd::open(std::process::id()).unwrap()).unwrap();
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        let (topic, create_topic) = ("t".to_owned(), Some(options));
+        ask(&mut estate, Request::OpenPublisher { topic, schema: None, create: create_topic, identity: None }).unwrap();
+        if has_group {
+            ask(&mut estate, create("g", GroupOptions::default(), StartAt::Oldest)).unwrap();
+        }
+        estate.bury(us()).unwrap();
+        assert_eq!(estate.is_needed(), has_group);
+    }
 }
 
 fn reclaim(consumer: u32) -> Request {
