@@ -75,7 +75,9 @@ fn a_rewound_group_begins_where_asked_and_what_it_needs_was_kept_for_it() {
     let stage = Stage::set();
     let bus = stage.bus();
     let mut publisher = bus.publisher(TOPIC).unwrap();
-    (0..10).for_each(|n| drop(publisher.publish(&n).unwrap()));
+    for n in 0..10 {
+        publisher.publish(&n).unwrap();
+    }
     create_group(bus.control(), StartAt::Latest);
     assert_eq!(status(bus.control()).floor, 10);
     let (topic, group) = ("t".to_owned(), "g".to_owned());
