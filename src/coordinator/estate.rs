@@ -337,8 +337,7 @@ impl Estate {
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
             Event::GroupCreated { topic, info, start, replaces, .. } => {
-                self.prepare_group(*topic, info, *start)?;
-                replaces.map_or(Ok(()), |old| self.fence_group(*topic, old))?;
+                self.prepare_group(*topic, info, *start, *replaces)?;
             }
             Event::GroupRetired { topic, group } => self.fence_group(*topic, *group)?,
             Event::PublisherOpened { opened, .. } => self.check_origin(opened.identity.as_ref())?,

@@ -326,3 +326,6 @@ fn a_dead_process_gives_its_place_up_and_a_stopped_one_keeps_it() {
     wait_for("the dead one's place", || open_publisher(&control, "x", Mode::Exclusive).is_ok());
     child.wait().unwrap();
 }
+
+#[path = "server/group_tests.rs"]
+mod groups;

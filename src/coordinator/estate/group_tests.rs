@@ -1,8 +1,9 @@
 //! Groups across coordinators that die between two steps.
 
 use super::*;
+use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
-use crate::coordinator::protocol::{GroupInfo, GroupStatus, Identity, input_number};
+use crate::coordinator::protocol::{ConsumerStatus, GroupInfo, GroupStatus, Identity, input_number};
 use crate::group::{GroupOptions, Guarantee};
 use crate::os::clock;
 use crate::ring::ledger::{Ledger, State as Word};
@@ -152,7 +153,6 @@ fn what_a_group_has_given_out_survives_its_coordinator() {
     assert_eq!(status(&mut estate)[0].consumers[0].in_flight, 1);
     estate.bury(us()).unwrap();
     assert_eq!(consumer.sees(0), Word::Returned, "its holder is dead");
-    assert!(estate.is_needed());
 }
 
 #[test]
@@ -221,6 +221,22 @@ fn a_topic_that_is_removed_takes_its_ledgers_along() {
     drop(estate);
     keeper.restart();
     assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn a_group_keeps_the_bus() {
+    for has_group in [false, true] {
+        let mut estate = Estate::found(7).unwrap();
+        estate.admit(std::process::id(), 1000, pidfd::open(std::process::id()).unwrap()).unwrap();
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        let (topic, create_topic) = ("t".to_owned(), Some(options));
+        ask(&mut estate, Request::OpenPublisher { topic, schema: None, create: create_topic, identity: None }).unwrap();
+        if has_group {
+            ask(&mut estate, create("g", GroupOptions::default(), StartAt::Oldest)).unwrap();
+        }
+        estate.bury(us()).unwrap();
+        assert_eq!(estate.is_needed(), has_group);
+    }
 }
 
 fn reclaim(consumer: u32) -> Request {
@@ -311,4 +327,42 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);
     estate.bury(us()).unwrap();
     assert_eq!(consumer.sees(1), Word::Settled);
+}
+
+#[test]
+fn the_largest_status_of_a_topic_fits_in_a_packet() {
+    let (name, most) = ("x".repeat(200), u64::MAX);
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let options = GroupOptions {
+        back_off_ms: vec![24 * 3600 * 1000; 32],
+        dead_letter: Some(name.clone()),
+        max_attempts: 4095,
+        ..GroupOptions::default()
+    };
+    ask(&mut estate, create("g", options.clone(), StartAt::Oldest)).unwrap();
+    Consumer::open(&mut estate, &mut keeper, "g").take(0, in_a_minute());
+    let group = GroupStatus {
+        name: name.clone(),
+        options,
+        id: u32::MAX,
+        floor: most,
+        lag: most,
+        window: most,
+        in_flight: most,
+        returned: most,
+        moving: most,
+        redelivered: most,
+        expired: most,
+        dead_lettered: most,
+        ..status(&mut estate).remove(0)
+    };
+    let bytes = |value: &GroupStatus| postcard::to_stdvec(value).unwrap().len();
+    let consumer = ConsumerStatus { consumer: 255, pid: u32::MAX, in_flight: most, active: true };
+    let reader = SubscriberStatus { cursor: 1023, pid: u32::MAX, sequence: most, lag: most, droppable: true };
+    let consumers = MAX_CONSUMERS_OF_TOPIC * postcard::to_stdvec(&consumer).unwrap().len();
+    let subscribers = 1024 * postcard::to_stdvec(&reader).unwrap().len();
+    let groups = MAX_GROUPS_OF_TOPIC * bytes(&group);
+    let total = groups + consumers + subscribers;
+    // What is left is for 64 publishers and the topic's own options.
+    assert!(total < MAX_PACKET_BYTES - 8192, "{groups} + {consumers} + {subscribers} = {total} bytes");
 }

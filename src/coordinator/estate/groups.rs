@@ -42,10 +42,18 @@ impl ConsumerRef {
 
 /// Events.
 impl Estate {
-    /// Before a group is logged: its start is possible, and its ledger's memory is there and stored.
-    pub(super) fn prepare_group(&mut self, topic: u64, group: &GroupInfo, start: StartAt) -> Result<(), Refusal> {
+    /// Before a group is logged: its start is possible, nobody publishes for the one that it `replaces`, and its ledger's
+    /// memory is there and stored.
+    pub(super) fn prepare_group(
+        &mut self,
+        topic: u64,
+        group: &GroupInfo,
+        start: StartAt,
+        replaces: Option<u32>,
+    ) -> Result<(), Refusal> {
+        self.memory(topic)?.check_start(start)?;
+        replaces.map_or(Ok(()), |old| self.fence_group(topic, old))?;
         let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("a group on a topic that is not there"))?;
-        memory.check_start(start)?;
         memory.create_ledger(group)?;
         let segment = memory.stored_ledger(group.id)?;
         match &mut self.link {
@@ -201,7 +209,7 @@ impl Estate {
         } else if has_begun {
             memory.count_consumers(group.info.cursor, group.consumers.len() as u64);
         } else {
-            self.prepare_group(topic, &group.info, group.start)?;
+            self.prepare_group(topic, &group.info, group.start, None)?;
             self.memory(topic)?.begin_group(group.info.id, group.start)?;
         }
         Ok(())
