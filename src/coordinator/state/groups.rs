@@ -302,6 +302,10 @@ impl Decider<'_> {
         if let Err(problem) = options.check() {
             return refused(problem);
         }
+        let lacking = [(options.ordered_by_key, "keys to order by"), (options.dead_letter_expired, "a time-to-live")];
+        if let Some((_, what)) = lacking.iter().find(|(asked, _)| *asked && !entry.info.options.envelope) {
+            return refused(format!("the topic's messages have no {what}; create it with --envelope"));
+        }
         let dead_letter = options.dead_letter_topic(&entry.info.name, name);
         if let Err(error) = check_name(&dead_letter) {
             let shown = shown(&dead_letter);
