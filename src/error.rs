@@ -260,6 +260,18 @@ pub enum Refusal {
         /// What is wrong and what would work.
         problem: String,
     },
+    /// Another consumer took over what this one held too long, or its group was rewound or removed.
+    #[error(
+        "consumer {consumer} of group {group:?} of topic {topic:?} is fenced: its lease ended, or its group; open it again"
+    )]
+    ConsumerFenced {
+        /// The topic.
+        topic: String,
+        /// The group.
+        group: String,
+        /// Its number in the group.
+        consumer: u32,
+    },
     /// The group has consumers, which would lose it.
     #[error("group {group:?} of topic {topic:?} has {consumers} consumers ({}); end them or use force", processes(.pids))]
     GroupInUse {

@@ -324,7 +324,12 @@ impl Estate {
                 self.memories.insert(info.id, memory);
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
-            Event::GroupCreated { topic, info, start, .. } => self.prepare_group(*topic, info, *start)?,
+            Event::GroupCreated { topic, info, start, replaces, .. } => {
+                self.prepare_group(*topic, info, *start)?;
+                replaces.map_or(Ok(()), |old| self.fence_group(*topic, old))?;
+            }
+            Event::GroupRetired { topic, group } => self.fence_group(*topic, *group)?,
+            Event::PublisherOpened { opened, .. } => self.check_origin(opened.identity.as_ref())?,
             // Once it is logged it must succeed.
             Event::Fenced { topic, .. } => self.memory(*topic)?.has_room_for_fence()?,
             Event::Closed { handle } => self.release(*handle)?,
@@ -361,7 +366,7 @@ impl Estate {
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
             Event::GroupCreated { topic, info, start, .. } => self.begin_group(*topic, info.id, *start)?,
             Event::ConsumerOpened { topic, group, consumer, .. } => {
-                self.memory(*topic)?.begin_consumer(*group, *consumer as u8)?;
+                self.begin_consumer(ConsumerRef { topic: *topic, group: *group, consumer: *consumer })?;
             }
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.remove(topic) {

@@ -10,6 +10,10 @@ pub(crate) const BUDGET_VARIABLE: &str = "SHMBUS_BUDGET";
 /// How long a bus without participants and messages waits for someone before it goes away.
 pub(crate) const LINGER: Duration = Duration::from_millis(200);
 
+/// How often the due times of all ledgers are looked at, so that none comes round: they must be at least once a day
+/// (`ring::ledger::Ledger::renew_due`).
+pub(crate) const RENEW_DUE: Duration = Duration::from_secs(6 * 3600);
+
 /// Answers that may wait for one client that does not read; one more and it is disconnected.
 pub(crate) const MAX_QUEUED_PACKETS: usize = 1024;
 

@@ -60,9 +60,14 @@ pub(crate) enum Request {
 pub(crate) enum Identity {
     /// A name that a program chose. Its numbers are dense.
     Named(String),
-    /// What a group's consumer publishes for the messages it consumes. Its numbers are sequences of `topic`, the last of
-    /// which is the newest input whose outputs are all there.
+    /// What a group's consumer publishes for the messages it consumes. Its numbers are inputs of `topic`, see
+    /// [`input_number`], the last of which is the newest input whose outputs are all there.
     Origin { topic: u64, group: u32, consumer: u32 },
+}
+
+/// The number under which an origin's publisher publishes for the input with this sequence: 0 is for none.
+pub(crate) fn input_number(sequence: u64) -> u64 {
+    sequence.wrapping_add(1)
 }
 
 /// Where a subscriber starts.

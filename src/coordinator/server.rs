@@ -15,7 +15,7 @@ use nix::unistd::Uid;
 use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
-use crate::coordinator::limits::LINGER;
+use crate::coordinator::limits::{LINGER, RENEW_DUE};
 use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::roles::{self, Role};
@@ -63,6 +63,8 @@ pub(crate) struct Server {
     spare: Option<File>,
     /// When the bus goes away, unless somebody comes.
     leave_at: Option<Instant>,
+    /// When to look at the ledgers' due times.
+    renew_at: Instant,
     /// When to start a keeper again; never where the bus is hosted on a thread.
     keeper_at: Option<Instant>,
     hosted: bool,
@@ -120,6 +122,7 @@ impl Server {
             next_client: 0,
             spare: spare(),
             leave_at: Some(Instant::now() + FIRST_LINGER),
+            renew_at: Instant::now(),
             keeper_at: None,
             hosted,
             ended,
@@ -170,10 +173,10 @@ impl Server {
         self.leave()
     }
 
-    /// Until the next thing to do; without a limit while there is nothing.
+    /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
-        let next = self.leave_at.into_iter().chain(self.keeper_at).min();
-        let wait = next.and_then(|at| socket::round_up(at.saturating_duration_since(Instant::now())).as_millis());
+        let next = self.leave_at.into_iter().chain(self.keeper_at).fold(self.renew_at, Instant::min);
+        let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
     }
 
@@ -191,9 +194,13 @@ impl Server {
         }
     }
 
-    /// Whether it is time to go, or to start a keeper.
+    /// Whether it is time to go, to start a keeper, or to look after the ledgers.
     fn look_at_the_clock(&mut self) -> io::Result<()> {
         let now = Instant::now();
+        if self.renew_at <= now {
+            self.estate.renew_due();
+            self.renew_at = now + RENEW_DUE;
+        }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
         }

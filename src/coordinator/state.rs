@@ -252,6 +252,7 @@ impl State {
             Event::IdentitySettled { topic, slot, last_number } => {
                 let Some(entry) = self.topics.get_mut(topic) else { return };
                 entry.settle_identity(*slot, *last_number);
+                self.forget_origins(*topic);
             }
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
                 self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
@@ -323,6 +324,7 @@ impl State {
         }
         let Some(entry) = self.topics.remove(&topic) else { return };
         self.names.remove(&entry.info.name);
+        self.forget_all_origins();
         if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
             *reserved = reserved.saturating_sub(entry.bytes);
         }
@@ -338,7 +340,11 @@ impl State {
     fn close(&mut self, handle: HandleRef) {
         let owner = match handle {
             HandleRef::Publisher { topic, slot } => {
-                self.topics.get_mut(&topic).and_then(|t| t.remove_publisher(slot)).map(|p| p.incarnation)
+                let removed = self.topics.get_mut(&topic).and_then(|t| t.remove_publisher(slot));
+                if removed.is_some() {
+                    self.forget_origins(topic);
+                }
+                removed.map(|publisher| publisher.incarnation)
             }
             HandleRef::Subscriber { topic, cursor } => {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
@@ -520,6 +526,7 @@ impl Decider<'_> {
         checked(name)?;
         self.check_handles()?;
         identity.map_or(Ok(()), names::check)?;
+        self.check_origin(identity)?;
         let existing = self.state.names.get(name).and_then(|id| self.state.topics.get(id));
         let mut events = Vec::new();
         let (info, slot, tenancy) = match (existing, create) {

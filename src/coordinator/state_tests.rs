@@ -268,7 +268,7 @@ fn replay_equals_live() {
         let known: Vec<u64> = live.participants().keys().copied().collect();
         let who = if known.is_empty() { 0 } else { known[next(known.len() as u64) as usize] };
         let topic = ["a", "b", "c"][next(3) as usize].to_owned();
-        let plan = match next(10) {
+        let plan = match next(14) {
             0 => live.join(&LIMITS, 1, next(2) as u32),
             1 if next(4) == 0 => Ok(Plan { events: vec![Event::Left { incarnation: who }], reply: Reply::Done }),
             2 => live.rejoin(who, &live.handles_of(who)[..live.handles_of(who).len() / 2]),
@@ -281,6 +281,10 @@ fn replay_equals_live() {
             5 => ask_only(&live, who, publisher(&topic)),
             6 => ask_only(&live, who, named(&topic, ["x", "y"][next(2) as usize])),
             7 | 8 => ask_only(&live, who, subscriber(&topic)),
+            9 => ask_only(&live, who, groups::consumer_of_new(&topic, ["g", "h"][next(2) as usize])),
+            10 => ask_only(&live, who, groups::rewind(&topic, "g", next(2) == 0)),
+            11 => ask_only(&live, who, groups::remove(&topic, ["g", "h"][next(2) as usize], next(2) == 0)),
+            12 => groups::outputs(&live, who, &topic),
             _ => ask_only(&live, who, Request::Close { handles: live.handles_of(who).into_iter().take(1).collect() }),
         };
         let events = plan.into_iter().flat_map(|plan| plan.events);
@@ -351,3 +355,6 @@ fn names_are_limited_and_channels_have_none() {
 fn ask_only(state: &State, who: u64, request: Request) -> Result<Plan, Refusal> {
     state.request(&LIMITS, FOOTPRINT, who, &request)
 }
+
+#[path = "state/group_tests.rs"]
+mod groups;

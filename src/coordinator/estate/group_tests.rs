@@ -2,13 +2,18 @@
 
 use super::*;
 use crate::coordinator::memory::ledger_name;
-use crate::coordinator::protocol::{GroupInfo, GroupStatus};
-use crate::group::GroupOptions;
+use crate::coordinator::protocol::{GroupInfo, GroupStatus, Identity, input_number};
+use crate::group::{GroupOptions, Guarantee};
+use crate::os::clock;
 use crate::ring::ledger::{Ledger, State as Word};
 use crate::shm::topic;
 
 fn us() -> u64 {
     1
+}
+
+fn in_a_minute() -> u64 {
+    clock::now_ms() + 60_000
 }
 
 fn ask(estate: &mut Estate, request: Request) -> Result<Answer, Refusal> {
@@ -94,14 +99,216 @@ fn a_consumer_opens_its_group_and_what_it_holds_returns_when_it_closes() {
     let consumer = Consumer::open(&mut estate, &mut keeper, "g");
     assert_eq!((consumer.group.id, consumer.group.cursor, consumer.number), (0, 0, 0));
     assert_eq!(in_force(&handle, &estate), [true, false, false, false]);
-    consumer.take(0, u64::MAX);
+    consumer.take(0, in_a_minute());
     let before = status(&mut estate).remove(0);
     assert_eq!((before.name.as_str(), before.in_flight, before.floor), ("g", 1, 0));
     assert_eq!(before.oldest_lease.unwrap().pid, std::process::id());
     assert_eq!(before.consumers[0].in_flight, 1);
     ask(&mut estate, close(0, 0)).unwrap();
     assert_eq!(consumer.sees(0), Word::Returned);
+    assert!(consumer.ledger.look(0).is_due(clock::now_ms()), "at once, not when the lease would have ended");
     let after = status(&mut estate).remove(0);
     assert_eq!((after.in_flight, after.returned, after.consumers.len()), (0, 1, 0));
     assert_eq!(in_force(&handle, &estate), [true, false, false, false], "the group stays");
+}
+
+#[test]
+fn a_ledger_that_did_not_begin_is_begun_by_the_successor() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    let event =
+        estate.state.request(&estate.limits, FOOTPRINT, us(), &create("g", GroupOptions::default(), StartAt::Oldest));
+    let event = event.unwrap().events.remove(0);
+    estate.prepare(&event).unwrap();
+    estate.log(&event).unwrap();
+    drop(estate);
+    let mut estate = keeper.restart();
+    assert_eq!(in_force(&handle, &estate), [true, false, false, false]);
+    Consumer::open(&mut estate, &mut keeper, "g").take(0, in_a_minute());
+    assert_eq!(status(&mut estate)[0].in_flight, 1);
+}
+
+#[test]
+fn a_ledger_that_was_not_logged_is_forgotten() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    let event =
+        estate.state.request(&estate.limits, FOOTPRINT, us(), &create("g", GroupOptions::default(), StartAt::Oldest));
+    estate.prepare(&event.unwrap().events[0]).unwrap();
+    drop(estate);
+    keeper.listen();
+    assert_eq!(ledgers(&keeper), ["0"]);
+    let estate = keeper.restart();
+    assert_eq!(ledgers(&keeper), [""; 0]);
+    assert_eq!(in_force(&handle, &estate), [false; 4]);
+}
+
+#[test]
+fn what_a_group_has_given_out_survives_its_coordinator() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let consumer = Consumer::open(&mut estate, &mut keeper, "g");
+    consumer.take(0, in_a_minute());
+    drop(estate);
+    let mut estate = keeper.restart();
+    assert_eq!(consumer.sees(0), Word::Leased);
+    assert_eq!(status(&mut estate)[0].consumers[0].in_flight, 1);
+    estate.bury(us()).unwrap();
+    assert_eq!(consumer.sees(0), Word::Returned, "its holder is dead");
+    assert!(estate.is_needed());
+}
+
+#[test]
+fn a_rewound_group_begins_anew_and_the_old_one_stays_until_its_consumer_goes() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    let old = Consumer::open(&mut estate, &mut keeper, "g");
+    old.take(0, in_a_minute());
+    assert!(matches!(
+        ask(&mut estate, rewind("g", StartAt::Sequence(1), true)),
+        Err(Refusal::BeyondTail { asked: 1, tail: 0, .. })
+    ));
+    assert!(!old.ledger.is_fenced(old.number), "a refusal changes nothing");
+    ask(&mut estate, rewind("g", StartAt::Oldest, true)).unwrap();
+    assert!(old.ledger.is_fenced(old.number));
+    assert_eq!(in_force(&handle, &estate), [false, true, false, false]);
+    let new = Consumer::open(&mut estate, &mut keeper, "g");
+    assert_eq!((new.group.id, new.group.cursor, new.sees(0)), (1, 1, Word::Fresh));
+    assert_eq!(ledgers(&keeper), ["0", "1"]);
+    drop(estate);
+    let mut estate = keeper.restart();
+    assert_eq!(in_force(&handle, &estate), [false, true, false, false]);
+    ask(&mut estate, close(0, 0)).unwrap();
+    keeper.listen();
+    assert_eq!(ledgers(&keeper), ["1"]);
+    assert_eq!(estate.memory(0).unwrap().segments().len(), 4);
+}
+
+#[test]
+fn an_end_of_a_group_that_was_only_logged_is_finished() {
+    for consumers in [0, 1] {
+        let (mut keeper, mut estate, handle) = Keeper::with_topic();
+        let consumer = Consumer::open(&mut estate, &mut keeper, "g");
+        if consumers == 0 {
+            ask(&mut estate, close(0, 0)).unwrap();
+        }
+        estate.log(&Event::GroupRetired { topic: 0, group: 0 }).unwrap();
+        drop(estate);
+        let mut estate = keeper.restart();
+        assert_eq!(in_force(&handle, &estate), [false; 4]);
+        assert_eq!(ledgers(&keeper).len(), consumers);
+        assert_eq!(consumer.ledger.is_fenced(0), consumers == 1);
+        assert!(status(&mut estate).is_empty());
+    }
+}
+
+#[test]
+fn a_removed_group_leaves_nothing() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    let bytes = estate.state.reserved_bytes();
+    let consumer = Consumer::open(&mut estate, &mut keeper, "g");
+    assert!(matches!(ask(&mut estate, remove("g", false)), Err(Refusal::GroupInUse { .. })));
+    ask(&mut estate, remove("g", true)).unwrap();
+    assert!(consumer.ledger.is_fenced(consumer.number));
+    assert_eq!(in_force(&handle, &estate), [false; 4]);
+    ask(&mut estate, close(0, 0)).unwrap();
+    keeper.listen();
+    assert_eq!(ledgers(&keeper), [""; 0]);
+    assert_eq!(estate.state.reserved_bytes(), bytes);
+}
+
+#[test]
+fn a_topic_that_is_removed_takes_its_ledgers_along() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    Consumer::open(&mut estate, &mut keeper, "g");
+    estate.log(&Event::TopicRemoved { topic: 0 }).unwrap();
+    drop(estate);
+    keeper.restart();
+    assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+fn reclaim(consumer: u32) -> Request {
+    Request::Reclaim { topic: 0, group: 0, consumer }
+}
+
+#[test]
+fn only_what_is_overdue_is_reclaimed() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let slow = Consumer::open(&mut estate, &mut keeper, "g");
+    Consumer::open(&mut estate, &mut keeper, "g");
+    let now = clock::now_ms();
+    slow.take(0, now + 60_000);
+    slow.take(1, now.saturating_sub(1));
+    slow.take(2, now + 60_000);
+    ask(&mut estate, reclaim(0)).unwrap();
+    assert_eq!([0, 1, 2].map(|sequence| slow.sees(sequence)), [Word::Leased, Word::Returned, Word::Leased]);
+    assert!(!slow.ledger.is_fenced(slow.number));
+    ask(&mut estate, reclaim(9)).unwrap();
+}
+
+fn output() -> Request {
+    let identity = Some(Identity::Origin { topic: 0, group: 0, consumer: 0 });
+    Request::OpenPublisher { topic: "out".to_owned(), schema: None, create: Some(TopicOptions::default()), identity }
+}
+
+/// A consumer of an effectively-once group with leases on 0 to 2, whose outputs to "out" are all there up to input 1.
+fn with_outputs(keeper: &mut Keeper, estate: &mut Estate, due: u64) -> Consumer {
+    let options = GroupOptions { guarantee: Guarantee::EffectivelyOnce, ..GroupOptions::default() };
+    ask(estate, create("g", options, StartAt::Oldest)).unwrap();
+    let consumer = Consumer::open(estate, keeper, "g");
+    (0..3).for_each(|sequence| consumer.take(sequence, due));
+    ask(estate, output()).unwrap();
+    keeper.listen();
+    let out = &estate.entry(1).unwrap().info;
+    let header = Handle::on(keeper, out).0.header();
+    // As its publisher would, around a commit of its batch.
+    header.note(0).prepare(0, 0, input_number(1));
+    header.note(0).commit(0);
+    consumer
+}
+
+#[test]
+fn what_the_dead_had_finished_is_settled_and_the_rest_returns() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let consumer = with_outputs(&mut keeper, &mut estate, in_a_minute());
+    estate.bury(us()).unwrap();
+    let states = [0, 1, 2].map(|sequence| consumer.sees(sequence));
+    assert_eq!(states, [Word::Returned, Word::Settled, Word::Returned]);
+}
+
+#[test]
+fn what_was_finished_is_known_when_publisher_and_coordinator_are_gone() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let consumer = with_outputs(&mut keeper, &mut estate, in_a_minute());
+    ask(&mut estate, Request::Close { handles: vec![HandleRef::Publisher { topic: 1, slot: 0 }] }).unwrap();
+    drop(estate);
+    let mut estate = keeper.restart();
+    estate.bury(us()).unwrap();
+    assert_eq!(consumer.sees(1), Word::Settled);
+}
+
+#[test]
+fn the_overdue_is_fenced_on_its_outputs_before_another_gets_its_leases() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
+    for _ in 0..2 {
+        ask(&mut estate, reclaim(0)).unwrap();
+        assert!(estate.entry(1).unwrap().publishers[&0].fenced);
+        assert!(consumer.ledger.is_fenced(0));
+        let states = [0, 1, 2].map(|sequence| consumer.sees(sequence));
+        assert_eq!(states, [Word::Returned, Word::Settled, Word::Returned]);
+    }
+    assert!(matches!(ask(&mut estate, output()), Err(Refusal::ConsumerFenced { consumer: 0, .. })));
+    assert_eq!(Consumer::open(&mut estate, &mut keeper, "g").number, 1, "its number stays taken");
+    ask(&mut estate, close(0, 0)).unwrap();
+    assert_eq!(Consumer::open(&mut estate, &mut keeper, "g").number, 0);
+    assert!(!consumer.ledger.is_fenced(0), "the next one with this number is not fenced");
+}
+
+#[test]
+fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let options = TopicOptions { mode: Mode::Exclusive, ..TopicOptions::default() };
+    ask(&mut estate, Request::CreateTopic { topic: "out".to_owned(), options, exist_ok: false }).unwrap();
+    let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
+    ask(&mut estate, reclaim(0)).unwrap();
+    assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);
+    estate.bury(us()).unwrap();
+    assert_eq!(consumer.sees(1), Word::Settled);
 }

@@ -10,12 +10,15 @@ use std::os::fd::OwnedFd;
 use super::{Estate, Granted, broken};
 use crate::coordinator::link::segment_name;
 use crate::coordinator::memory::{LedgerCount, ledger_name};
-use crate::coordinator::protocol::{Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, LeaseStatus, StartAt};
+use crate::coordinator::protocol::{
+    Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
+};
 use crate::coordinator::state::{Event, GroupEntry, TopicEntry};
 use crate::error::Refusal;
 use crate::group::Guarantee;
 use crate::os::clock;
 use crate::ring::ledger::{Seen, State as Word};
+use crate::topic::Mode;
 
 /// A consumer by topic, group and number in the group.
 #[derive(Clone, Copy)]
@@ -26,6 +29,10 @@ pub(super) struct ConsumerRef {
 }
 
 impl ConsumerRef {
+    fn origin(self) -> Identity {
+        Identity::Origin { topic: self.topic, group: self.group, consumer: self.consumer }
+    }
+
     /// Its number as the ledger's words name it.
     fn slot(self) -> u8 {
         // The state gives numbers below the ledger's limit only.
@@ -52,6 +59,16 @@ impl Estate {
         let begun = self.memory(topic).and_then(|memory| memory.begin_group(group, start));
         if begun.is_err() {
             self.carry_out(Event::GroupRetired { topic, group })?;
+        }
+        begun
+    }
+
+    /// Lets a consumer take messages that has been logged.
+    pub(super) fn begin_consumer(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
+        let begun = self.memory(who.topic).and_then(|memory| memory.begin_consumer(who.group, who.slot()));
+        if begun.is_err() {
+            let ConsumerRef { topic, group, consumer } = who;
+            self.carry_out(Event::Closed { handle: HandleRef::Consumer { topic, group, consumer } })?;
         }
         begun
     }
@@ -96,9 +113,9 @@ impl Estate {
 
     /// Takes back what a consumer holds that is dead, has left or is fenced. Idempotent.
     pub(super) fn release_consumer(&self, who: ConsumerRef) {
-        if let Ok(memory) = self.memory(who.topic) {
-            memory.release_consumer(who.group, who.slot(), |sequence| self.committed_by_origin(who, sequence));
-        }
+        let Ok(memory) = self.memory(who.topic) else { return };
+        let finished = self.finished_inputs(who);
+        memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
     }
 
     /// Another consumer of the group found that `who` holds what is overdue. Only that, on the ledger's own word, gives
@@ -119,11 +136,30 @@ impl Estate {
             self.memory(who.topic)?.give_back(who.group, &overdue, now_ms);
             return Ok(());
         }
-        // First: what it takes from now on, its outputs do not follow.
-        self.memory(who.topic)?.fence_consumer(who.group, who.slot());
-        self.fence_origin(who)?;
-        self.release_consumer(who);
+        if self.fence_outputs(who)? {
+            self.memory(who.topic)?.fence_consumer(who.group, who.slot());
+            self.release_consumer(who);
+        }
         Ok(())
+    }
+
+    /// Before a group is rewound or removed: its consumers commit no outputs any more.
+    pub(super) fn fence_group(&mut self, topic: u64, group: u32) -> Result<(), Refusal> {
+        let consumers = self.state.group(topic, group).map(|group| group.consumers.keys().copied().collect());
+        let consumers: Vec<u32> = consumers.unwrap_or_default();
+        consumers
+            .into_iter()
+            .try_for_each(|consumer| self.fence_outputs(ConsumerRef { topic, group, consumer }).map(drop))
+    }
+
+    /// A consumer that has been fenced does not begin to publish again.
+    pub(super) fn check_origin(&self, identity: Option<&Identity>) -> Result<(), Refusal> {
+        let Some(Identity::Origin { topic, group, consumer }) = identity else { return Ok(()) };
+        if !self.memory(*topic)?.is_fenced(*group, *consumer as u8) {
+            return Ok(());
+        }
+        let name = self.state.group(*topic, *group).map(|group| group.info.name.clone()).unwrap_or_default();
+        Err(Refusal::ConsumerFenced { topic: self.entry(*topic)?.info.name.clone(), group: name, consumer: *consumer })
     }
 
     /// Takes every group's ledger out of the store, begins what had not begun, ends what had not ended. Returns what is
@@ -142,6 +178,12 @@ impl Estate {
             memory.sweep_cursors(|cursor| entry.cursor_in_use(cursor));
         }
         losses
+    }
+
+    /// Keeps the due times of all ledgers from coming round; for every few hours.
+    pub(crate) fn renew_due(&self) {
+        let now_ms = clock::now_ms();
+        self.memories.values().for_each(|memory| memory.renew_due(now_ms));
     }
 
     fn adopt_group(
@@ -239,13 +281,34 @@ impl Estate {
 
 /// Outputs.
 impl Estate {
-    /// Whether the consumer's outputs and dead letters say that it had finished the message.
-    fn committed_by_origin(&self, _who: ConsumerRef, _sequence: u64) -> bool {
-        false
+    /// The numbers of the inputs that the consumer committed last, one for each topic that it publishes to: what it still
+    /// held of them it had finished. Final once it is dead, closed or fenced.
+    fn finished_inputs(&self, who: ConsumerRef) -> Vec<u64> {
+        let origin = who.origin();
+        let last = |entry: &TopicEntry| {
+            let known = entry.identities.get(&origin)?;
+            let holder = known.holder.and_then(|slot| Some((slot, entry.publishers.get(&slot)?)));
+            let noted = holder.and_then(|(slot, publisher)| {
+                self.memory(entry.info.id).and_then(|memory| memory.last_number(slot, publisher)).ok().flatten()
+            });
+            Some(noted.unwrap_or(known.last_number))
+        };
+        self.state.topics().values().filter_map(last).collect()
     }
 
-    /// Fences what the consumer publishes its outputs and dead letters through.
-    fn fence_origin(&mut self, _who: ConsumerRef) -> Result<(), Refusal> {
-        Ok(())
+    /// Fences the publishers through which the consumer publishes its outputs and dead letters. `false`: one of them cannot
+    /// be, because its topic is exclusive and has no other publisher while it lives.
+    fn fence_outputs(&mut self, who: ConsumerRef) -> Result<bool, Refusal> {
+        let origin = who.origin();
+        let held = |entry: &TopicEntry| {
+            let slot = entry.identities.get(&origin)?.holder?;
+            Some((entry.info.id, slot, entry.info.options.mode))
+        };
+        let held: Vec<_> = self.state.topics().values().filter_map(held).collect();
+        if held.iter().any(|(.., mode)| *mode != Mode::Many) {
+            return Ok(false);
+        }
+        held.into_iter().try_for_each(|(topic, slot, _)| self.carry_out(Event::Fenced { topic, slot }))?;
+        Ok(true)
     }
 }

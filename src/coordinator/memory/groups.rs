@@ -147,6 +147,11 @@ impl TopicMemory {
         }
     }
 
+    /// Whether a consumer is fenced, or its group has ended.
+    pub(crate) fn is_fenced(&self, group: u32, consumer: u8) -> bool {
+        self.group(group).is_ok_and(|memory| memory.ledger(&self.info).is_fenced(consumer))
+    }
+
     /// What a consumer holds whose time has come.
     pub(crate) fn overdue(&self, group: u32, consumer: u8, now_ms: u64) -> Vec<Seen> {
         let Ok(memory) = self.group(group) else { return Vec::new() };
@@ -167,6 +172,11 @@ impl TopicMemory {
             ledger.give_back(*lease, now_ms);
         }
         self.wake_readers();
+    }
+
+    /// Keeps due times from coming round in groups on which nobody looks.
+    pub(crate) fn renew_due(&self, now_ms: u64) {
+        self.groups.values().for_each(|group| group.ledger(&self.info).renew_due(now_ms));
     }
 
     /// Tells publishers how many consumers a group has.

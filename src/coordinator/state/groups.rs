@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Decider, Event, Plan, Reply, State, TopicEntry, check_schema, shown};
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
-use crate::coordinator::protocol::{GroupInfo, HandleRef, StartAt};
+use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, StartAt};
 use crate::error::Refusal;
 use crate::group::GroupOptions;
 use crate::ring::ledger::MAX_CONSUMERS;
@@ -78,6 +78,27 @@ impl State {
             if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
                 *reserved = reserved.saturating_sub(gone.bytes);
             }
+            self.forget_all_origins();
+        }
+    }
+
+    pub(super) fn forget_all_origins(&mut self) {
+        let topics: Vec<u64> = self.topics.keys().copied().collect();
+        topics.into_iter().for_each(|topic| self.forget_origins(topic));
+    }
+
+    /// Forgets what consumers of groups that are gone published on a topic. For when something has ended, not for a replay in
+    /// which their topic has not come yet.
+    pub(super) fn forget_origins(&mut self, topic: u64) {
+        let is_gone = |identity: &Identity| match identity {
+            Identity::Origin { topic, group, .. } => self.group(*topic, *group).is_none(),
+            Identity::Named(_) => false,
+        };
+        let identities = self.topics.get(&topic).into_iter().flat_map(|entry| &entry.identities);
+        let idle = identities.filter(|(_, known)| known.holder.is_none()).map(|(identity, _)| identity);
+        let gone: Vec<Identity> = idle.filter(|identity| is_gone(identity)).cloned().collect();
+        if let Some(entry) = self.topics.get_mut(&topic) {
+            entry.identities.retain(|identity, _| !gone.contains(identity));
         }
     }
 }
@@ -203,6 +224,18 @@ impl Decider<'_> {
             return Err(Refusal::Protocol { problem });
         }
         Ok(Plan { events: Vec::new(), reply: Reply::Reclaim { topic, group, consumer } })
+    }
+
+    /// Only a consumer publishes as itself.
+    pub(super) fn check_origin(&self, identity: Option<&Identity>) -> Result<(), Refusal> {
+        let Some(&Identity::Origin { topic, group, consumer }) = identity else { return Ok(()) };
+        let itself = HandleRef::Consumer { topic, group, consumer };
+        if self.state.participant(self.incarnation).is_some_and(|me| me.handles.contains(&itself)) {
+            return Ok(());
+        }
+        let problem =
+            format!("asked to publish as consumer {consumer} of group {group} of topic {topic}, which it is not");
+        Err(Refusal::Protocol { problem })
     }
 
     fn existing_group(&self, name: GroupName<'_>) -> Result<(&TopicEntry, &GroupEntry), Refusal> {
