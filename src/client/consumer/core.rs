@@ -59,6 +59,8 @@ pub(crate) struct Core {
     pub(super) reserved: Range<u64>,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
+    /// Whether we were the one at work of an exclusive group when last looked at.
+    pub(super) at_work: bool,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
     pub(super) copies: Copies,
@@ -117,6 +119,7 @@ impl Core {
             in_flight: 0,
             reserved: 0..0,
             candidates: VecDeque::new(),
+            at_work: false,
             scan: Scan::default(),
             moves,
             copies: Copies::default(),

@@ -33,7 +33,7 @@ impl Core {
         }
         let now = clock::now_ms();
         self.raise_floor_now_and_then(now);
-        if self.group.options.exclusive && !self.ledger.activate(self.me) && !self.stand_by(now) {
+        if self.group.options.exclusive && !self.is_at_work(now) {
             return self.nothing();
         }
         let count = if self.is_limited() { count.min(self.room(now) as usize) } else { count };
@@ -230,6 +230,19 @@ impl Core {
         self.ledger.give_back_unseen(lease, now);
         self.ring_readers();
         false
+    }
+
+    /// Whether this consumer of an exclusive group is the one at work, or becomes it.
+    fn is_at_work(&mut self, now: u64) -> bool {
+        let was = std::mem::replace(&mut self.at_work, true);
+        if self.ledger.activate(self.me) {
+            if !was {
+                self.scan_all(now);
+            }
+            return true;
+        }
+        self.at_work = self.stand_by(now);
+        self.at_work
     }
 
     /// Another consumer of an exclusive group is at work. Whether its lease has ended and we have taken its place.
