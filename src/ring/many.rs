@@ -473,6 +473,30 @@ impl Writer {
         self.claim(stopped.expected, stopped.new)
     }
 
+    /// Publishes one word under an identity, and dies after some steps (models): 0 the number is prepared, 1 the note is
+    /// pending, 2 the entry is swapped, 3 the note says so. Returns whether it was committed.
+    #[cfg(loom)]
+    pub fn publish_and_die(&mut self, arena: &Arena, offset: u64, unit: u64, number: u64, steps: u32) -> bool {
+        let last = self.last.expect("an identity");
+        loop {
+            let Ok(Claim { expected, new }) = self.stop_before_claim(arena, offset, unit, number) else { return false };
+            self.note().prepare(self.at.position, last, number);
+            if steps == 0 {
+                return false;
+            }
+            self.note().pend(self.at.position);
+            if steps == 1 {
+                return false;
+            }
+            if self.claim(expected, new) {
+                if steps == 3 {
+                    self.committed(new, number);
+                }
+                return true;
+            }
+        }
+    }
+
     /// Wakes readers that sleep.
     #[inline]
     pub fn notify(&self) {
@@ -544,6 +568,18 @@ impl Reader {
     /// Continues somewhere else.
     pub fn move_to(&mut self, place: Place) {
         self.next = place;
+    }
+
+    /// Reads the next entry, if it is there: the word of its record, or `None` for a fence (models).
+    #[cfg(loom)]
+    pub fn read_word(&mut self, locate: impl Fn(u64) -> (Arena, u64)) -> Option<Option<u64>> {
+        let Poll::Ready(word) = self.poll() else { return None };
+        let value = (!word.is_fence()).then(|| {
+            let (arena, offset) = locate(word.unit());
+            arena.load(offset + RECORD_HEADER_BYTES)
+        });
+        self.step(word);
+        Some(value)
     }
 
     /// Copies the word at the next entry out, if it is there, and stays where it is (models): what the record says
