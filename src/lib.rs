@@ -26,12 +26,15 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
-    coordinator::protocol::{NameStatus, PublisherStatus, SubscriberStatus, TopicStatus},
+    client::{Bus, BusOptions, Envelope, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
+    coordinator::protocol::{NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus},
     wait::Wait,
 };
 pub use crate::{
-    error::{AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal},
+    error::{
+        AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
+        Refusal,
+    },
     ring::sequence::Sequence,
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
 };

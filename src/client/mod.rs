@@ -16,6 +16,7 @@ macro_rules! with_port {
 
 mod bus;
 pub(crate) mod control;
+pub(crate) mod envelope;
 mod held;
 mod launch;
 mod message;
@@ -25,6 +26,7 @@ pub(crate) mod subscriber;
 mod write;
 
 pub use bus::{Bus, BusOptions};
+pub use envelope::Envelope;
 pub use message::Message;
 pub use publisher::{Loan, Publisher};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

@@ -13,7 +13,7 @@ use crate::coordinator::names;
 use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{HandleRef, Identity, Request, StartAt, TopicInfo};
 use crate::error::Refusal;
-use crate::shm::layout::Geometry;
+use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
@@ -74,6 +74,7 @@ pub(crate) enum Reply {
     Done,
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
+    Purge { topic: u64 },
     Status { topics: Vec<u64>, more: bool },
     Names { topic: u64, after: Option<String> },
     Stop,
@@ -178,9 +179,9 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).map(|key| handle_of(*key)).collect()
     }
 
-    /// Connected processes with a subscriber on the topic: they must know its arenas.
+    /// Connected processes that read the topic's messages: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
-        self.topics.get(&topic).into_iter().flat_map(|t| t.subscribers.values()).map(|s| s.incarnation).collect()
+        self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
     }
 
     /// Changes the state. Events are true: one that names what does not exist changes nothing.
@@ -320,11 +321,22 @@ impl State {
 }
 
 impl TopicEntry {
+    /// Who reads its messages: subscribers and, where ids are compared, publishers.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> + '_ {
+        let publishers = self.publishers.values().filter(|_| self.info.options.dedup).map(|p| p.incarnation);
+        self.subscribers.values().map(|s| s.incarnation).chain(publishers)
+    }
+
     /// Every handle on the topic.
     pub(crate) fn handles(&self) -> Vec<HandleRef> {
         let topic = self.info.id;
         let publishers = self.publishers.keys().map(|&slot| HandleRef::Publisher { topic, slot });
         publishers.chain(self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor })).collect()
+    }
+
+    /// A checkpoint that no publisher writes now, so that the coordinator may; `None` while every slot is taken.
+    pub(crate) fn spare_checkpoint(&self) -> Option<u32> {
+        (0..MAX_PUBLISHERS).rev().find(|slot| !self.publishers.contains_key(slot))
     }
 
     fn snapshot(&self, events: &mut Vec<Event>) {
@@ -423,6 +435,7 @@ impl State {
                 decider.open_subscriber(topic, schema.as_ref(), *start, *droppable)
             }
             Request::Close { handles } => decider.close(handles),
+            Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
@@ -524,6 +537,16 @@ impl Decider<'_> {
         let named: BTreeSet<HandleKey> = handles.iter().map(|handle| key_of(*handle)).collect();
         let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key))).map(handle_of);
         Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+    }
+
+    /// Changes memory alone: what is given up is nobody's.
+    fn purge(&self, name: &str) -> Result<Plan, Refusal> {
+        let info = &self.existing(name)?.info;
+        if info.options.mode == Mode::Channel {
+            let problem = "a channel's messages are its receiver's; read them, or remove the topic".to_owned();
+            return Err(Refusal::Options { topic: name.to_owned(), problem });
+        }
+        Ok(Plan { events: Vec::new(), reply: Reply::Purge { topic: info.id } })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
@@ -662,6 +685,10 @@ fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
         ("hold", have.hold.to_string(), asked.hold.to_string()),
         ("max publishers", have.max_publishers.to_string(), asked.max_publishers.to_string()),
         ("max subscribers", have.max_subscribers.to_string(), asked.max_subscribers.to_string()),
+        ("envelope", have.envelope.to_string(), asked.envelope.to_string()),
+        ("ttl_ms", have.ttl_ms.to_string(), asked.ttl_ms.to_string()),
+        ("max_age_ms", have.max_age_ms.to_string(), asked.max_age_ms.to_string()),
+        ("dedup", have.dedup.to_string(), asked.dedup.to_string()),
         ("payload", schema_text(have.schema.as_ref()), schema_text(asked.schema.as_ref())),
     ];
     let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;
