@@ -28,19 +28,19 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Lease, Loan, Message, Publisher, Start,
-        Subscriber, SubscriberBuilder,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Lease, Loan, Message,
+        Publisher, Start, Subscriber, SubscriberBuilder,
     },
     coordinator::protocol::{
-        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, SubscriberStatus, TopicStatus,
+        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
     group::{GroupOptions, Guarantee},
     wait::Wait,
 };
 pub use crate::{
     error::{
-        AckError, AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
-        Refusal, SettleError,
+        AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError,
+        RecvError, Refusal, SettleError,
     },
     ring::sequence::Sequence,
     topic::{

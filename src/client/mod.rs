@@ -17,6 +17,7 @@ macro_rules! with_port {
 mod bus;
 mod consumer;
 pub(crate) mod control;
+pub(crate) mod envelope;
 mod held;
 mod launch;
 mod message;
@@ -27,6 +28,7 @@ mod write;
 
 pub use bus::{Bus, BusOptions};
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
+pub use envelope::Envelope;
 pub use message::Message;
 pub use publisher::{Loan, Publisher};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

@@ -1,6 +1,7 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
 mod groups;
+mod retention;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -289,7 +290,7 @@ impl TopicMemory {
                 Refusal::FullForFence { topic: self.info.name.clone(), holder: holder.to_string() }
             }
             Stop::Corrupt(problem) => corrupt(&self.info, problem.to_owned()),
-            Stop::Fenced => corrupt(&self.info, "the coordinator is fenced".to_owned()),
+            Stop::Fenced | Stop::Duplicate(_) => corrupt(&self.info, "the coordinator cannot fence".to_owned()),
         }
     }
 
@@ -332,7 +333,7 @@ impl TopicMemory {
         let tail = self.tail()?;
         let asked = match start {
             StartAt::Latest => tail.sequence,
-            StartAt::Oldest => 0,
+            StartAt::Oldest | StartAt::Scan => 0,
             StartAt::Last(count) => tail.sequence.saturating_sub(count),
             StartAt::Sequence(sequence) if sequence > tail.sequence => {
                 let topic = self.info.name.clone();

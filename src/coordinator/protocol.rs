@@ -47,6 +47,8 @@ pub(crate) enum Request {
     Reclaim { topic: u64, group: u32, consumer: u32 },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
+    /// Gives up every message that no gating reader holds.
+    Purge { topic: String },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
     Status { topic: Option<String>, after: Option<String> },
     /// The named publishers of a topic whose name is greater than `after` (a page at a time).
@@ -75,6 +77,8 @@ pub(crate) fn input_number(sequence: u64) -> u64 {
 pub(crate) enum StartAt {
     Latest,
     Oldest,
+    /// Like `Oldest`, for a reader that looks for something: what it has passed it has not read.
+    Scan,
     Last(u64),
     Sequence(u64),
 }
@@ -130,8 +134,8 @@ pub(crate) enum Answer {
     Created { existed: bool },
     /// To `RemoveTopic`, `RemoveGroup`, `RewindGroup`, `Reclaim`, `Close`, `Stop`.
     Done,
-    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone); under an identity, also
-    /// every other arena there is, read-only. `opening` is never given twice, `publisher` goes with the identity.
+    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone); under an identity, and where ids
+    /// are compared, also every other arena there is, read-only. `opening` is never given twice, `publisher` goes with the identity.
     PublisherOpened {
         info: TopicInfo,
         slot: u32,
@@ -162,14 +166,33 @@ pub(crate) enum Answer {
         sequence: u64,
         segments: Vec<SegmentRef>,
     },
+    /// To `Purge`.
+    Purged(Purged),
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
     /// To `Names`, in the order of names. `more`: ask again `after` the last one.
     Names { names: Vec<NameStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
-    /// Unasked, to every participant with a subscriber or consumer on the topic: a new arena, its descriptor rides along.
+    /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
+    /// too): a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
+}
+
+/// What a purge did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Purged {
+    /// Oldest sequence that was retained before.
+    pub oldest_before: u64,
+    /// Oldest sequence that is retained now.
+    pub oldest_sequence: u64,
+    /// Next sequence to be published.
+    pub tail_sequence: u64,
+    /// Who holds what has stayed, by its cursor, as `show` prints it; `None` where nobody did.
+    pub holder: Option<u32>,
+    /// The holder's process, where it is a connected subscriber.
+    pub holder_pid: Option<u32>,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.

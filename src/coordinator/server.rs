@@ -67,6 +67,8 @@ pub(crate) struct Server {
     renew_at: Instant,
     /// When to start a keeper again; never where the bus is hosted on a thread.
     keeper_at: Option<Instant>,
+    /// When to look for messages that have grown too old; never while no topic gives them up by age.
+    age_at: Option<Instant>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -108,6 +110,7 @@ impl Server {
         signals: Option<SignalFd>,
     ) -> io::Result<Server> {
         let hosted = estate.link().is_none();
+        let age_at = estate.age_look().map(|look| Instant::now() + look);
         // Our predecessor died while it ended the bus: nothing is left but to leave.
         let ended = estate.state().ending;
         let server = Server {
@@ -124,6 +127,7 @@ impl Server {
             leave_at: Some(Instant::now() + FIRST_LINGER),
             renew_at: Instant::now(),
             keeper_at: None,
+            age_at,
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
@@ -175,7 +179,7 @@ impl Server {
 
     /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
-        let next = self.leave_at.into_iter().chain(self.keeper_at).fold(self.renew_at, Instant::min);
+        let next = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
     }
@@ -200,6 +204,13 @@ impl Server {
         if self.renew_at <= now {
             self.estate.renew_due();
             self.renew_at = now + RENEW_DUE;
+        }
+        if self.age_at.is_some_and(|at| at <= now) {
+            self.age_at = None;
+            self.estate.give_up_old();
+        }
+        if self.age_at.is_none() {
+            self.age_at = self.estate.age_look().map(|look| now + look);
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;

@@ -17,7 +17,7 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
-use crate::shm::layout::Geometry;
+use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
@@ -88,6 +88,7 @@ pub(crate) enum Reply {
     Subscriber { topic: u64, cursor: u32 },
     Consumer { topic: u64, group: u32, consumer: u32 },
     Reclaim { topic: u64, group: u32, consumer: u32 },
+    Purge { topic: u64 },
     Status { topics: Vec<u64>, more: bool },
     Names { topic: u64, after: Option<String> },
     Stop,
@@ -193,7 +194,7 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
-    /// Connected processes with a subscriber or consumer on the topic: they must know its arenas.
+    /// Connected processes that read the topic's messages: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
         self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
     }
@@ -358,6 +359,12 @@ impl State {
 }
 
 impl TopicEntry {
+    /// Who reads its messages: subscribers, consumers and, where ids are compared, publishers.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> + '_ {
+        let publishers = self.publishers.values().filter(|_| self.info.options.dedup).map(|p| p.incarnation);
+        self.subscribers.values().map(|s| s.incarnation).chain(publishers).chain(self.consuming())
+    }
+
     /// Every handle on the topic.
     pub(crate) fn handles(&self) -> Vec<HandleRef> {
         let topic = self.info.id;
@@ -366,9 +373,9 @@ impl TopicEntry {
         self.group_handles().chain(publishers).chain(subscribers).collect()
     }
 
-    /// Processes with a subscriber or a consumer.
-    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> {
-        self.subscribers.values().map(|subscriber| subscriber.incarnation).chain(self.consuming())
+    /// A checkpoint that no publisher writes now, so that the coordinator may; `None` while every slot is taken.
+    pub(crate) fn spare_checkpoint(&self) -> Option<u32> {
+        (0..MAX_PUBLISHERS).rev().find(|slot| !self.publishers.contains_key(slot))
     }
 
     fn snapshot(&self, events: &mut Vec<Event>) {
@@ -482,6 +489,7 @@ impl State {
             }
             Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
             Request::Close { handles } => decider.close(handles),
+            Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
@@ -585,6 +593,16 @@ impl Decider<'_> {
         let named: BTreeSet<HandleRef> = handles.iter().map(|handle| *handle).collect();
         let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key)));
         Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+    }
+
+    /// Changes memory alone: what is given up is nobody's.
+    fn purge(&self, name: &str) -> Result<Plan, Refusal> {
+        let info = &self.existing(name)?.info;
+        if info.options.mode == Mode::Channel {
+            let problem = "a channel's messages are its receiver's; read them, or remove the topic".to_owned();
+            return Err(Refusal::Options { topic: name.to_owned(), problem });
+        }
+        Ok(Plan { events: Vec::new(), reply: Reply::Purge { topic: info.id } })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
@@ -725,6 +743,10 @@ fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
         ("hold", have.hold.to_string(), asked.hold.to_string()),
         ("max publishers", have.max_publishers.to_string(), asked.max_publishers.to_string()),
         ("max subscribers", have.max_subscribers.to_string(), asked.max_subscribers.to_string()),
+        ("envelope", have.envelope.to_string(), asked.envelope.to_string()),
+        ("ttl_ms", have.ttl_ms.to_string(), asked.ttl_ms.to_string()),
+        ("max_age_ms", have.max_age_ms.to_string(), asked.max_age_ms.to_string()),
+        ("dedup", have.dedup.to_string(), asked.dedup.to_string()),
         ("payload", schema_text(have.schema.as_ref()), schema_text(asked.schema.as_ref())),
     ];
     let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;

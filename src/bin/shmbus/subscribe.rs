@@ -1,6 +1,6 @@
 //! `shmbus sub`: messages become standard output.
 
-mod writer;
+pub(crate) mod writer;
 
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Write the topic's messages to standard output, as they come, until Ctrl-C.
 ///
 /// Payloads are written exactly as published, with nothing between them. Messages that were overwritten before they
-/// could be read are reported on standard error. With --json a message is {topic, sequence, publisher,
-/// publisher_number, timestamp_ns, key, attempt, payload, payload_base64} (payload if it is text, else payload_base64;
-/// null where the topic has no such thing), a loss {topic, lagged_from, lagged_to} (lagged_to is still there).
+/// could be read are reported on standard error, and so is how many had expired. With --json a message is {topic,
+/// sequence, publisher, publisher_number, timestamp_ns, key, key_base64, id, id_base64, headers, attempt, payload,
+/// payload_base64} (what is text, else the base64 one; headers is an object, values that are not text are
+/// {"base64": "..."}; null where the message or the topic has no such thing), a loss {topic, lagged_from, lagged_to}
+/// (lagged_to is still there), and in the end, if any had, {topic, expired}.
 /// Ends well when the bus is stopped, and fails when the topic is removed.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus sub logs --from oldest --idle-exit 1000 >copy.log")]
@@ -26,7 +28,8 @@ pub(crate) struct Args {
     /// The topic
     #[arg(value_parser = values::topic_name)]
     topic: String,
-    /// Where to start: latest, oldest, last:N or a sequence number
+    /// Where to start: latest, oldest, last:N, a sequence number; on topics with envelopes also last-per-key, time:SECONDS
+    /// (since 1970) or time:-10m (so long ago)
     #[arg(long, value_name = "START", default_value = "latest", value_parser = values::start)]
     from: Start,
     /// End after this many messages
@@ -39,18 +42,20 @@ pub(crate) struct Args {
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     let topic = Topic::<[u8]>::named(args.topic.as_str());
-    let subscriber = globals.open_bus()?.subscriber(topic).start(args.from).open()?;
+    let mut subscriber = globals.open_bus()?.subscriber(topic).start(args.from).open()?;
     // The main thread looks every 100 ms; it can hang only in a write that its reader does not take.
     let stuck = || "ended by a signal while the reader of standard output took nothing".to_owned();
     signals::install(Duration::from_secs(1), Box::new(stuck))?;
     let format = if globals.json { Format::Json } else { Format::Payload };
     let mut writer = Writer::new(args.topic.as_str(), format);
-    let ended = pump(subscriber, &mut writer, &args)?;
+    let ended = pump(&mut subscriber, &mut writer, &args);
+    writer.expired(subscriber.expired())?;
     writer.flush()?;
+    let ended = ended?;
     Ok(ended)
 }
 
-fn pump(mut subscriber: Subscriber<[u8]>, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
+fn pump(subscriber: &mut Subscriber<[u8]>, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
     let idle_exit = args.idle_exit.map(Duration::from_millis);
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut quiet_since = None;
@@ -58,7 +63,7 @@ fn pump(mut subscriber: Subscriber<[u8]>, writer: &mut Writer, args: &Args) -> a
         if let Some(signal) = signals::caught() {
             return Ok(Ended::BySignal(signal));
         }
-        match take_one(&mut subscriber, writer, idle_exit)? {
+        match take_one(subscriber, writer, idle_exit)? {
             Taken::Message => {
                 left -= 1;
                 quiet_since = None;
