@@ -536,6 +536,21 @@ pub enum EnvelopeError {
     },
 }
 
+/// Why a pipeline's step did not come to its end. The input is not lost: it goes back to its group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PipelineError {
+    /// No input was received.
+    #[error(transparent)]
+    Recv(#[from] RecvError),
+    /// The outputs were not published. After [`PublishError::Fenced`] open another pipeline.
+    #[error("publishing the outputs: {0}")]
+    Publish(#[from] PublishError),
+    /// The input could not be settled.
+    #[error("settling the input: {0}")]
+    Ack(#[from] AckError),
+}
+
 /// Who holds a full ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

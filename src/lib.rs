@@ -28,8 +28,8 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Lease, Loan, Message,
-        Publisher, Start, Subscriber, SubscriberBuilder,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Lease, Loan,
+        Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Start, Subscriber, SubscriberBuilder,
     },
     coordinator::protocol::{
         ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
@@ -39,8 +39,8 @@ pub use crate::{
 };
 pub use crate::{
     error::{
-        AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError,
-        RecvError, Refusal, SettleError,
+        AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
+        PublishError, RecvError, Refusal, SettleError,
     },
     ring::sequence::Sequence,
     topic::{

@@ -136,7 +136,7 @@ impl Stage {
     }
 
     fn create_group(&self, name: &str, options: &GroupOptions) -> bool {
-        self.bus.create_group(self.topic().name(), name, options, Start::Oldest).unwrap()
+        self.bus.create_group(self.topic().name(), name, options, Start::Oldest, true).unwrap()
     }
 
     fn publish(&mut self, from: u64, count: u64) {

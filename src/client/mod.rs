@@ -21,8 +21,10 @@ pub(crate) mod envelope;
 mod held;
 mod launch;
 mod message;
+mod pipeline;
 pub(crate) mod publisher;
 mod read;
+mod repeats;
 pub(crate) mod subscriber;
 mod write;
 
@@ -30,5 +32,7 @@ pub use bus::{Bus, BusOptions};
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use envelope::Envelope;
 pub use message::Message;
+pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
 pub use publisher::{Loan, Publisher};
+pub use repeats::Repeats;
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

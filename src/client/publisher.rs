@@ -11,7 +11,7 @@ use crate::client::control::Control;
 use crate::client::envelope::{self, Envelope};
 use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
-use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo};
+use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
@@ -38,12 +38,12 @@ pub struct Publisher<T: ?Sized> {
 pub(crate) struct PublisherCore {
     port: Port,
     options: TopicOptions,
+    /// Where the topic has envelopes.
+    sealer: Option<Sealer>,
     /// The topic's; empty where it has no coordinator.
     name: String,
     /// The lines of groups that have been waited for, with the groups' names.
     groups: Vec<GroupLine>,
-    /// Where the topic has envelopes.
-    sealer: Option<Sealer>,
     id: u64,
     named: bool,
     /// The number before this handle's first.
@@ -52,13 +52,6 @@ pub(crate) struct PublisherCore {
     wait: Wait,
     held: Option<Held>,
     opened_by: u32,
-}
-
-/// A group's line among the cursors.
-struct GroupLine {
-    name: String,
-    group: u32,
-    cursor: u32,
 }
 
 /// Puts messages into envelopes.
@@ -71,6 +64,13 @@ struct Sealer {
 
 /// A sealer does not keep more memory than this for the next message.
 const KEPT_SCRATCH_BYTES: usize = 1 << 20;
+
+/// A group's line among the cursors.
+struct GroupLine {
+    name: String,
+    group: u32,
+    cursor: u32,
+}
 
 /// The kinds of ring: closed, so that publishing is a branch and not an indirect call.
 enum Port {
@@ -109,20 +109,32 @@ impl Bus {
         topic: Topic<T>,
         identity: Option<Identity>,
     ) -> Result<Publisher<T>, OpenError> {
-        let options = topic.options();
-        let (name, schema) = (topic.name().to_owned(), options.schema.clone());
-        let request = Request::OpenPublisher { topic: name, schema, create: Some(options), identity };
-        let (answer, fds) = self.control().request(&request)?;
+        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), identity)?;
+        Ok(Publisher { core, payload: PhantomData })
+    }
+}
+
+impl PublisherCore {
+    /// A publisher's place on a topic, which is created with these options where it does not exist.
+    fn open(
+        control: &Arc<Control>,
+        topic: &str,
+        options: TopicOptions,
+        identity: Option<Identity>,
+    ) -> Result<PublisherCore, OpenError> {
+        let schema = options.schema.clone();
+        let request = Request::OpenPublisher { topic: topic.to_owned(), schema, create: Some(options), identity };
+        let (answer, fds) = control.request(&request)?;
         let Answer::PublisherOpened { info, slot, publisher, opening, tenancy, last_number, segments } = answer else {
             return Err(unexpected(&answer));
         };
         let handle = HandleRef::Publisher { topic: info.id, slot };
-        let held = Held::new(self.control().clone(), handle);
+        let held = Held::new(control.clone(), handle);
         let info = Arc::new(info);
         let place = Tenure { slot, publisher, opening, tenancy, last_number };
-        let port = Port::attach(&info, place, &segments, fds, self.control())?;
+        let port = Port::attach(&info, place, &segments, fds, control)?;
         let options = info.options.clone();
-        let core = PublisherCore {
+        Ok(PublisherCore {
             port,
             sealer: Sealer::new(&info),
             options,
@@ -135,8 +147,41 @@ impl Bus {
             wait: Wait::default(),
             held: Some(held),
             opened_by: std::process::id(),
-        };
-        Ok(Publisher { core, payload: PhantomData })
+        })
+    }
+}
+
+/// Publishes what belongs to messages of a group: outputs of a pipeline, dead letters. For each it leaves a note that says
+/// which message was finished last, whatever dies, so that the coordinator can tell (ARCHITECTURE.md §4.9).
+pub(crate) struct OriginPublisher {
+    core: PublisherCore,
+}
+
+impl OriginPublisher {
+    /// Opens it for a consumer of a group; the topic is created with these options where it does not exist.
+    pub(crate) fn open(
+        control: &Arc<Control>,
+        topic: &str,
+        options: TopicOptions,
+        origin: Identity,
+    ) -> Result<OriginPublisher, OpenError> {
+        Ok(OriginPublisher { core: PublisherCore::open(control, topic, options, Some(origin))? })
+    }
+
+    /// Publishes everything that belongs to the message `input`, all or nothing, waiting for room until `deadline`.
+    pub(crate) fn publish(
+        &mut self,
+        input: u64,
+        batch: &[(&[u8], &Envelope)],
+        deadline: Instant,
+    ) -> Result<Sequence, PublishError> {
+        with_port!(&mut self.core.port, port => port.note_as(input_number(input)));
+        self.core.publish_sealed_batch(batch, Some(deadline))
+    }
+
+    /// The options the topic was created with.
+    pub(crate) fn options(&self) -> &TopicOptions {
+        &self.core.options
     }
 }
 
@@ -251,8 +296,8 @@ impl PublisherCore {
         let options = info.options.clone();
         PublisherCore {
             port,
-            sealer: Sealer::new(info),
             options,
+            sealer: Sealer::new(info),
             name: String::new(),
             groups: Vec::new(),
             id: 0,
@@ -335,14 +380,18 @@ impl PublisherCore {
     }
 
     /// The same with a batch, whose messages all get one timestamp.
-    fn publish_sealed_batch(&mut self, batch: &[(&[u8], &Envelope)]) -> Result<Sequence, PublishError> {
+    fn publish_sealed_batch(
+        &mut self,
+        batch: &[(&[u8], &Envelope)],
+        deadline: Option<Instant>,
+    ) -> Result<Sequence, PublishError> {
         self.check_batch(batch.iter().map(|(payload, _)| payload.len()))?;
         let Some(sealer) = &mut self.sealer else {
             if batch.iter().any(|(_, envelope)| !envelope.is_empty()) {
                 return Err(EnvelopeError::LeanTopic.into());
             }
             let payloads: Vec<&[u8]> = batch.iter().map(|(payload, _)| *payload).collect();
-            return self.publish_bodies(&payloads);
+            return self.publish_bodies(&payloads, deadline);
         };
         let mut bodies = std::mem::take(&mut sealer.scratch);
         let ends = sealer.seal_batch(batch, &mut bodies);
@@ -354,7 +403,7 @@ impl PublisherCore {
             }
             let starts = std::iter::once(0).chain(ends.iter().copied());
             let bodies: Vec<&[u8]> = starts.zip(&ends).map(|(start, end)| &bodies[start..*end]).collect();
-            self.publish_bodies(&bodies)
+            self.publish_bodies(&bodies, deadline)
         });
         self.keep_scratch(bodies);
         outcome
@@ -372,10 +421,11 @@ impl PublisherCore {
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
         if self.sealer.is_some() {
             let plain = Envelope::new();
-            return self.publish_sealed_batch(&batch.iter().map(|payload| (*payload, &plain)).collect::<Vec<_>>());
+            return self
+                .publish_sealed_batch(&batch.iter().map(|payload| (*payload, &plain)).collect::<Vec<_>>(), None);
         }
         self.check_batch(batch.iter().map(|payload| payload.len()))?;
-        self.publish_bodies(batch)
+        self.publish_bodies(batch, None)
     }
 
     /// Whether payloads of these lengths may be a batch.
@@ -393,12 +443,13 @@ impl PublisherCore {
     }
 
     /// Publishes what goes into the ring, all or nothing.
-    fn publish_bodies(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
+    fn publish_bodies(&mut self, batch: &[&[u8]], deadline: Option<Instant>) -> Result<Sequence, PublishError> {
         self.check_gone()?;
         match with_port!(&mut self.port, port => port.publish_batch(batch)) {
             Ok(sequence) => Ok(Sequence::new(sequence)),
             Err(stop) => {
-                self.wait_for(stop, None, |port| with_port!(port, port => port.publish_batch(batch))).map(Sequence::new)
+                let attempt = |port: &mut Port| with_port!(port, port => port.publish_batch(batch));
+                self.wait_for(stop, deadline, attempt).map(Sequence::new)
             }
         }
     }
@@ -669,7 +720,7 @@ impl<T: Payload + ?Sized> Publisher<T> {
     {
         let batch: Vec<(&[u8], &Envelope)> =
             messages.into_iter().map(|(payload, envelope)| (payload.as_bytes(), envelope)).collect();
-        self.core.publish_sealed_batch(&batch)
+        self.core.publish_sealed_batch(&batch, None)
     }
 
     /// The payload's bytes. A fixed size has been compared with the topic's when the handle was opened.

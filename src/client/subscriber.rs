@@ -43,7 +43,7 @@ pub enum Start {
 }
 
 impl Start {
-    /// As the coordinator is asked.
+    /// Where the coordinator is to put the cursor.
     pub(crate) fn at(self) -> StartAt {
         match self {
             Start::Latest => StartAt::Latest,
@@ -51,6 +51,17 @@ impl Start {
             Start::Last(count) => StartAt::Last(count),
             Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
             Start::Time(_) | Start::LastPerKey => StartAt::Scan,
+        }
+    }
+
+    /// The same for a group, which begins at a sequence.
+    pub(crate) fn at_of_group(self, topic: &str) -> Result<StartAt, OpenError> {
+        match self.at() {
+            StartAt::Scan => {
+                let problem = "a group starts at latest, oldest, the last n or a sequence".to_owned();
+                Err(Refusal::Options { topic: topic.to_owned(), problem }.into())
+            }
+            start => Ok(start),
         }
     }
 }

@@ -179,7 +179,8 @@ impl Server {
 
     /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
-        let next = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).fold(self.renew_at, Instant::min);
+        let sometimes = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at);
+        let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
     }
@@ -201,16 +202,16 @@ impl Server {
     /// Whether it is time to go, to start a keeper, or to look after the ledgers.
     fn look_at_the_clock(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        if self.renew_at <= now {
-            self.estate.renew_due();
-            self.renew_at = now + RENEW_DUE;
-        }
         if self.age_at.is_some_and(|at| at <= now) {
             self.age_at = None;
             self.estate.give_up_old();
         }
         if self.age_at.is_none() {
             self.age_at = self.estate.age_look().map(|look| now + look);
+        }
+        if self.renew_at <= now {
+            self.estate.renew_due();
+            self.renew_at = now + RENEW_DUE;
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;

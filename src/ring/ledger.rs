@@ -266,11 +266,12 @@ impl Ledger {
         if matches!(seen.state, State::Settled | State::Corrupt) {
             return None;
         }
-        // AcqRel: R-LEDGER pairs with A-LEDGER (look, and every later swap): our copy of the payload was made before we
-        // took or settled it, and whoever moves the floor over a settled word has seen all who read the message.
+        // Release: R-LEDGER pairs with A-LEDGER (look): our copy of the payload was made before we took or settled it, and
+        // whoever moves the floor over a settled word has seen all who read the message. No Acquire: what is replaced
+        // was seen by `look`, or written by whoever handed us the lease.
         // Crash points: before this the message was as it was seen, after it it is as the new word says.
         let word = self.word(seen.sequence);
-        word.compare_exchange(seen.raw, new, Ordering::AcqRel, Ordering::Relaxed).ok()?;
+        word.compare_exchange(seen.raw, new, Ordering::Release, Ordering::Relaxed).ok()?;
         Some(self.read(seen.sequence, new))
     }
 
@@ -420,7 +421,8 @@ impl Ledger {
         if next == floor {
             return floor;
         }
-        // AcqRel: R-SETTLED-FLOOR pairs with A-SETTLED-FLOOR; monotone by max, so a slow one does no harm.
+        // AcqRel: R-SETTLED-FLOOR pairs with A-SETTLED-FLOOR, and is one: where another has moved it further, we return
+        // its floor and need its view. Monotone by max: a floor moved back would stand on words that have been reused.
         self.header.floor.0.fetch_max(next, Ordering::AcqRel).max(next)
     }
 

@@ -22,9 +22,10 @@ pub(crate) fn run(globals: &Globals, _args: Args) -> anyhow::Result<Ended> {
         line(format_args!("no topics on bus {}", globals.bus_name()))?;
         return Ok(Ended::Well);
     }
-    let mut table = Table::new(&["TOPIC", "MODE", "HELD", "NEXT", "PUBS", "SUBS", "MAX LAG", "MSG/S", "MEMORY"]);
+    let mut table =
+        Table::new(&["TOPIC", "MODE", "HELD", "NEXT", "PUBS", "SUBS", "GROUPS", "MAX LAG", "MSG/S", "MEMORY"]);
     for topic in &topics {
-        let lag = topic.subscribers.iter().map(|s| s.lag).max();
+        let lag = topic.subscribers.iter().map(|s| s.lag).chain(topic.groups.iter().map(|g| g.lag)).max();
         table.row([
             topic.topic.clone(),
             topic.options.mode.clone(),
@@ -32,6 +33,7 @@ pub(crate) fn run(globals: &Globals, _args: Args) -> anyhow::Result<Ended> {
             grouped(topic.tail_sequence),
             topic.publishers.len().to_string(),
             topic.subscribers.len().to_string(),
+            topic.groups.len().to_string(),
             lag.map_or("-".to_owned(), grouped),
             grouped(topic.messages_per_s as u64),
             bytes(topic.memory_bytes),

@@ -3,6 +3,7 @@
 mod bench;
 mod create;
 mod demo;
+mod group;
 mod ls;
 mod output;
 mod peek;
@@ -94,6 +95,7 @@ enum Command {
     Show(show::Args),
     Create(create::Args),
     Rm(remove::Args),
+    Group(group::Args),
     Purge(purge::Args),
     Peek(peek::Args),
     Bench(bench::Args),
@@ -135,6 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Show(args) => show::run(globals, args),
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
+        Command::Group(args) => group::run(globals, args),
         Command::Purge(args) => purge::run(globals, args),
         Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),

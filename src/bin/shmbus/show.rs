@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use shmbus::{Schema, TopicOptions, TopicStatus};
+use shmbus::{ConsumerStatus, GroupOptions, GroupStatus, LeaseStatus, Schema, TopicOptions, TopicStatus};
 
 use crate::output::{Table, bytes, grouped, json_line, line};
 use crate::{Ended, Globals, values};
@@ -14,8 +14,10 @@ const WATCH: Duration = Duration::from_millis(100);
 /// Show one topic: options, publishers, subscribers and their lags, memory, and the rate over 100 ms.
 ///
 /// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], subscribers: [{cursor,
-/// pid, sequence, lag, droppable}], groups: [], options: {mode, messages, bytes, full, hold, max_publishers,
-/// max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms: none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
+/// pid, sequence, lag, droppable}], groups: [{group, floor, lag, in_flight, returned, moving, window, redelivered,
+/// expired, dead_lettered, oldest_lease: {sequence, consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid,
+/// in_flight, active}], options}], options: {mode, messages, bytes, full, hold, max_publishers, max_subscribers, schema,
+/// envelope, ttl_ms, max_age_ms, dedup} (0 ms: none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
 pub(crate) struct Args {
@@ -32,8 +34,7 @@ pub(crate) struct TopicView {
     pub(crate) tail_sequence: u64,
     pub(crate) publishers: Vec<PublisherView>,
     pub(crate) subscribers: Vec<SubscriberView>,
-    /// Later: the consumer groups. Always present, so that readers need not ask.
-    groups: [(); 0],
+    pub(crate) groups: Vec<GroupView>,
     pub(crate) options: OptionsView,
     pub(crate) memory_bytes: u64,
     pub(crate) messages_per_s: f64,
@@ -53,6 +54,75 @@ pub(crate) struct SubscriberView {
     sequence: u64,
     pub(crate) lag: u64,
     droppable: bool,
+}
+
+/// A group as `--json` prints it.
+#[derive(Serialize)]
+pub(crate) struct GroupView {
+    group: String,
+    floor: u64,
+    pub(crate) lag: u64,
+    in_flight: u64,
+    returned: u64,
+    moving: u64,
+    window: u64,
+    redelivered: u64,
+    expired: u64,
+    dead_lettered: u64,
+    /// Who holds the floor; null where nobody has it leased.
+    oldest_lease: Option<LeaseView>,
+    consumers: Vec<ConsumerView>,
+    options: GroupOptions,
+}
+
+#[derive(Serialize)]
+struct LeaseView {
+    sequence: u64,
+    consumer: u32,
+    pid: u32,
+    attempt: u32,
+    ends_in_ms: u64,
+}
+
+#[derive(Serialize)]
+struct ConsumerView {
+    consumer: u32,
+    pid: u32,
+    in_flight: u64,
+    active: bool,
+}
+
+impl From<GroupStatus> for GroupView {
+    fn from(group: GroupStatus) -> GroupView {
+        let lease = |l: LeaseStatus| LeaseView {
+            sequence: l.sequence,
+            consumer: l.consumer,
+            pid: l.pid,
+            attempt: l.attempt,
+            ends_in_ms: l.ends_in_ms,
+        };
+        let consumer = |c: ConsumerStatus| ConsumerView {
+            consumer: c.consumer,
+            pid: c.pid,
+            in_flight: c.in_flight,
+            active: c.active,
+        };
+        GroupView {
+            group: group.name,
+            floor: group.floor,
+            lag: group.lag,
+            in_flight: group.in_flight,
+            returned: group.returned,
+            moving: group.moving,
+            window: group.window,
+            redelivered: group.redelivered,
+            expired: group.expired,
+            dead_lettered: group.dead_lettered,
+            oldest_lease: group.oldest_lease.map(lease),
+            consumers: group.consumers.into_iter().map(consumer).collect(),
+            options: group.options,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -110,7 +180,7 @@ impl TopicView {
                     droppable: s.droppable,
                 })
                 .collect(),
-            groups: [],
+            groups: status.groups.into_iter().map(GroupView::from).collect(),
             options: status.options.into(),
             memory_bytes: status.memory_bytes,
             messages_per_s,
@@ -195,9 +265,43 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
             droppable.into(),
         ]);
     }
-    for table in [publishers, subscribers].iter().filter(|t| !t.is_empty()) {
+    let mut groups =
+        Table::new(&["GROUP", "GUARANTEE", "FLOOR", "LAG", "LEASED", "WAITING", "MOVING", "DEAD", "HELD BY"]);
+    for g in &topic.groups {
+        groups.row(g.cells());
+    }
+    let mut consumers = Table::new(&["CONSUMER OF", "NUMBER", "PROCESS", "LEASED", "ACTIVE"]);
+    for (group, c) in topic.groups.iter().flat_map(|g| g.consumers.iter().map(move |c| (&g.group, c))) {
+        let active = if c.active { "yes" } else { "-" };
+        consumers.row([
+            group.clone(),
+            c.consumer.to_string(),
+            c.pid.to_string(),
+            grouped(c.in_flight),
+            active.to_owned(),
+        ]);
+    }
+    for table in [publishers, subscribers, groups, consumers].iter().filter(|t| !t.is_empty()) {
         line("")?;
         table.print()?;
     }
     Ok(())
+}
+
+impl GroupView {
+    /// One row of the groups' table.
+    fn cells(&self) -> [String; 9] {
+        let holder = |l: &LeaseView| format!("process {} (sequence {}, attempt {})", l.pid, l.sequence, l.attempt);
+        [
+            self.group.clone(),
+            self.options.guarantee.to_string(),
+            grouped(self.floor),
+            grouped(self.lag),
+            grouped(self.in_flight),
+            grouped(self.returned),
+            grouped(self.moving),
+            grouped(self.dead_lettered),
+            self.oldest_lease.as_ref().map_or("-".to_owned(), holder),
+        ]
+    }
 }

@@ -129,6 +129,16 @@ impl<T: ?Sized> Delivery<'_, T> {
         self.let_go().map_or(Ok(()), |lease| self.core.reject(lease, reason))
     }
 
+    /// Lets the lease end `time` from now, and not before.
+    ///
+    /// # Errors
+    /// [`AckError`]; nothing has changed then.
+    pub fn extend(&mut self, time: Duration) -> Result<(), AckError> {
+        let lease = self.core.extend(self.item().lease, time)?;
+        self.core.items[0].lease = lease;
+        Ok(())
+    }
+
     /// Keeps the lease and lets go of the payload: to be settled later, through the consumer.
     pub fn keep(mut self) -> Lease {
         let seen = self.item().lease;

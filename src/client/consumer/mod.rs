@@ -75,7 +75,7 @@ impl Bus {
         self.consumer(Topic::named(topic), group)
     }
 
-    /// Creates a group; one that exists with the same options is fine. From now on it holds the topic's messages, also
+    /// Creates a group. With `exist_ok`, one that exists with the same options is fine. From now on it holds the topic's messages, also
     /// while it has no consumer. Returns whether it existed.
     pub fn create_group(
         &self,
@@ -83,9 +83,11 @@ impl Bus {
         group: &str,
         options: &GroupOptions,
         start: Start,
+        exist_ok: bool,
     ) -> Result<bool, OpenError> {
+        let start = start.at_of_group(topic)?;
         let (topic, group, options) = (topic.to_owned(), group.to_owned(), options.clone());
-        let request = Request::CreateGroup { topic, group, options, start: start.at(), exist_ok: true };
+        let request = Request::CreateGroup { topic, group, options, start, exist_ok };
         match self.control().request(&request)?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
@@ -100,7 +102,8 @@ impl Bus {
     /// Lets a group begin elsewhere, with no message delivered yet; `force` also while it has consumers, which get
     /// `Fenced`.
     pub fn rewind_group(&self, topic: &str, group: &str, start: Start, force: bool) -> Result<(), OpenError> {
-        let (topic, group, start) = (topic.to_owned(), group.to_owned(), start.at());
+        let start = start.at_of_group(topic)?;
+        let (topic, group) = (topic.to_owned(), group.to_owned());
         self.done(&Request::RewindGroup { topic, group, start, force })
     }
 }
@@ -145,7 +148,11 @@ impl<T: Payload + ?Sized> ConsumerBuilder<T> {
     /// or a limit is reached; see [`OpenError`].
     pub fn open(self) -> Result<Consumer<T>, OpenError> {
         let control = self.bus.control();
-        let (topic, create) = (self.topic.name().to_owned(), self.create.map(|(o, start)| (o, start.at())));
+        let topic = self.topic.name().to_owned();
+        let create = match self.create {
+            Some((options, start)) => Some((options, start.at_of_group(&topic)?)),
+            None => None,
+        };
         let request = Request::OpenConsumer { topic, group: self.group, schema: T::schema(), create };
         let (answer, fds) = control.request(&request)?;
         let Answer::ConsumerOpened { info, group, consumer, position, sequence, segments } = answer else {
@@ -258,7 +265,17 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.recv_some(count, None)
     }
 
-    /// The same, waiting for at most `limit`.
+    /// Receives up to `count` messages at once if there are any. Never waits.
+    ///
+    /// # Errors
+    /// [`RecvError`]; never `Lagged` or `TimedOut`.
+    #[inline]
+    pub fn try_recv_batch(&mut self, count: usize) -> Result<Option<Batch<'_, T>>, RecvError> {
+        let found = self.core.poll(count.max(1))?;
+        Ok(found.then(|| Batch::new(&mut self.core)))
+    }
+
+    /// The same as [`Self::recv_batch`], waiting for at most `limit`.
     ///
     /// # Errors
     /// [`RecvError::TimedOut`] when nothing came.
@@ -339,6 +356,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
     /// The options the topic was created with.
     pub fn topic_options(&self) -> &TopicOptions {
         &self.core.info.options
+    }
+
+    /// Topic and group by their numbers on the bus.
+    pub(crate) fn place(&self) -> (u64, u32) {
+        (self.core.info.id, self.core.group.id)
     }
 
     /// This consumer's number in the group, as `shmbus show` prints it.

@@ -111,6 +111,8 @@ pub(crate) struct ManyPort {
     /// The numbers of the first and the next message.
     first: u64,
     number: u64,
+    /// What the note says instead, where what we publish belongs to messages of a group.
+    noted: Option<u64>,
     arena: Arena,
     others: Others,
     /// Where ids are compared.
@@ -145,7 +147,7 @@ impl ManyPort {
         let allocator = Allocator::new(arena.len_bytes(), live);
         let (first, number) = (before + 1, before + 1);
         let ids = info.options.dedup.then(Ids::default);
-        ManyPort { writer, info, slot, publisher, first, number, arena, others, ids, allocator }
+        ManyPort { writer, info, slot, publisher, first, number, noted: None, arena, others, ids, allocator }
     }
 
     /// Arena space for a record with a body of `body` bytes.
@@ -172,7 +174,7 @@ impl ManyPort {
         let count = messages.len() as u64;
         Record::write(&self.arena, offset, self.publisher, body, self.number);
         let unit = unit_of(&self.info.geometry, self.slot, offset);
-        let last = self.number + count - 1;
+        let last = self.noted.unwrap_or(self.number + count - 1);
         let ManyPort { writer, info, arena, others, ids, .. } = self;
         let mut records = Records { info, slot: self.slot, arena, others };
         let with_id = messages.iter().any(|body| id_in(body).is_some());
@@ -193,6 +195,10 @@ impl ManyPort {
 }
 
 impl WritePort for ManyPort {
+    fn note_as(&mut self, input: u64) {
+        self.noted = Some(input);
+    }
+
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop> {
         let body = bytes.len() as u64;
         let offset = self.allocate(body)?;

@@ -33,6 +33,10 @@ pub(crate) trait WritePort: Send {
     /// Publishes one message.
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop>;
 
+    /// What is published from now on belongs to this message of a group: the note says so in the place of a number of ours.
+    /// Only topics for many keep such notes.
+    fn note_as(&mut self, _input: u64) {}
+
     /// Publishes all of `batch` (1 to `max_batch` messages) or nothing, consecutively; the first one's sequence.
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<u64, Stop>;
 

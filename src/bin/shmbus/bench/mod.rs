@@ -9,6 +9,7 @@ mod canary;
 mod clock;
 mod pair;
 mod pingpong;
+mod queue;
 mod report;
 mod stream;
 mod wire;
@@ -55,6 +56,12 @@ enum Command {
     /// bytes_per_s, bare_bytes_per_s, bare_p50_ns, ratio_bytes, lost}. The bare figure is one core's memcpy.
     #[command(after_help = "Example: shmbus bench stream --size 64K --mode exclusive")]
     Stream(Setup),
+    /// A queue: two consumers of one group lease and ack every message
+    ///
+    /// With --json one object a class: {workload, payload_bytes, mode, class, chunks, batch, messages_per_s, bare_p50_ns,
+    /// lost}. lost counts messages that were not acknowledged exactly once.
+    #[command(after_help = "Example: shmbus bench queue --batch 32")]
+    Queue(Setup),
     /// The other process of a bench; started by it
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -72,10 +79,10 @@ pub(crate) struct Setup {
     /// How long to measure
     #[arg(long, value_name = "N", default_value_t = 3.0)]
     seconds: f64,
-    /// Messages a publish (stream only)
+    /// Messages a publish (stream), or a receive and ack (queue)
     #[arg(long, value_name = "N", default_value_t = 1)]
     batch: u32,
-    /// Messages the ring holds [default: 4096, or as many as fit in 4 MiB]
+    /// Messages the ring holds [default: 4096, or as many as fit in 4 MiB; queue: 32768]
     #[arg(long, value_name = "N")]
     ring: Option<u64>,
     /// The two cores to run on [default: the first two of different physical cores]
@@ -97,6 +104,7 @@ pub(crate) struct PeerArgs {
 pub(crate) enum Workload {
     Pingpong,
     Stream,
+    Queue,
 }
 
 /// In-flight bytes that the caches still hold; more makes large messages slower (RESEARCH.md §2).
@@ -137,6 +145,10 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     let (workload, setup) = match args.workload {
         Command::Pingpong(setup) => (Workload::Pingpong, setup),
         Command::Stream(setup) => (Workload::Stream, setup),
+        Command::Queue(mut setup) => {
+            setup.ring.get_or_insert(queue::RING);
+            (Workload::Queue, setup)
+        }
         Command::Peer(peer) => return run_peer(globals, &peer).map(|()| Ended::Well),
     };
     setup.check()?;
@@ -183,6 +195,15 @@ fn measure<W: Wire>(
             ensure!(lost == 0, "{lost} messages of the stream were lost or garbled");
             Ok(())
         }
+        Workload::Queue => {
+            let publisher = stream::open(&bus, setup)?;
+            let consumer = queue::open(&bus, setup)?;
+            let pair = Pair::start(sandbox, workload, setup, cores)?;
+            let (chunks, lost) = queue::measure(publisher, consumer, wire, pair, setup)?;
+            report::queue(globals.json, setup, cores, &chunks)?;
+            ensure!(lost == 0, "{lost} messages of the queue were not acknowledged exactly once");
+            Ok(())
+        }
     }
 }
 
@@ -205,6 +226,10 @@ fn answer<W: Wire>(bus: &Bus, args: &PeerArgs, wire: W) -> anyhow::Result<()> {
         Workload::Stream => {
             let subscriber = bus.subscriber(args.setup.topic::<W::Payload>(THERE)).wait(shmbus::Wait::Spin).open()?;
             stream::answer(subscriber, wire, Peer::attach(args)?)
+        }
+        Workload::Queue => {
+            let consumer = queue::open(bus, &args.setup)?;
+            queue::answer(consumer, wire, args.setup.batch, Peer::attach(args)?)
         }
     }
 }

@@ -44,6 +44,9 @@ pub(super) struct Lines {
     pub(super) sent: CachePadded<AtomicU64>,
     /// Messages missing or garbled in the last order.
     pub(super) lost: CachePadded<AtomicU64>,
+    /// Messages that the peer acknowledged in the last order, and the sum of their numbers (queues).
+    pub(super) arrived: CachePadded<AtomicU64>,
+    pub(super) sum: CachePadded<AtomicU64>,
 }
 
 const _: () = assert!(size_of::<Lines>() <= REGION_BYTES);
@@ -258,6 +261,7 @@ fn peer_arguments(workload: Workload, setup: &Setup, cores: [usize; 2], control_
     let workload = match workload {
         Workload::Pingpong => "pingpong",
         Workload::Stream => "stream",
+        Workload::Queue => "queue",
     };
     let mode = shmbus::Mode::from(setup.mode);
     let mut arguments = format!(

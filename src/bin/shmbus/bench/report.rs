@@ -4,6 +4,7 @@ use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use super::canary::{Class, Quantiles};
+use super::queue::Drained;
 use super::stream::Flow;
 use super::{Chunk, Chunks, Setup};
 use crate::output::{Table, grouped, json_line, line, times};
@@ -41,6 +42,20 @@ pub(crate) struct StreamLine {
     pub(crate) bare_p50_ns: f64,
     /// Bytes a second over the memcpy's.
     pub(crate) ratio_bytes: f64,
+    pub(crate) lost: u64,
+}
+
+/// `bench queue --json`.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct QueueLine {
+    pub(crate) workload: String,
+    pub(crate) payload_bytes: u64,
+    pub(crate) mode: String,
+    pub(crate) class: Class,
+    pub(crate) chunks: usize,
+    pub(crate) batch: u32,
+    pub(crate) messages_per_s: f64,
+    pub(crate) bare_p50_ns: f64,
     pub(crate) lost: u64,
 }
 
@@ -124,6 +139,35 @@ fn stream_line(setup: &Setup, class: Class, chunks: &[&Chunk<Flow>]) -> StreamLi
         bare_bytes_per_s,
         bare_p50_ns: rounded(median(chunks.iter().map(|c| c.bare.0.p50_ns)), 10.0),
         ratio_bytes: rounded(bytes_per_s / bare_bytes_per_s, 10_000.0),
+        lost: chunks.iter().map(|c| c.sample.lost).sum(),
+    }
+}
+
+pub(super) fn queue(json: bool, setup: &Setup, cores: [usize; 2], chunks: &Chunks<Drained>) -> anyhow::Result<()> {
+    let lines: Vec<QueueLine> = by_class(chunks)?.iter().map(|(class, of)| queue_line(setup, *class, of)).collect();
+    if json {
+        return lines.iter().try_for_each(json_line).map_err(Into::into);
+    }
+    title("queue, two consumers", setup, cores)?;
+    let mut table = Table::new(&["CLASS", "CHUNKS", "MSG/S", "BARE P50 NS", "LOST"]);
+    for l in &lines {
+        let cells = [l.class.to_string(), l.chunks.to_string(), grouped(l.messages_per_s as u64)];
+        table.row(cells.into_iter().chain([format!("{:.0}", l.bare_p50_ns), l.lost.to_string()]));
+    }
+    table.print()?;
+    footnote(chunks.dropped)
+}
+
+fn queue_line(setup: &Setup, class: Class, chunks: &[&Chunk<Drained>]) -> QueueLine {
+    QueueLine {
+        workload: "queue".to_owned(),
+        payload_bytes: setup.payload_bytes(),
+        mode: shmbus::Mode::from(setup.mode).to_string(),
+        class,
+        chunks: chunks.len(),
+        batch: setup.batch,
+        messages_per_s: median(chunks.iter().map(|c| c.sample.messages_per_s)).round(),
+        bare_p50_ns: rounded(median(chunks.iter().map(|c| c.bare.0.p50_ns)), 10.0),
         lost: chunks.iter().map(|c| c.sample.lost).sum(),
     }
 }

@@ -60,7 +60,8 @@ pub(super) fn measure<W: Wire>(
     Ok((chunks, lost_in_all))
 }
 
-fn send<W: Wire>(
+/// Publishes `count` messages, numbered from `first` on.
+pub(super) fn send<W: Wire>(
     publisher: &mut Publisher<W::Payload>,
     wire: &mut W,
     first: u64,

@@ -1,0 +1,210 @@
+//! [`Pipeline`]: consume, transform, publish, as one step whose outputs count once.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+use crate::client::bus::Bus;
+use crate::client::consumer::{Consumer, ConsumerBuilder, Delivery};
+use crate::client::envelope::Envelope;
+use crate::client::publisher::OriginPublisher;
+use crate::client::subscriber::Start;
+use crate::coordinator::protocol::Identity;
+use crate::error::{AckError, OpenError, PipelineError, PublishError, RecvError};
+use crate::group::{GroupOptions, Guarantee};
+use crate::topic::{Payload, Topic};
+use crate::wait::Wait;
+
+/// Takes messages of one topic as a consumer of a group and publishes what a transform makes of each to another.
+///
+/// The outputs of one input are one batch. On a group that is [`EffectivelyOnce`](Guarantee::EffectivelyOnce), the default
+/// here, each input has its outputs exactly once, whoever dies or sleeps: a lease passes on only when its holder is proven
+/// dead or fenced on the output topic, and what it had committed by then counts. Effects of the transform
+/// outside the bus may be repeated; see [`Repeats`](crate::Repeats).
+pub struct Pipeline<I: ?Sized, O: ?Sized> {
+    consumer: Consumer<I>,
+    publisher: OriginPublisher,
+    outputs: Outputs<O>,
+    lease: Duration,
+}
+
+/// How a pipeline is to be opened; ends with [`PipelineBuilder::open`].
+#[must_use]
+pub struct PipelineBuilder<I: ?Sized, O: ?Sized> {
+    bus: Bus,
+    consumer: ConsumerBuilder<I>,
+    to: Topic<O>,
+}
+
+/// Why a transform gave no outputs. The input goes back to its group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Failure {
+    /// Try again after the group's back-off, up to its number of attempts.
+    Retry,
+    /// It will never work: to the dead-letter topic, for this reason.
+    Reject(String),
+}
+
+/// What one input becomes: any number of messages, published together when the transform returns.
+pub struct Outputs<O: ?Sized> {
+    bytes: Vec<u8>,
+    /// Where each payload ends in `bytes`, and what goes with it.
+    messages: Vec<(usize, Envelope)>,
+    payload: PhantomData<fn(&O)>,
+}
+
+impl<O: Payload + ?Sized> Outputs<O> {
+    /// Adds a message.
+    pub fn push(&mut self, payload: &O) {
+        self.push_with(payload, Envelope::new());
+    }
+
+    /// Adds a message with an envelope; the output topic must have envelopes.
+    pub fn push_with(&mut self, payload: &O, envelope: Envelope) {
+        self.bytes.extend_from_slice(payload.as_bytes());
+        self.messages.push((self.bytes.len(), envelope));
+    }
+}
+
+impl<O: ?Sized> Outputs<O> {
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.messages.clear();
+    }
+
+    /// Each payload with its envelope.
+    fn batch(&self) -> Vec<(&[u8], &Envelope)> {
+        let starts = std::iter::once(0).chain(self.messages.iter().map(|(end, _)| *end));
+        starts.zip(&self.messages).map(|(start, (end, envelope))| (&self.bytes[start..*end], envelope)).collect()
+    }
+}
+
+impl Bus {
+    /// A pipeline from an existing topic, as a consumer of `group`, to a topic for many publishers, which is created where it
+    /// does not exist; to be opened with `.open()`.
+    pub fn pipeline<I, O>(&self, from: Topic<I>, group: impl Into<String>, to: Topic<O>) -> PipelineBuilder<I, O>
+    where
+        I: Payload + ?Sized,
+        O: Payload + ?Sized,
+    {
+        let consumer = self.consumer(from, group).options(GroupOptions::new().effectively_once());
+        PipelineBuilder { bus: self.clone(), consumer, to }
+    }
+}
+
+impl<I: Payload + ?Sized, O: Payload + ?Sized> PipelineBuilder<I, O> {
+    /// The options with which the group is created where it does not exist (default: effectively once).
+    pub fn options(mut self, options: GroupOptions) -> Self {
+        self.consumer = self.consumer.options(options);
+        self
+    }
+
+    /// Where the group starts where it does not exist (default [`Start::Latest`]).
+    pub fn start(mut self, start: Start) -> Self {
+        self.consumer = self.consumer.start(start);
+        self
+    }
+
+    /// How to wait for inputs (default [`Wait::Adaptive`]).
+    pub fn wait(mut self, wait: Wait) -> Self {
+        self.consumer = self.consumer.wait(wait);
+        self
+    }
+
+    /// Opens it.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::open`] and [`Bus::publisher`]; the output topic is not for many publishers.
+    pub fn open(self) -> Result<Pipeline<I, O>, OpenError> {
+        let consumer = self.consumer.open()?;
+        let (topic, group) = consumer.place();
+        let origin = Identity::Origin { topic, group, consumer: consumer.number() };
+        let publisher = OriginPublisher::open(self.bus.control(), self.to.name(), self.to.options(), origin)?;
+        let lease = Duration::from_millis(consumer.group_options().lease_ms);
+        let outputs = Outputs { bytes: Vec::new(), messages: Vec::new(), payload: PhantomData };
+        Ok(Pipeline { consumer, publisher, outputs, lease })
+    }
+}
+
+impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
+    /// Takes one input, waiting for it, and publishes what `transform` makes of it. An input without outputs is just
+    /// settled.
+    ///
+    /// # Errors
+    /// [`PipelineError`]; after `Fenced` open another pipeline. The input is not lost: it goes back to the group.
+    pub fn step(
+        &mut self,
+        transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
+    ) -> Result<(), PipelineError> {
+        let Pipeline { consumer, publisher, outputs, lease } = self;
+        finish(consumer.recv()?, publisher, outputs, *lease, transform)
+    }
+
+    /// The same, waiting for an input for at most `limit`. `false`: none came.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn step_timeout(
+        &mut self,
+        limit: Duration,
+        transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
+    ) -> Result<bool, PipelineError> {
+        let Pipeline { consumer, publisher, outputs, lease } = self;
+        match consumer.recv_timeout(limit) {
+            Ok(input) => finish(input, publisher, outputs, *lease, transform).map(|()| true),
+            Err(RecvError::TimedOut) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether each input has its outputs exactly once: the group is effectively once.
+    pub fn is_exact(&self) -> bool {
+        self.consumer.group_options().guarantee == Guarantee::EffectivelyOnce
+    }
+
+    /// The consumer that takes the inputs.
+    pub fn consumer(&self) -> &Consumer<I> {
+        &self.consumer
+    }
+}
+
+/// Transform, publish, settle. Crash points: before the publish the input is another's to take, with nothing done; after
+/// it the note says that it is finished, and whoever releases our leases settles it.
+fn finish<I: Payload + ?Sized, O: Payload + ?Sized>(
+    mut input: Delivery<'_, I>,
+    publisher: &mut OriginPublisher,
+    outputs: &mut Outputs<O>,
+    lease: Duration,
+    transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
+) -> Result<(), PipelineError> {
+    outputs.clear();
+    match transform(&input, outputs) {
+        Ok(()) => {}
+        Err(Failure::Retry) => return Ok(input.nack()?),
+        Err(Failure::Reject(reason)) => return Ok(input.reject(&reason)?),
+    }
+    if !outputs.messages.is_empty() {
+        let sequence = input.sequence().get();
+        let batch = outputs.batch();
+        // A full output topic is waited for, and meanwhile the input stays ours.
+        loop {
+            match publisher.publish(sequence, &batch, Instant::now() + lease / 3) {
+                Ok(_) => break,
+                Err(PublishError::TimedOut { .. }) => input.extend(lease)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    match input.ack() {
+        // Somebody found us late, made sure of our outputs and settled it for us.
+        Err(AckError::AlreadySettled { .. }) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+impl<O: ?Sized> fmt::Debug for Outputs<O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outputs").field("messages", &self.messages.len()).finish_non_exhaustive()
+    }
+}

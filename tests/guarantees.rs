@@ -1,0 +1,364 @@
+//! What a group promises when its consumers are killed at random: SPEC §3's table, counted message by message.
+//!
+//! All processes write into one *book*, a mapped file: who was given which message, and whose ack had returned. It
+//! survives whoever is killed. `SHMBUS_TEST_LONG=1` runs the sizes that the project promises: a million messages, 200
+//! kills.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, say, seed};
+use memmap2::MmapRaw;
+use nix::sys::signal::Signal;
+use shmbus::{Bus, GroupOptions, GroupStatus, RecvError, Start, Topic};
+
+const INPUT: Topic<[u64; 4]> = Topic::new("guarantees.in").messages(16_384);
+const OUTPUT: Topic<[u64; 4]> = Topic::new("guarantees.out").messages(16_384);
+const GROUP: &str = "workers";
+
+/// How long a consumer works on each message.
+const WORK: Duration = Duration::from_micros(20);
+
+/// Long enough that nothing comes back by the end of a lease: only by proof of death.
+const LEASE: Duration = Duration::from_secs(60);
+
+/// Time between two kills.
+const KILL_EVERY: Duration = Duration::from_millis(50);
+
+/// Lives that a book can tell apart.
+const LIVES: usize = 1024;
+
+fn long() -> bool {
+    std::env::var_os("SHMBUS_TEST_LONG").is_some()
+}
+
+fn messages() -> u64 {
+    if long() { 1_000_000 } else { 120_000 }
+}
+
+fn kills() -> u32 {
+    if long() { 200 } else { 30 }
+}
+
+/// Not a test: what the tests' other processes do.
+#[test]
+fn role() {
+    let Some((role, arguments)) = common::role() else { return };
+    end_with_the_test();
+    let bus = Bus::open_default().unwrap();
+    match role.as_str() {
+        "publish" => publish(&bus, arguments.parse().unwrap()),
+        "consume" => consume(&bus, &Shift::parse(&arguments)),
+        "pipe" => pipe(&bus, &Shift::parse(&arguments)),
+        _ => panic!("no role {role}"),
+    }
+}
+
+/// What one consumer process is to do.
+struct Shift {
+    book: PathBuf,
+    life: u32,
+    work: Duration,
+}
+
+impl Shift {
+    fn parse(arguments: &str) -> Shift {
+        let [book, life, work] = arguments.split(' ').collect::<Vec<_>>()[..] else { panic!("{arguments}") };
+        Shift { book: book.into(), life: life.parse().unwrap(), work: Duration::from_nanos(work.parse().unwrap()) }
+    }
+
+    fn start(&self, scene: &Scene, role: &str) -> Process {
+        scene.start(role, &format!("{} {} {}", self.book.display(), self.life, self.work.as_nanos()))
+    }
+}
+
+/// What is written down for each message.
+#[repr(C)]
+struct Line {
+    /// How often it was handed to a consumer.
+    given: AtomicU32,
+    /// How many acks of it returned.
+    acked: AtomicU32,
+    /// The life that was given it last, plus one.
+    holder: AtomicU32,
+    reserved: AtomicU32,
+}
+
+#[repr(C)]
+struct Head {
+    /// Times a message was given again though its last holder was not killed, or its ack had returned.
+    wrong: AtomicU32,
+    over: AtomicU32,
+    /// Whether a life has been, or is just being, killed.
+    killed: [AtomicU32; LIVES],
+    acks_of: [AtomicU32; LIVES],
+}
+
+struct Book(MmapRaw);
+
+impl Book {
+    fn create(scene: &Scene) -> PathBuf {
+        let path = scene.directory().join("book");
+        let bytes = size_of::<Head>() + messages() as usize * size_of::<Line>();
+        std::fs::File::create(&path).unwrap().set_len(bytes as u64).unwrap();
+        path
+    }
+
+    fn open(path: &Path) -> Book {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        Book(MmapRaw::map_raw(&file).unwrap())
+    }
+
+    fn head(&self) -> &Head {
+        // SAFETY: the file is longer than a `Head`, which consists of atomics.
+        unsafe { &*self.0.as_ptr().cast::<Head>() }
+    }
+
+    fn line(&self, sequence: u64) -> &Line {
+        assert!(sequence < messages());
+        // SAFETY: the file has a line for every message, behind the head; lines consist of atomics.
+        unsafe { &*self.0.as_ptr().add(size_of::<Head>()).cast::<Line>().add(sequence as usize) }
+    }
+
+    /// Notes that `life` was given the message.
+    fn given(&self, sequence: u64, life: u32) {
+        let line = self.line(sequence);
+        let before = line.holder.swap(life + 1, Ordering::SeqCst);
+        if line.given.fetch_add(1, Ordering::SeqCst) > 0 {
+            let killed = before > 0 && self.head().killed[before as usize - 1].load(Ordering::SeqCst) == 1;
+            if !killed || line.acked.load(Ordering::SeqCst) > 0 {
+                self.head().wrong.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn acked(&self, sequence: u64, life: u32) {
+        self.line(sequence).acked.fetch_add(1, Ordering::SeqCst);
+        self.head().acks_of[life as usize].fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn is_over(&self) -> bool {
+        self.head().over.load(Ordering::SeqCst) == 1
+    }
+
+    /// How many messages were given never, once and more often.
+    fn count(&self) -> [u64; 3] {
+        let mut counts = [0; 3];
+        for sequence in 0..messages() {
+            counts[self.line(sequence).given.load(Ordering::SeqCst).min(2) as usize] += 1;
+        }
+        counts
+    }
+}
+
+/// Role: publishes numbered messages.
+fn publish(bus: &Bus, count: u64) {
+    let mut publisher = bus.publisher(INPUT).unwrap();
+    for number in 0..count {
+        publisher.publish(&[number; 4]).unwrap();
+    }
+    say("published");
+    common::hear();
+}
+
+/// Role: consumes until all is over.
+fn consume(bus: &Bus, shift: &Shift) {
+    let book = Book::open(&shift.book);
+    let mut consumer = bus.consumer(INPUT, GROUP).open().unwrap();
+    say("consuming");
+    while !book.is_over() {
+        match consumer.recv_timeout(Duration::from_millis(20)) {
+            Ok(delivery) => {
+                let sequence = delivery.sequence().get();
+                assert_eq!(*delivery, [sequence; 4], "a foreign or torn message");
+                book.given(sequence, shift.life);
+                work(shift.work);
+                delivery.ack().unwrap();
+                book.acked(sequence, shift.life);
+            }
+            Err(RecvError::TimedOut) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Role: copies each input to the output, effectively once, until all is over.
+fn pipe(bus: &Bus, shift: &Shift) {
+    let book = Book::open(&shift.book);
+    let mut pipeline = bus.pipeline(INPUT, GROUP, OUTPUT).open().unwrap();
+    say("consuming");
+    while !book.is_over() {
+        let step = pipeline.step_timeout(Duration::from_millis(20), |input, outputs| {
+            book.given(input.sequence().get(), shift.life);
+            work(shift.work);
+            outputs.push(&**input);
+            Ok(())
+        });
+        step.unwrap();
+    }
+}
+
+fn work(time: Duration) {
+    let started = Instant::now();
+    while started.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// A group with four consumers, two of which are killed at random and started again.
+struct Crew<'a> {
+    scene: &'a Scene,
+    role: &'static str,
+    book: PathBuf,
+    next_life: u32,
+    workers: Vec<(u32, Process)>,
+}
+
+impl<'a> Crew<'a> {
+    fn new(scene: &'a Scene, role: &'static str) -> Crew<'a> {
+        let mut crew = Crew { scene, role, book: Book::create(scene), next_life: 0, workers: Vec::new() };
+        for _ in 0..4 {
+            crew.hire(WORK);
+        }
+        crew
+    }
+
+    fn hire(&mut self, work: Duration) {
+        let shift = Shift { book: self.book.clone(), life: self.next_life, work };
+        self.workers.push((shift.life, shift.start(self.scene, self.role)));
+        self.next_life += 1;
+    }
+
+    /// Kills the first or the second worker, as chance will have it, and starts another in its place.
+    fn kill_and_restart(&mut self, random: &mut Random) {
+        let (life, worker) = self.workers.swap_remove(random.below(2) as usize);
+        Book::open(&self.book).head().killed[life as usize].store(1, Ordering::SeqCst);
+        worker.kill();
+        self.hire(WORK);
+        // The newcomer is to be a victim, too.
+        let last = self.workers.len() - 1;
+        self.workers.swap(random.below(2) as usize, last);
+    }
+
+    fn kill_many(&mut self) {
+        let mut random = Random::new(seed());
+        for _ in 0..kills() {
+            thread::sleep(KILL_EVERY);
+            self.kill_and_restart(&mut random);
+        }
+    }
+
+    /// Waits until the group has settled everything; ends the workers.
+    fn finish(&mut self, bus: &Bus) -> Book {
+        let deadline = Instant::now() + 4 * LIMIT;
+        while group(bus).floor < messages() {
+            assert!(Instant::now() < deadline, "the group settled only {:?}", group(bus));
+            thread::sleep(Duration::from_millis(10));
+        }
+        let book = Book::open(&self.book);
+        book.head().over.store(1, Ordering::SeqCst);
+        book
+    }
+}
+
+fn group(bus: &Bus) -> GroupStatus {
+    let topic = bus.topic(INPUT.name()).unwrap();
+    topic.groups.into_iter().find(|group| group.name == GROUP).unwrap()
+}
+
+/// A bus with the topic and the group, from its oldest message on.
+fn prepare(scene: &Scene, options: GroupOptions) -> Bus {
+    let bus = scene.open();
+    bus.create(&INPUT).unwrap();
+    bus.create_group(INPUT.name(), GROUP, &options, Start::Oldest, false).unwrap();
+    bus
+}
+
+#[test]
+fn four_consumers_share_all_messages_and_the_slow_one_gets_the_fewest() {
+    let scene = Scene::new("share");
+    let bus = prepare(&scene, GroupOptions::new().lease(LEASE));
+    let mut crew =
+        Crew { scene: &scene, role: "consume", book: Book::create(&scene), next_life: 0, workers: Vec::new() };
+    // Nine microseconds against ninety: the processors are shared, so the slow one must be slow by far.
+    let work = if long() { Duration::from_micros(1) } else { Duration::from_micros(5) };
+    for life in 0..4 {
+        crew.hire(if life == 0 { 10 * work } else { work });
+    }
+    crew.workers.iter_mut().for_each(|(_, worker)| worker.expect("consuming"));
+    let mut publisher = scene.start("publish", &messages().to_string());
+    publisher.expect("published");
+    let book = crew.finish(&bus);
+    assert_eq!(book.count(), [0, messages(), 0], "lost, given once, given again");
+    // The last ack may be on its way into the book.
+    let acks = || [0, 1, 2, 3].map(|life: usize| book.head().acks_of[life].load(Ordering::SeqCst));
+    await_that("the last acks", || acks().iter().map(|n| u64::from(*n)).sum::<u64>() == messages());
+    let acks = acks();
+    println!("acks by consumer, the slow one first: {acks:?}");
+    assert!(acks[1..].iter().all(|others| acks[0] < *others), "{acks:?}");
+    assert!((0..messages()).all(|sequence| book.line(sequence).acked.load(Ordering::SeqCst) == 1));
+}
+
+#[test]
+fn at_least_once_loses_nothing_and_repeats_only_what_the_dead_had() {
+    let scene = Scene::new("at-least-once");
+    let bus = prepare(&scene, GroupOptions::new().lease(LEASE));
+    let mut crew = Crew::new(&scene, "consume");
+    let _publisher = scene.start("publish", &messages().to_string());
+    crew.kill_many();
+    let book = crew.finish(&bus);
+    let [lost, once, repeated] = book.count();
+    println!("{} kills: {once} given once, {repeated} again", kills());
+    assert_eq!(lost, 0);
+    assert_eq!(book.head().wrong.load(Ordering::SeqCst), 0, "given again though not in a dead one's hand");
+    assert!(repeated <= u64::from(kills()), "each of {} had one message in hand, {repeated} came again", kills());
+}
+
+#[test]
+fn at_most_once_repeats_nothing_and_loses_only_what_the_dead_had() {
+    let scene = Scene::new("at-most-once");
+    let bus = prepare(&scene, GroupOptions::new().at_most_once());
+    let mut crew = Crew::new(&scene, "consume");
+    let _publisher = scene.start("publish", &messages().to_string());
+    crew.kill_many();
+    let book = crew.finish(&bus);
+    let [lost, once, repeated] = book.count();
+    println!("{} kills: {once} given once, {lost} lost", kills());
+    assert_eq!(repeated, 0);
+    assert!(lost <= u64::from(kills()), "each of {} had one message in hand, {lost} were lost", kills());
+}
+
+#[test]
+fn each_input_of_an_effectively_once_pipeline_has_its_output_once() {
+    let scene = Scene::new("pipeline");
+    let bus = prepare(&scene, GroupOptions::new().effectively_once().lease(LEASE));
+    bus.create(&OUTPUT).unwrap();
+    let mut outputs = bus.subscriber(OUTPUT).start(Start::Oldest).open().unwrap();
+    let reader = thread::spawn(move || {
+        let mut seen = vec![0u8; messages() as usize];
+        let mut left = messages();
+        while left > 0 {
+            let output = outputs.recv_timeout(4 * LIMIT).unwrap();
+            let input = output[0];
+            assert_eq!(*output, [input; 4], "a torn output");
+            seen[input as usize] += 1;
+            assert_eq!(seen[input as usize], 1, "input {input} has a second output");
+            left -= 1;
+        }
+        // Whatever came twice would come about now.
+        matches!(outputs.recv_timeout(Duration::from_secs(1)), Err(RecvError::TimedOut))
+    });
+    let mut crew = Crew::new(&scene, "pipe");
+    let publisher = scene.start("publish", &messages().to_string());
+    crew.kill_many();
+    let book = crew.finish(&bus);
+    assert!(reader.join().unwrap(), "more outputs than inputs");
+    assert_eq!(book.head().wrong.load(Ordering::SeqCst), 0, "given again though not in a dead one's hand");
+    let [_, once, again] = book.count();
+    println!("{} kills: {once} inputs transformed once, {again} again, all committed once", kills());
+    publisher.signal(Signal::SIGKILL);
+}
