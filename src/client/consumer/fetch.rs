@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::copies::{Copies, Copy};
 use crate::client::control::Control;
+use crate::client::read::Lengths;
 use crate::coordinator::protocol::TopicInfo;
 use crate::ring::arena::{Arena, Span};
 use crate::ring::exclusive::ExclusiveLog;
@@ -60,7 +61,7 @@ impl Log {
         with_log!(self, log => log.committed_end(from, to))
     }
 
-    /// Copies the message out. `sequence` is below the tail.
+    /// Copies the message's body out: envelope, where the topic has them, and payload. `sequence` is below the tail.
     #[inline]
     pub(super) fn read(&mut self, sequence: u64, copies: &mut Copies) -> Got {
         with_log!(self, log => log.read(sequence, copies))
@@ -89,27 +90,6 @@ impl Log {
             Log::ExclusiveSmall(log) => &log.log.header,
             Log::Many(log) => &log.log.header,
         }
-    }
-}
-
-/// What the topic says about a payload's length.
-#[derive(Clone, Copy)]
-struct Lengths {
-    min: u64,
-    max: u64,
-}
-
-impl Lengths {
-    fn of(info: &TopicInfo) -> Self {
-        match &info.options.schema {
-            Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
-            None => Lengths { min: 0, max: info.options.bytes },
-        }
-    }
-
-    #[inline]
-    fn allow(self, len: u64) -> bool {
-        self.min <= len && len <= self.max
     }
 }
 

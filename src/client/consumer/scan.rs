@@ -14,6 +14,9 @@ const MAX_CANDIDATES: usize = 1024;
 /// A consumer that always finds something new looks all the same so often at what others have left behind.
 const SCAN_EVERY_MS: u64 = 100;
 
+/// When to wake up for a move of ours that waits.
+const MOVE_AGAIN_MS: u64 = 10;
+
 /// How often the coordinator is asked about one owner.
 const RECLAIM_EVERY_MS: u64 = 1000;
 
@@ -41,6 +44,11 @@ impl Scan {
     pub(super) fn nap(&self) -> Option<Duration> {
         let due_at = self.due_at?;
         Some(Duration::from_millis(due_at.saturating_sub(clock::now_ms()).max(1)))
+    }
+
+    /// Something comes due in so many milliseconds from `now`.
+    pub(super) fn wake_in(&mut self, now: u64, due_in: Option<u64>) {
+        self.due_at = due_in.map(|ms| now + ms);
     }
 
     /// Whether the coordinator may be asked about `owner` again; notes that it is.
@@ -108,6 +116,8 @@ impl Core {
                 State::Returned | State::Leased => seen.due_in(now),
                 State::Moving(_) if seen.owner.is_none() => 0,
                 State::Moving(_) if seen.owner != Some(self.me) => seen.due_in(now),
+                // Ours waits for room.
+                State::Moving(_) => MOVE_AGAIN_MS,
                 State::Corrupt => 0,
                 _ => continue,
             };
