@@ -451,8 +451,8 @@ impl State {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         // A set: both lists may be long, and who comes back may be hostile.
-        let kept: BTreeSet<HandleRef> = holds.iter().map(|handle| *handle).collect();
-        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(&*handle));
+        let kept: BTreeSet<HandleRef> = holds.iter().copied().collect();
+        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(handle));
         let events = given_up.map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
@@ -590,7 +590,7 @@ impl Decider<'_> {
         let held = self.state.participants.get(&self.incarnation).map(|p| &p.handles);
         // A handle that is held no more went with its topic: closing it is no mistake.
         // Named twice it is closed once.
-        let named: BTreeSet<HandleRef> = handles.iter().map(|handle| *handle).collect();
+        let named: BTreeSet<HandleRef> = handles.iter().copied().collect();
         let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key)));
         Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
     }

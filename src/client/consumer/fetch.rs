@@ -37,6 +37,7 @@ const BAD_LENGTH: Got = Got::Unsound("a message's length does not fit its place"
 const NOT_THERE: Got = Got::Unsound("a message that was handed out is not in the ring");
 
 /// The topic's log, as a consumer reads it.
+#[expect(clippy::large_enum_variant, reason = "one a consumer, and never moved")]
 pub(super) enum Log {
     Exclusive(SlotLog<7>),
     ExclusiveSmall(SlotLog<1>),
