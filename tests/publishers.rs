@@ -9,7 +9,8 @@ use std::time::Duration;
 use common::{LIMIT, Process, Random, Scene, await_that, of_mode, say, seed};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
-    Bus, Envelope, Full, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start, Subscriber, Topic,
+    Bus, Envelope, Full, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start, Subscriber,
+    Topic,
 };
 
 /// Kinds of topics that keep names.
