@@ -213,7 +213,9 @@ fn a_named_rerun_skips_what_is_there() {
     let text = awkward_text(20_000);
     bus.ok(&["create", "text", "--messages", "30000", "--bytes", "16M"]);
     let mut publisher = bus.command(&["pub", "text", "--as", "importer"]).stdin(Stdio::piped()).spawn().unwrap();
-    publisher.stdin.take().unwrap().write_all(&text[..text.len() / 2]).unwrap();
+    // Left open: at the end of its input, the half line would be a message.
+    let mut input = publisher.stdin.take().unwrap();
+    input.write_all(&text[..text.len() / 2]).unwrap();
     await_that("a part of it", || bus.next_sequence("text") > 0);
     publisher.kill().unwrap();
     publisher.wait().unwrap();
