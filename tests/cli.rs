@@ -206,6 +206,29 @@ fn a_text_file_arrives_byte_for_byte_with_the_subscriber_before() {
     assert!(received.stdout == text, "the copy differs");
 }
 
+/// A kill in the middle of it: the same command again publishes the rest.
+#[test]
+fn a_named_rerun_skips_what_is_there() {
+    let bus = TestBus::new();
+    let text = awkward_text(20_000);
+    bus.ok(&["create", "text", "--messages", "30000", "--bytes", "16M"]);
+    let mut publisher = bus.command(&["pub", "text", "--as", "importer"]).stdin(Stdio::piped()).spawn().unwrap();
+    // Left open: at the end of its input, the half line would be a message.
+    let mut input = publisher.stdin.take().unwrap();
+    input.write_all(&text[..text.len() / 2]).unwrap();
+    await_that("a part of it", || bus.next_sequence("text") > 0);
+    publisher.kill().unwrap();
+    publisher.wait().unwrap();
+    for _ in 0..2 {
+        let again = bus.publish(&["text", "--as", "importer"], &text);
+        assert!(again.status.success(), "{again:?}");
+        assert!(String::from_utf8_lossy(&again.stderr).contains("published before and skipped"), "{again:?}");
+    }
+    assert_eq!(bus.show("text")["names"][0]["last_number"], 20_009);
+    let received = bus.run(&["sub", "text", "--from", "oldest", "--idle-exit", "300"]);
+    assert!(received.stdout == text, "the copy differs");
+}
+
 #[test]
 fn a_text_file_waits_for_a_later_subscriber() {
     let bus = TestBus::new();

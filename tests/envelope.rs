@@ -169,7 +169,7 @@ fn typed_payloads_stay_aligned() {
             publisher.publish(&Half([n; 2])).unwrap();
             assert_eq!(*subscriber.recv_timeout(LIMIT).unwrap(), Half([n; 2]), "{mode}");
         }
-        let small = of_mode(mode, Topic::<u64>::named(format!("small.{mode}")).dedup());
+        let small = of_mode(mode, Topic::<u64>::named(format!("small.{mode}")).envelope());
         let mut publisher = bus.publisher(small.clone()).unwrap();
         let mut subscriber = bus.subscriber(small).open().unwrap();
         publisher.publish_with(&7, &Envelope::new().id(b"seven")).unwrap();

@@ -322,6 +322,8 @@ fn who_slept_through_its_replacement_is_fenced_and_never_seen() {
     let topic = topic_created(&bus, &topic(Mode::Many));
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
+        // Also when an assertion fails: the scope waits for its reader.
+        let end = OnDrop(&done);
         let reading = scope.spawn(|| read_lives(subscriber(&bus, &topic), &done));
         let mut zombies: Vec<(Process, u64)> = Vec::new();
         let mut last = 0;
@@ -351,9 +353,19 @@ fn who_slept_through_its_replacement_is_fenced_and_never_seen() {
             drop(successor);
         }
         wake_zombies(&mut zombies);
-        done.store(true, Ordering::Release);
+        drop(end);
         assert_eq!(reading.join().unwrap(), last);
     });
+}
+
+/// Says at the end of its scope that the scope is over.
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the reader's Acquire.
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// Each of them finds out that it was fenced, and that it had committed what its successor began with.

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::coordinator::link::{Incoming, Message};
-use crate::coordinator::protocol::TopicInfo;
+use crate::coordinator::protocol::{Identity, TopicInfo};
 use crate::os::socket;
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::LogSegments;
@@ -123,6 +123,25 @@ fn a_topic_that_is_lost_leaves_nothing_with_the_keeper() {
     keeper.store.remove("topic-0/log");
     assert!(keeper.restart().state().topics().is_empty());
     assert_eq!(keeper.kept_of_topics(), 0);
+}
+
+#[test]
+fn a_fencing_that_was_only_logged_is_finished_and_done_once() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = *estate.state().participants().keys().next().unwrap();
+    let identity = Some(Identity::Named("n".to_owned()));
+    estate
+        .request(us, &Request::OpenPublisher { topic: "t".to_owned(), schema: None, create: None, identity })
+        .unwrap();
+    estate.log(&Event::Fenced { topic: 0, slot: 0 }).unwrap();
+    drop(estate);
+    for _ in 0..2 {
+        let estate = keeper.restart();
+        let entry = estate.entry(0).unwrap();
+        assert_eq!(entry.unsettled(), []);
+        assert_eq!(entry.publishers[&0].identity, None);
+        assert_eq!(estate.memory(0).unwrap().range().unwrap(), (0, 1), "one fence, one hole");
+    }
 }
 
 #[test]

@@ -25,9 +25,12 @@ const BATCH_BYTES: u64 = 256 << 10;
 /// at every N bytes (the last message may be shorter), --raw makes one message of everything. A missing topic is
 /// created with the defaults of `shmbus create`. Where the ring is full, pub waits, or fails if the topic rejects.
 /// --key, --header and --ttl go with every message; they need a topic with envelopes (as `create --envelope` makes it, and
-/// pub where it creates the topic itself). With --json the last line is {topic, messages, bytes, first_sequence, last_sequence}.
+/// pub where it creates the topic itself). With --json the last line is {topic, messages, bytes, first_sequence,
+/// last_sequence, duplicates}.
 #[derive(clap::Args)]
-#[command(after_help = "Example: shmbus pub logs --lines <access.log\n         shmbus pub video --chunk 64K <film.mkv")]
+#[command(
+    after_help = "Example: shmbus pub logs --lines <access.log\n         shmbus pub video --chunk 64K <film.mkv\n         shmbus pub orders --as importer <orders.txt"
+)]
 pub(crate) struct Args {
     /// The topic
     #[arg(value_parser = values::topic_name)]
@@ -41,6 +44,10 @@ pub(crate) struct Args {
     /// All of standard input is one message
     #[arg(long, group = "cut")]
     raw: bool,
+    /// Publish under this name: messages are numbered from 1 as they come, and those that a publisher of this name has
+    /// published already are skipped. Run again with the same input after a failure, it goes on where it ended
+    #[arg(long = "as", value_name = "NAME", value_parser = values::topic_name)]
+    name: Option<String>,
     /// The messages' key
     #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
     key: String,
@@ -83,6 +90,7 @@ struct Summary<'a> {
     bytes: u64,
     first_sequence: Option<u64>,
     last_sequence: Option<u64>,
+    duplicates: u64,
 }
 
 /// How much is visible to subscribers; shared with the signal thread, which may have the last word.
@@ -101,14 +109,23 @@ impl std::fmt::Display for Published {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let publisher = globals.open_bus()?.publisher(args.topic())?;
+    let bus = globals.open_bus()?;
+    let publisher = match &args.name {
+        Some(name) => bus.publisher_as(args.topic(), name)?,
+        None => bus.publisher(args.topic())?,
+    };
+    let to_skip = publisher.last_number().unwrap_or(0);
     let published = Arc::new(Published::default());
     let at_exit = Arc::clone(&published);
     let in_hand = move || format!("ended by a signal: {at_exit}, perhaps also the batch in hand, nothing after it");
     signals::install(Duration::from_millis(500), Box::new(in_hand))?;
 
-    let mut sender = Sender { publisher, envelope: args.envelope(), published, first: None, last: None };
+    let envelope = args.envelope();
+    let mut sender = Sender { publisher, envelope, published, first: None, last: None, to_skip, skipped: 0 };
     let ended = pump(&mut sender, &args)?;
+    if sender.skipped > 0 {
+        eprintln!("shmbus: {} messages were published before and skipped", sender.skipped);
+    }
     if globals.json {
         json_line(&sender.summary(&args.topic))?;
     }
@@ -151,12 +168,23 @@ struct Sender {
     published: Arc<Published>,
     first: Option<Sequence>,
     last: Option<Sequence>,
+    /// Under a name: how many messages of the input are to be skipped yet, because they are published.
+    to_skip: u64,
+    skipped: u64,
 }
 
 impl Sender {
+    /// What of these messages is not there yet.
+    fn skip<'a>(&mut self, messages: &'a [&'a [u8]]) -> &'a [&'a [u8]] {
+        let skipped = self.to_skip.min(messages.len() as u64);
+        self.to_skip -= skipped;
+        self.skipped += skipped;
+        &messages[skipped as usize..]
+    }
+
     fn publish_all(&mut self, messages: &[&[u8]]) -> Result<(), PublishError> {
         let limits = BatchLimits::of(self.publisher.topic_options());
-        let mut rest = messages;
+        let mut rest = self.skip(messages);
         while !rest.is_empty() {
             let (batch, after) = rest.split_at(limits.first_batch(rest));
             self.publish_batch(batch)?;
@@ -179,7 +207,12 @@ impl Sender {
                     self.note(first, batch);
                     Ok(())
                 }
-                Err(e @ (PublishError::Gone(_) | PublishError::Corrupt(_) | PublishError::Envelope(_))) => Err(e),
+                Err(
+                    e @ (PublishError::Gone(_)
+                    | PublishError::Corrupt(_)
+                    | PublishError::Envelope(_)
+                    | PublishError::Fenced),
+                ) => Err(e),
                 Err(_) => batch.chunks(1).try_for_each(|one| self.publish_batch(one)),
             },
         }
@@ -194,7 +227,7 @@ impl Sender {
 
     /// The error, with the exact place in the input at which it happened.
     fn failed(&self, topic: &str, error: PublishError) -> anyhow::Error {
-        let number = self.published.messages.load(Ordering::Relaxed) + 1;
+        let number = self.skipped + self.published.messages.load(Ordering::Relaxed) + 1;
         anyhow!(
             "topic {topic:?}, message {number}: {error}; {}, message {number} and what follows were not",
             self.published
@@ -208,6 +241,7 @@ impl Sender {
             bytes: self.published.bytes.load(Ordering::Relaxed),
             first_sequence: self.first.map(Sequence::get),
             last_sequence: self.last.map(Sequence::get),
+            duplicates: self.skipped,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use shmbus::{ConsumerStatus, GroupOptions, GroupStatus, LeaseStatus, Schema, TopicOptions, TopicStatus};
+use shmbus::{ConsumerStatus, GroupOptions, GroupStatus, LeaseStatus, NameStatus, Schema, TopicOptions, TopicStatus};
 
 use crate::output::{Table, bytes, grouped, json_line, line};
 use crate::{Ended, Globals, values};
@@ -13,11 +13,12 @@ const WATCH: Duration = Duration::from_millis(100);
 
 /// Show one topic: options, publishers, subscribers and their lags, memory, and the rate over 100 ms.
 ///
-/// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], subscribers: [{cursor,
-/// pid, sequence, lag, droppable}], groups: [{group, floor, lag, in_flight, returned, moving, window, redelivered,
-/// expired, dead_lettered, oldest_lease: {sequence, consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid,
-/// in_flight, active}], options}], options: {mode, messages, bytes, full, hold, max_publishers, max_subscribers, schema,
-/// envelope, ttl_ms, max_age_ms, dedup} (0 ms: none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
+/// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], names: [{name, publisher,
+/// last_number, slot (null while nobody has the name)}], subscribers: [{cursor, pid, sequence, lag, droppable}], groups:
+/// [{group, floor, lag, in_flight, returned, moving, window, redelivered, expired, dead_lettered, oldest_lease: {sequence,
+/// consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid, in_flight, active}], options}], options: {mode,
+/// messages, bytes, full, hold, max_publishers, max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms:
+/// none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
 pub(crate) struct Args {
@@ -33,6 +34,9 @@ pub(crate) struct TopicView {
     pub(crate) oldest_sequence: u64,
     pub(crate) tail_sequence: u64,
     pub(crate) publishers: Vec<PublisherView>,
+    /// Publishers' names; `ls` does not ask for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    names: Option<Vec<NameView>>,
     pub(crate) subscribers: Vec<SubscriberView>,
     pub(crate) groups: Vec<GroupView>,
     pub(crate) options: OptionsView,
@@ -45,6 +49,21 @@ pub(crate) struct PublisherView {
     slot: u32,
     publisher: u64,
     pid: u32,
+}
+
+#[derive(Serialize)]
+struct NameView {
+    name: String,
+    publisher: u64,
+    last_number: u64,
+    slot: Option<u32>,
+}
+
+impl From<NameStatus> for NameView {
+    fn from(status: NameStatus) -> NameView {
+        let NameStatus { name, publisher, last_number, slot, .. } = status;
+        NameView { name, publisher, last_number, slot }
+    }
 }
 
 #[derive(Serialize)]
@@ -171,6 +190,7 @@ impl TopicView {
             publishers: publishers
                 .map(|p| PublisherView { slot: p.slot, publisher: p.publisher, pid: p.pid })
                 .collect(),
+            names: None,
             subscribers: subscribers
                 .map(|s| SubscriberView {
                     cursor: s.cursor,
@@ -212,8 +232,9 @@ pub(crate) fn sample(ask: impl Fn() -> anyhow::Result<Vec<TopicStatus>>) -> anyh
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     let bus = globals.open_bus()?;
     let topics = sample(|| Ok(vec![bus.topic(&args.topic)?]))?;
-    for topic in &topics {
-        if globals.json { json_line(topic)? } else { print(topic)? }
+    for mut topic in topics {
+        topic.names = Some(bus.publisher_names(&args.topic)?.into_iter().map(NameView::from).collect());
+        if globals.json { json_line(&topic)? } else { print(&topic)? }
     }
     Ok(Ended::Well)
 }
@@ -254,6 +275,11 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
     for p in &topic.publishers {
         publishers.row([p.publisher.to_string(), p.slot.to_string(), p.pid.to_string()]);
     }
+    let mut names = Table::new(&["NAME", "PUBLISHER", "LAST NUMBER", "SLOT"]);
+    for n in topic.names.iter().flatten() {
+        let slot = n.slot.map_or("-".to_owned(), |slot| slot.to_string());
+        names.row([n.name.clone(), n.publisher.to_string(), grouped(n.last_number), slot]);
+    }
     let mut subscribers = Table::new(&["SUBSCRIBER", "PROCESS", "NEXT", "LAG", "DROPPABLE"]);
     for s in &topic.subscribers {
         let droppable = if s.droppable { "yes" } else { "no" };
@@ -281,7 +307,7 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
             active.to_owned(),
         ]);
     }
-    for table in [publishers, subscribers, groups, consumers].iter().filter(|t| !t.is_empty()) {
+    for table in [publishers, names, subscribers, groups, consumers].iter().filter(|t| !t.is_empty()) {
         line("")?;
         table.print()?;
     }

@@ -202,6 +202,10 @@ impl ManyPort {
                 false => tail.filter(|tail| tail.position == position).and_then(back),
             });
         };
+        // Committed since it was looked at: the next attempt counts it, too.
+        if word.is_fence() {
+            return Ok(None);
+        }
         let (slot, offset) = locate(&self.info.geometry, word.unit());
         self.load_arena(slot)?;
         let record = Record::read(self.arena(slot), offset).filter(|record| record.position == position);
