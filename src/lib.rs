@@ -26,8 +26,9 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
+    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable, wait_any},
     coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    ring::cursor::Readers,
     wait::Wait,
 };
 pub use crate::{
@@ -47,7 +48,7 @@ pub struct Readme;
 pub mod model {
     pub use crate::ring::arena::Arena;
     pub use crate::ring::cursor::{Cursor, CursorsHeader};
-    pub use crate::ring::doorbell::{Armed, Doorbell};
+    pub use crate::ring::doorbell::{Armed, Doorbell, arm_all, sleep_any};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
     pub use crate::ring::log::{LogHeader, Place, TopicState};

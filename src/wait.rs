@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::ring::doorbell::Doorbell;
+use crate::ring::doorbell::{Doorbell, arm_all, sleep_any};
 use crate::sync::pause;
 
 /// How a handle waits.
@@ -17,6 +17,17 @@ pub enum Wait {
     Spin,
     /// Sleep at once.
     Park,
+}
+
+impl Wait {
+    /// Whether to spin before sleeping.
+    fn spins(self) -> bool {
+        match self {
+            Wait::Spin => true,
+            Wait::Park => false,
+            Wait::Adaptive => processors() > 1,
+        }
+    }
 }
 
 /// A wake-up costs about this much; spinning longer than what it would save is waste.
@@ -33,15 +44,63 @@ pub(crate) fn until<S, R>(
     bell: impl Fn(&S) -> &Doorbell,
     mut poll: impl FnMut(&mut S) -> Option<R>,
 ) -> Option<R> {
-    let spins = match wait {
-        Wait::Spin => true,
-        Wait::Park => false,
-        Wait::Adaptive => processors() > 1,
-    };
-    if spins && let Some(outcome) = spin(state, wait, deadline, &mut poll) {
+    if wait.spins()
+        && let Some(outcome) = spin(state, wait, deadline, &mut poll)
+    {
         return outcome;
     }
     park(state, deadline, bell, poll)
+}
+
+/// What a look at several things showed.
+pub(crate) enum Look<R> {
+    /// The result that was waited for.
+    Found(R),
+    /// Nothing.
+    Nothing,
+    /// Nothing, but there are other bells to wait on now: arm those before sleeping.
+    OtherBells,
+}
+
+/// The same on several bells: those that `state` has each time it is about to sleep.
+pub(crate) fn until_any<S: ?Sized, R>(
+    state: &mut S,
+    wait: Wait,
+    deadline: Option<Instant>,
+    bells: impl for<'a> Fn(&'a S, &mut Vec<&'a Doorbell>),
+    mut look: impl FnMut(&mut S) -> Look<R>,
+) -> Option<R> {
+    let mut poll = |state: &mut &mut S| match look(state) {
+        Look::Found(result) => Some(result),
+        Look::Nothing | Look::OtherBells => None,
+    };
+    if wait.spins()
+        && let Some(outcome) = spin(&mut &mut *state, wait, deadline, &mut poll)
+    {
+        return outcome;
+    }
+    loop {
+        let mut armed_bells = Vec::new();
+        bells(state, &mut armed_bells);
+        let armed = arm_all(&armed_bells);
+        drop(armed_bells);
+        match look(state) {
+            Look::Found(result) => return Some(result),
+            Look::OtherBells => continue,
+            Look::Nothing => {}
+        }
+        let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if limit.is_some_and(|limit| limit.is_zero()) {
+            return None;
+        }
+        // The same as were armed: `look` would have said otherwise.
+        let mut same_bells = Vec::new();
+        bells(state, &mut same_bells);
+        sleep_any(&same_bells, armed, limit);
+        if let Look::Found(result) = look(state) {
+            return Some(result);
+        }
+    }
 }
 
 /// Spins until there is a result or the deadline has passed; `None`: it is time to sleep.

@@ -21,10 +21,12 @@ mod launch;
 mod message;
 pub(crate) mod publisher;
 mod read;
+mod select;
 pub(crate) mod subscriber;
 mod write;
 
 pub use bus::{Bus, BusOptions};
 pub use message::Message;
 pub use publisher::{Loan, Publisher};
+pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};

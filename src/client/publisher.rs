@@ -12,6 +12,7 @@ use crate::client::write::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
 use crate::error::{AttachError, Holder, OpenError, PublishError};
 use crate::ring::arena::Span;
+use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
 use crate::ring::sequence::Sequence;
@@ -365,6 +366,12 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// This publisher's number on the bus, as messages carry it.
     pub fn id(&self) -> u64 {
         self.core.id
+    }
+
+    /// Who reads the topic now, counted in shared memory without asking anybody. A subscriber whose `open` has returned is
+    /// counted until it is dropped or its death is noticed.
+    pub fn readers(&self) -> Readers {
+        with_port!(&self.core.port, port => port.readers())
     }
 
     /// The options the topic was created with.

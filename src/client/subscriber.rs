@@ -10,6 +10,7 @@ use crate::client::control::Control;
 use crate::client::held::Held;
 use crate::client::message::Message;
 use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, ReadPort};
+use crate::client::select::{Parts, Waitable};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError};
 use crate::ring::doorbell::Doorbell;
@@ -247,7 +248,7 @@ impl SubscriberCore {
 
     /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
     #[inline(always)]
-    fn poll(&mut self) -> Result<bool, RecvError> {
+    pub(crate) fn poll(&mut self) -> Result<bool, RecvError> {
         match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
             Glance::Found => Ok(true),
             Glance::Nothing => Ok(false),
@@ -286,8 +287,13 @@ impl SubscriberCore {
         wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
-    fn bell(&self) -> &Doorbell {
+    pub(crate) fn bell(&self) -> &Doorbell {
         with_port!(&self.port, port => port.bell())
+    }
+
+    /// Whether a receive would return at once.
+    pub(crate) fn is_ready(&mut self) -> bool {
+        with_port!(&mut self.port, port => port.is_ready()) || with_port!(&self.port, port => port.gone()).is_some()
     }
 
     /// The message found last.
@@ -311,6 +317,22 @@ impl Drop for SubscriberCore {
         with_port!(&mut self.port, port => port.leave());
         // Only now may the coordinator give the cursor away.
         drop(self.held.take());
+    }
+}
+
+impl<T: Payload + ?Sized> Waitable for Subscriber<T> {}
+
+impl<T: Payload + ?Sized> Parts for Subscriber<T> {
+    fn is_ready(&mut self) -> bool {
+        self.core.is_ready()
+    }
+
+    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+        into.push(self.core.bell());
+    }
+
+    fn generation(&self) -> u64 {
+        0
     }
 }
 

@@ -8,6 +8,8 @@ pub(crate) const NOT_IN_FORCE: u64 = u64::MAX;
 
 const GATING: u64 = 1;
 const DROPPABLE: u64 = 2;
+/// A group's cursor: gates like a subscriber's, and stays while no consumer is connected.
+const GROUP: u64 = 3;
 
 /// The head of a cursors segment's body.
 #[repr(C)]
@@ -30,6 +32,28 @@ pub struct Cursor {
     sequence: AtomicU64,
     mode: AtomicU64,
     owner: AtomicU64,
+    /// A group's connected consumers, stored by the coordinator; 0 for subscribers.
+    consumers: AtomicU64,
+}
+
+/// Who reads a topic, counted from shared memory: true at some moment, stale at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Readers {
+    /// Subscribers whose cursors are in force, those opened by wildcards among them. A channel's receiver counts only where
+    /// it is known to be gone (0) or not (1).
+    pub subscribers: u64,
+    /// Groups, with and without consumers.
+    pub groups: u64,
+    /// Connected consumers of all groups together.
+    pub consumers: u64,
+}
+
+impl Readers {
+    /// Whether somebody is there to take a message now: a subscriber, or a consumer of a group.
+    pub fn any(&self) -> bool {
+        self.subscribers > 0 || self.consumers > 0
+    }
 }
 
 /// The lowest gating cursor.
@@ -56,6 +80,7 @@ impl Cursor {
             sequence: AtomicU64::new(0),
             mode: AtomicU64::new(0),
             owner: AtomicU64::new(0),
+            consumers: AtomicU64::new(0),
         }
     }
 
@@ -81,10 +106,29 @@ impl Cursor {
 
     /// Prepares the cursor for its new owner, before [`Self::propose`].
     pub fn occupy(&self, owner: u64, droppable: bool) {
+        self.occupy_as(owner, if droppable { DROPPABLE } else { GATING });
+    }
+
+    /// The same for a group, which has no consumers yet; `owner` is the group's own number.
+    #[allow(dead_code, reason = "for the groups' ledger")]
+    pub fn occupy_group(&self, owner: u64) {
+        self.occupy_as(owner, GROUP);
+    }
+
+    fn occupy_as(&self, owner: u64, mode: u64) {
         // Relaxed: published by `propose`.
         self.owner.store(owner, Ordering::Relaxed);
-        // Release: R-MODE pairs with A-MODE (lowest), as in `vacate`.
-        self.mode.store(if droppable { DROPPABLE } else { GATING }, Ordering::Release);
+        self.consumers.store(0, Ordering::Relaxed);
+        // Release: R-MODE pairs with A-MODE (lowest, readers), as in `vacate`.
+        self.mode.store(mode, Ordering::Release);
+    }
+
+    /// Says how many consumers of the group are connected.
+    #[allow(dead_code, reason = "for the groups' ledger")]
+    pub fn set_consumers(&self, count: u64) {
+        // Relaxed: a count that `readers` takes as it finds it. A consumer that was granted its place before its count was
+        // stored is at worst not counted yet, and the coordinator stores first.
+        self.consumers.store(count, Ordering::Relaxed);
     }
 
     /// Takes the cursor out of force, for its reader: the rest of the line is the coordinator's, who may already have
@@ -102,7 +146,25 @@ impl Cursor {
         // Release: R-MODE pairs with A-MODE (lowest): a scan may see the new mode beside the old position, and takes the
         // mode's word for it that nobody reads here any more.
         self.mode.store(0, Ordering::Release);
+        // Relaxed: whoever counts has seen the mode go, or counts what was true a moment ago.
+        self.consumers.store(0, Ordering::Relaxed);
         self.owner.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether the cursor is in force, and for this owner.
+    #[cfg(not(loom))]
+    pub(crate) fn is_in_force_for(&self, owner: u64) -> bool {
+        // Acquire: A-CURSOR pairs with R-CURSOR (propose): the owner is visible with the position.
+        self.position.load(Ordering::Acquire) != NOT_IN_FORCE && self.owner.load(Ordering::Relaxed) == owner
+    }
+
+    /// Where a cursor stands whose reader has not begun; `None` where it is not in force.
+    #[cfg(not(loom))]
+    pub(crate) fn place(&self) -> Option<crate::ring::log::Place> {
+        // Acquire: A-CURSOR pairs with R-CURSOR (advance): the sequence was stored before the position.
+        let position = self.position.load(Ordering::Acquire);
+        let place = crate::ring::log::Place { position, sequence: self.sequence() };
+        (position != NOT_IN_FORCE).then_some(place)
     }
 
     /// The sequence people see. Stale the moment it is read.
@@ -126,6 +188,29 @@ pub(crate) fn in_force(header: &CursorsHeader, cursors: &[Cursor]) -> usize {
     cursors[..used].iter().filter(|cursor| cursor.position.load(Ordering::Relaxed) != NOT_IN_FORCE).count()
 }
 
+/// Who reads. Stale the moment it is counted.
+#[cfg(not(loom))]
+pub(crate) fn readers(header: &CursorsHeader, cursors: &[Cursor]) -> Readers {
+    // Relaxed: whoever was granted a cursor before we were asked is counted, because the grant, which we cannot have
+    // heard of otherwise, came after the store.
+    let used = (header.used.0.load(Ordering::Relaxed) as usize).min(cursors.len());
+    let mut counted = Readers::default();
+    for cursor in &cursors[..used] {
+        // Acquire: A-CURSOR pairs with R-CURSOR (propose): the mode is that of whoever stored the position, or newer.
+        if cursor.position.load(Ordering::Acquire) == NOT_IN_FORCE {
+            continue;
+        }
+        // Acquire: A-MODE pairs with R-MODE (occupy_as): a group's count is not that of the line's owner before.
+        if cursor.mode.load(Ordering::Acquire) == GROUP {
+            counted.groups += 1;
+            counted.consumers = counted.consumers.saturating_add(cursor.consumers.load(Ordering::Relaxed));
+        } else {
+            counted.subscribers += 1;
+        }
+    }
+    counted
+}
+
 /// The lowest gating cursor. Positions only grow while a cursor is in force, so an old answer is a careful one.
 pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowest> {
     // Relaxed: ordered against a joiner's store by the fences in `gate` (I-4).
@@ -134,8 +219,12 @@ pub(crate) fn lowest(header: &CursorsHeader, cursors: &[Cursor]) -> Option<Lowes
     for (index, cursor) in cursors[..used].iter().enumerate() {
         // Acquire: A-CURSOR pairs with R-CURSOR (advance, propose, vacate).
         let position = cursor.position.load(Ordering::Acquire);
-        // Acquire: A-MODE pairs with R-MODE (occupy, vacate).
-        if position == NOT_IN_FORCE || cursor.mode.load(Ordering::Acquire) != GATING {
+        if position == NOT_IN_FORCE {
+            continue;
+        }
+        // Acquire: A-MODE pairs with R-MODE (occupy_as, vacate).
+        let mode = cursor.mode.load(Ordering::Acquire);
+        if mode != GATING && mode != GROUP {
             continue;
         }
         if lowest.is_none_or(|l| position < l.position) {

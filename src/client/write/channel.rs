@@ -3,6 +3,7 @@
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
+use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
 use crate::ring::slot::Body;
@@ -92,6 +93,12 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
             return None;
         }
         header.ended().or_else(|| header.is_closed(spsc::End::Receiver).then_some(GoneReason::Closed))
+    }
+
+    /// A channel has no cursors: its receiver counts until it is known to be gone.
+    fn readers(&self) -> Readers {
+        let gone = self.sender.channel().header.is_closed(spsc::End::Receiver);
+        Readers { subscribers: u64::from(!gone), ..Readers::default() }
     }
 
     fn leave(&mut self) {

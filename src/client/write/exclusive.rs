@@ -4,6 +4,7 @@ use super::arena_slack;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
+use crate::ring::cursor::{Readers, readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive;
 use crate::ring::gate::Stop;
@@ -72,6 +73,10 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         if self.log().readers.readers.wants_attention() { self.log().header.gone() } else { None }
+    }
+
+    fn readers(&self) -> Readers {
+        readers(&self.log().readers, &self.log().cursors)
     }
 
     fn leave(&mut self) {

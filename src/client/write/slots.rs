@@ -3,6 +3,7 @@
 use super::WritePort;
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
+use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 use crate::ring::slot::{Body, Slot};
@@ -28,6 +29,8 @@ pub(crate) trait SlotEnd: Send {
     fn space_bell(&self) -> &Doorbell;
     /// Whether the topic is gone.
     fn gone(&self) -> Option<GoneReason>;
+    /// Who reads; stale at once.
+    fn readers(&self) -> Readers;
     /// The last call.
     fn leave(&mut self);
 }
@@ -154,6 +157,10 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         self.end.gone()
+    }
+
+    fn readers(&self) -> Readers {
+        self.end.readers()
     }
 
     fn inline_bytes(&self) -> usize {
