@@ -16,6 +16,8 @@ pub mod coordinator;
 mod error;
 #[cfg(not(loom))]
 mod os;
+#[cfg(not(loom))]
+mod pattern;
 mod ring;
 mod shm;
 mod sync;
@@ -26,13 +28,20 @@ mod wait;
 #[cfg(not(loom))]
 pub use crate::{
     channel::{Channel, ChannelError},
-    client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable, wait_any},
+    client::{
+        Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
+        WildcardMessage, WildcardSubscriber, wait_any,
+    },
     coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    pattern::{check_pattern, is_pattern},
     ring::cursor::Readers,
     wait::Wait,
 };
 pub use crate::{
-    error::{AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal},
+    error::{
+        AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal,
+        WildcardError,
+    },
     ring::sequence::Sequence,
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},
 };

@@ -33,6 +33,9 @@ impl Wait {
 /// A wake-up costs about this much; spinning longer than what it would save is waste.
 const SPIN: Duration = Duration::from_micros(50);
 
+/// Between two looks for what rings no bell.
+const MOMENT: Duration = Duration::from_millis(5);
+
 /// Polls between two looks at the clock.
 const POLLS_PER_LOOK: u32 = 64;
 
@@ -53,11 +56,13 @@ pub(crate) fn until<S, R>(
 }
 
 /// What a look at several things showed.
-pub(crate) enum Look<R> {
+pub enum Look<R> {
     /// The result that was waited for.
     Found(R),
     /// Nothing.
     Nothing,
+    /// Nothing, but something is under way that rings no bell: look again in a moment.
+    Soon,
     /// Nothing, but there are other bells to wait on now: arm those before sleeping.
     OtherBells,
 }
@@ -72,7 +77,7 @@ pub(crate) fn until_any<S: ?Sized, R>(
 ) -> Option<R> {
     let mut poll = |state: &mut &mut S| match look(state) {
         Look::Found(result) => Some(result),
-        Look::Nothing | Look::OtherBells => None,
+        Look::Nothing | Look::Soon | Look::OtherBells => None,
     };
     if wait.spins()
         && let Some(outcome) = spin(&mut &mut *state, wait, deadline, &mut poll)
@@ -84,11 +89,12 @@ pub(crate) fn until_any<S: ?Sized, R>(
         bells(state, &mut armed_bells);
         let armed = arm_all(&armed_bells);
         drop(armed_bells);
-        match look(state) {
+        let soon = match look(state) {
             Look::Found(result) => return Some(result),
             Look::OtherBells => continue,
-            Look::Nothing => {}
-        }
+            Look::Soon => true,
+            Look::Nothing => false,
+        };
         let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if limit.is_some_and(|limit| limit.is_zero()) {
             return None;
@@ -96,6 +102,7 @@ pub(crate) fn until_any<S: ?Sized, R>(
         // The same as were armed: `look` would have said otherwise.
         let mut same_bells = Vec::new();
         bells(state, &mut same_bells);
+        let limit = if soon { Some(limit.map_or(MOMENT, |limit| limit.min(MOMENT))) } else { limit };
         sleep_any(&same_bells, armed, limit);
         if let Look::Found(result) = look(state) {
             return Some(result);

@@ -20,9 +20,11 @@ mod held;
 mod launch;
 mod message;
 pub(crate) mod publisher;
+mod pushed;
 mod read;
 mod select;
 pub(crate) mod subscriber;
+mod wildcard;
 mod write;
 
 pub use bus::{Bus, BusOptions};
@@ -30,3 +32,4 @@ pub use message::Message;
 pub use publisher::{Loan, Publisher};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
+pub use wildcard::{WildcardBuilder, WildcardMessage, WildcardSubscriber};

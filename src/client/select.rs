@@ -12,7 +12,7 @@ pub trait Waitable: Parts {}
 pub trait Parts {
     /// Whether a receive would return at once: with a message, a loss or the topic's end. It may say so in vain, but never
     /// fails to say so. Gives back what the last receive handed out.
-    fn is_ready(&mut self) -> bool;
+    fn glance(&mut self) -> Look<()>;
 
     /// The bells that ring when that may have changed.
     fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>);
@@ -58,12 +58,21 @@ pub fn wait_any(handles: &mut [&mut dyn Waitable], limit: Option<Duration>) -> O
         deadline,
         |handles, into| handles.iter().for_each(|handle| handle.bells(into)),
         |handles| {
-            if let Some(ready) = handles.iter_mut().position(|handle| handle.is_ready()) {
-                return Look::Found(ready);
+            let mut soon = false;
+            for (index, handle) in handles.iter_mut().enumerate() {
+                match handle.glance() {
+                    Look::Found(()) => return Look::Found(index),
+                    Look::Soon => soon = true,
+                    Look::Nothing | Look::OtherBells => {}
+                }
             }
             let now = bells(handles);
             let others = std::mem::replace(&mut generation, now) != now;
-            if others { Look::OtherBells } else { Look::Nothing }
+            match (others, soon) {
+                (true, _) => Look::OtherBells,
+                (false, true) => Look::Soon,
+                (false, false) => Look::Nothing,
+            }
         },
     )
 }

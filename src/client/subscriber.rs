@@ -19,7 +19,7 @@ use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::{self, Arenas, LogSegments, SharedInfo};
 use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
-use crate::wait::{self, Wait};
+use crate::wait::{self, Look, Wait};
 
 /// Where a subscriber starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +34,18 @@ pub enum Start {
     Last(u64),
     /// With this sequence. If it is not retained any more, the first receive returns `Lagged`.
     Sequence(Sequence),
+}
+
+impl Start {
+    /// As the coordinator is told.
+    pub(crate) fn on_the_wire(self) -> StartAt {
+        match self {
+            Start::Latest => StartAt::Latest,
+            Start::Oldest => StartAt::Oldest,
+            Start::Last(count) => StartAt::Last(count),
+            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
+        }
+    }
 }
 
 /// Reads a topic; every subscriber sees every message.
@@ -108,12 +120,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
     /// The topic does not exist or carries another type, or a limit is reached; see [`OpenError`].
     pub fn open(self) -> Result<Subscriber<T>, OpenError> {
         let control = self.bus.control();
-        let start = match self.start {
-            Start::Latest => StartAt::Latest,
-            Start::Oldest => StartAt::Oldest,
-            Start::Last(count) => StartAt::Last(count),
-            Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
-        };
+        let start = self.start.on_the_wire();
         let topic = self.topic.name().to_owned();
         let request = Request::OpenSubscriber { topic, schema: T::schema(), start, droppable: self.droppable };
         let (answer, fds) = control.request(&request)?;
@@ -242,6 +249,22 @@ impl SubscriberCore {
         }
     }
 
+    /// One topic of a wildcard subscription, which gives the cursor back.
+    pub(crate) fn of_wildcard(
+        info: TopicInfo,
+        control: Arc<Control>,
+        cursor: u32,
+        place: Place,
+        droppable: bool,
+        segments: impl Iterator<Item = (SegmentRef, OwnedFd)>,
+    ) -> Result<Self, AttachError> {
+        let (options, asked) = (info.options.clone(), place.sequence);
+        let info = Arc::new(info);
+        let port = Opened { info, control, cursor, place, asked, exactly: false, droppable }.attach(segments)?;
+        let (found, wait, opened_by) = (Found::nothing(), Wait::default(), std::process::id());
+        Ok(SubscriberCore { port, found, options, wait, held: None, opened_by })
+    }
+
     pub(crate) fn set_wait(&mut self, wait: Wait) {
         self.wait = wait;
     }
@@ -323,8 +346,8 @@ impl Drop for SubscriberCore {
 impl<T: Payload + ?Sized> Waitable for Subscriber<T> {}
 
 impl<T: Payload + ?Sized> Parts for Subscriber<T> {
-    fn is_ready(&mut self) -> bool {
-        self.core.is_ready()
+    fn glance(&mut self) -> Look<()> {
+        if self.core.is_ready() { Look::Found(()) } else { Look::Nothing }
     }
 
     fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {

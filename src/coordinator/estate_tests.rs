@@ -27,7 +27,9 @@ impl Keeper {
         let pidfd = pidfd::open(std::process::id()).unwrap();
         let us = estate.admit(std::process::id(), 1000, pidfd).unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
-        estate.request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false }).unwrap();
+        estate
+            .request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false, ephemeral: false })
+            .unwrap();
         keeper.listen();
         let handle = Handle::on(&keeper, &estate.entry(0).unwrap().info);
         (keeper, estate, handle)

@@ -8,6 +8,7 @@ pub(crate) mod keeper;
 pub(crate) mod limits;
 pub(crate) mod link;
 pub(crate) mod memory;
+pub(crate) mod notices;
 pub(crate) mod protocol;
 pub(crate) mod registry;
 pub(crate) mod roles;

@@ -2,7 +2,8 @@
 //!
 //! One packet is one [`Request`] or one [`Answer`], encoded with postcard; descriptors ride along as SCM_RIGHTS in the
 //! order the answer's [`SegmentRef`]s give. A client has at most one request open at a time, so answers need no
-//! number; [`Answer::ArenaAdded`] may come at any time, before the answer that is waited for.
+//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`] and [`Answer::WildcardTold`] may come at any time, before the
+//! answer that is waited for.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +12,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -25,14 +26,17 @@ pub(crate) enum Request {
     /// First packet of a connection. A returning participant names its incarnation and what it still holds;
     /// handles it does not name are released.
     Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
-    /// Creates a topic. With `exist_ok` an existing topic with the same options is fine.
-    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool },
+    /// Creates a topic. With `exist_ok` an existing topic with the same options is fine. An `ephemeral` one is removed when
+    /// the participant that created it leaves or dies.
+    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool, ephemeral: bool },
     /// Removes a topic; `force` also while it is in use.
     RemoveTopic { topic: String, force: bool },
     /// Opens a publisher; `create` holds the options to create the topic with where it does not exist.
     OpenPublisher { topic: String, schema: Option<Schema>, create: Option<TopicOptions> },
     /// Opens a subscriber on an existing topic.
     OpenSubscriber { topic: String, schema: Option<Schema>, start: StartAt, droppable: bool },
+    /// Opens a subscriber on every topic the pattern stands for, those to come included; existing topics from `start` on.
+    OpenWildcard { pattern: String, schema: Option<Schema>, start: StartAt, droppable: bool },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
@@ -53,8 +57,18 @@ pub(crate) enum StartAt {
 /// A handle as both sides name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum HandleRef {
-    Publisher { topic: u64, slot: u32 },
-    Subscriber { topic: u64, cursor: u32 },
+    Publisher {
+        topic: u64,
+        slot: u32,
+    },
+    Subscriber {
+        topic: u64,
+        cursor: u32,
+    },
+    /// A wildcard subscription with all its subscribers.
+    Wildcard {
+        wildcard: u64,
+    },
 }
 
 /// A segment whose descriptor rides along.
@@ -105,6 +119,21 @@ pub(crate) enum Answer {
     Refused(Refusal),
     /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
+    /// To `OpenWildcard`, after the `WildcardTopic` of every existing topic. The notice's descriptor rides along.
+    WildcardOpened { wildcard: u64 },
+    /// Unasked, to a wildcard subscription's owner: a subscriber on one more topic, as in `SubscriberOpened`. It is the
+    /// `told`-th topic of the subscription.
+    WildcardTopic {
+        wildcard: u64,
+        told: u64,
+        info: TopicInfo,
+        cursor: u32,
+        position: u64,
+        sequence: u64,
+        segments: Vec<SegmentRef>,
+    },
+    /// Unasked, to a participant that came back: of its wildcard subscription's topics it has the first `told` now.
+    WildcardTold { wildcard: u64, told: u64 },
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.

@@ -12,6 +12,8 @@ pub(crate) mod exclusive;
 pub(crate) mod gate;
 pub(crate) mod log;
 pub(crate) mod many;
+#[cfg(not(loom))]
+pub(crate) mod notice;
 pub(crate) mod sequence;
 pub(crate) mod slot;
 pub(crate) mod spsc;

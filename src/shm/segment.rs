@@ -24,6 +24,7 @@ pub(crate) enum Kind {
     Cursors = 3,
     Arena = 4,
     Channel = 5,
+    Notice = 7,
 }
 
 /// What a segment promises; written at creation, compared at attach.

@@ -48,24 +48,19 @@ struct LossLine<'a> {
 }
 
 pub(super) struct Writer {
-    topic: String,
     format: Format,
     buffer: Vec<u8>,
     out: Option<File>,
 }
 
 impl Writer {
-    pub(super) fn new(topic: &str, format: Format) -> Writer {
+    pub(super) fn new(format: Format) -> Writer {
         // A descriptor of our own: `Stdout` would look for newlines in every payload.
         let out = io::stdout().as_fd().try_clone_to_owned().ok().map(File::from);
-        Writer { topic: topic.to_owned(), format, buffer: Vec::with_capacity(BUFFER_BYTES + DIRECT_BYTES), out }
+        Writer { format, buffer: Vec::with_capacity(BUFFER_BYTES + DIRECT_BYTES), out }
     }
 
-    pub(super) fn topic(&self) -> &str {
-        &self.topic
-    }
-
-    pub(super) fn message(&mut self, message: &Message<'_, [u8]>) -> io::Result<()> {
+    pub(super) fn message(&mut self, topic: &str, message: &Message<'_, [u8]>) -> io::Result<()> {
         let payload = message.as_bytes();
         match self.format {
             Format::Payload if payload.len() >= DIRECT_BYTES => {
@@ -79,7 +74,7 @@ impl Writer {
             Format::Json => {
                 let text = std::str::from_utf8(payload).ok();
                 let line = MessageLine {
-                    topic: &self.topic,
+                    topic,
                     sequence: message.sequence().get(),
                     publisher: message.publisher(),
                     publisher_number: message.publisher_number(),
@@ -96,13 +91,13 @@ impl Writer {
         }
     }
 
-    pub(super) fn loss(&mut self, from: Sequence, to: Sequence) -> io::Result<()> {
+    pub(super) fn loss(&mut self, topic: &str, from: Sequence, to: Sequence) -> io::Result<()> {
         if self.format == Format::Payload {
             let count = to.since(from);
-            eprintln!("shmbus: topic {:?} lost {count} messages, sequences {from}..{to}: overwritten", self.topic);
+            eprintln!("shmbus: topic {topic:?} lost {count} messages, sequences {from}..{to}: overwritten");
             return Ok(());
         }
-        let line = LossLine { topic: &self.topic, lagged_from: from.get(), lagged_to: to.get() };
+        let line = LossLine { topic, lagged_from: from.get(), lagged_to: to.get() };
         serde_json::to_writer(&mut self.buffer, &line)?;
         self.buffer.push(b'\n');
         Ok(())
