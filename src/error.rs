@@ -381,6 +381,9 @@ pub enum PublishError {
         /// Most allowed.
         max: usize,
     },
+    /// The envelope does not go with the topic, or is too long.
+    #[error(transparent)]
+    Envelope(#[from] EnvelopeError),
     /// The topic was removed or the bus stopped.
     #[error("the topic is gone: {0}")]
     Gone(GoneReason),
@@ -394,6 +397,36 @@ pub enum PublishError {
         holder: Holder,
         /// The oldest sequence (position, on topics with many publishers) it has not released.
         held: u64,
+    },
+}
+
+/// An envelope that cannot be published.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnvelopeError {
+    /// The topic was created without envelopes.
+    #[error(
+        "the topic carries no key, id, headers or time-to-live; create it with --envelope (`Topic::envelope`), \
+             or publish without them"
+    )]
+    LeanTopic,
+    /// The key, id or headers are too long.
+    #[error("{part} of {found} bytes; a message takes at most {max}")]
+    TooLong {
+        /// "a key", "an id", "headers".
+        part: &'static str,
+        /// Bytes given; of headers, bytes they have when encoded.
+        found: usize,
+        /// Bytes allowed.
+        max: usize,
+    },
+    /// The envelopes of a batch are too long together.
+    #[error("envelopes of {found} bytes in one batch; it takes at most {max}, publish it in parts")]
+    Batch {
+        /// Bytes of all envelopes.
+        found: u64,
+        /// Bytes allowed for a batch of so many messages.
+        max: u64,
     },
 }
 

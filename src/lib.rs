@@ -29,18 +29,18 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{
-        Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
-        WildcardMessage, WildcardSubscriber, wait_any,
+        Bus, BusOptions, Envelope, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable,
+        WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
     },
-    coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    coordinator::protocol::{PublisherStatus, Purged, SubscriberStatus, TopicStatus},
     pattern::{check_pattern, is_pattern},
     ring::cursor::Readers,
     wait::Wait,
 };
 pub use crate::{
     error::{
-        AttachError, ConnectError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError, Refusal,
-        WildcardError,
+        AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
+        Refusal, WildcardError,
     },
     ring::sequence::Sequence,
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},

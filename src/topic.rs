@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -148,6 +149,17 @@ pub struct TopicOptions {
     pub max_subscribers: u32,
     /// What every message must be; `None` for raw bytes.
     pub schema: Option<Schema>,
+    /// Every message carries a timestamp and may carry a key, headers, an id and a time-to-live; see
+    /// [`Envelope`](crate::Envelope). `bytes` is the payload's alone; a message's envelope has room of its own up to 64
+    /// bytes, and what is longer shares the room of the payloads.
+    pub envelope: bool,
+    /// How long a message lives that says nothing about it, in milliseconds; 0: for ever. Needs `envelope`.
+    pub ttl_ms: u64,
+    /// How old a message gets before it is given up, unless a gating reader still needs it, in milliseconds; 0: as old
+    /// as the ring allows. The coordinator looks every tenth of it (100 ms to 10 s). Needs `envelope`.
+    pub max_age_ms: u64,
+    /// A message id that was published before, within the topic's window, is a duplicate. Needs `envelope`.
+    pub dedup: bool,
 }
 
 impl Default for TopicOptions {
@@ -161,6 +173,10 @@ impl Default for TopicOptions {
             max_publishers: 64,
             max_subscribers: 256,
             schema: None,
+            envelope: false,
+            ttl_ms: 0,
+            max_age_ms: 0,
+            dedup: false,
         }
     }
 }
@@ -180,6 +196,10 @@ pub struct Topic<T: ?Sized> {
     bytes: Option<u64>,
     full: Full,
     hold: bool,
+    envelope: bool,
+    ttl_ms: u64,
+    max_age_ms: u64,
+    dedup: bool,
     payload: PhantomData<fn(&T)>,
 }
 
@@ -209,6 +229,10 @@ impl<T: ?Sized> Topic<T> {
             bytes: None,
             full: Full::Block,
             hold: false,
+            envelope: false,
+            ttl_ms: 0,
+            max_age_ms: 0,
+            dedup: false,
             payload: PhantomData,
         }
     }
@@ -250,6 +274,33 @@ impl<T: ?Sized> Topic<T> {
         self
     }
 
+    /// Messages carry a timestamp and may carry a key, headers, an id and a time-to-live (see
+    /// [`Envelope`](crate::Envelope)).
+    pub const fn envelope(mut self) -> Self {
+        self.envelope = true;
+        self
+    }
+
+    /// How long a message lives that says nothing about it, in whole milliseconds, at least one; subscribers skip and
+    /// count what has expired. Implies [`Self::envelope`].
+    pub const fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl_ms = whole_ms(ttl);
+        self.envelope()
+    }
+
+    /// How old a message gets before it is given up, unless a gating reader still needs it; in whole milliseconds, at
+    /// least one. Implies [`Self::envelope`].
+    pub const fn max_age(mut self, age: Duration) -> Self {
+        self.max_age_ms = whole_ms(age);
+        self.envelope()
+    }
+
+    /// A message id that was published before, within the topic's window, is a duplicate. Implies [`Self::envelope`].
+    pub const fn dedup(mut self) -> Self {
+        self.dedup = true;
+        self.envelope()
+    }
+
     /// The topic's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -268,8 +319,22 @@ impl<T: Payload + ?Sized> Topic<T> {
             full: self.full,
             hold: self.hold,
             schema,
+            envelope: self.envelope,
+            ttl_ms: self.ttl_ms,
+            max_age_ms: self.max_age_ms,
+            dedup: self.dedup,
             ..TopicOptions::default()
         }
+    }
+}
+
+/// A duration as options carry it, where 0 means none.
+const fn whole_ms(duration: Duration) -> u64 {
+    let ms = duration.as_millis();
+    match ms {
+        0 => 1,
+        _ if ms > u64::MAX as u128 => u64::MAX,
+        _ => ms as u64,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::client::control::Control;
 use crate::client::launch;
 use crate::coordinator::directory::Place;
-use crate::coordinator::protocol::{Answer, Request, TopicStatus};
+use crate::coordinator::protocol::{Answer, Purged, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
 use crate::topic::{Payload, Topic, TopicOptions};
 
@@ -122,6 +122,17 @@ impl Bus {
     /// Removes a topic and its messages; `force` also while it is in use.
     pub fn remove_topic(&self, name: &str, force: bool) -> Result<(), OpenError> {
         self.done(&Request::RemoveTopic { topic: name.to_owned(), force })
+    }
+
+    /// Gives up every message of a topic that no subscriber holds; what stayed and who holds it is in the answer.
+    ///
+    /// # Errors
+    /// There is no such topic, it is a channel, or all 64 publishers it may have are attached.
+    pub fn purge_topic(&self, name: &str) -> Result<Purged, OpenError> {
+        match self.control.request(&Request::Purge { topic: name.to_owned() })?.0 {
+            Answer::Purged(purged) => Ok(purged),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Every topic, in the order of names. True at some moment while the answer was made.

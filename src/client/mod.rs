@@ -16,6 +16,7 @@ macro_rules! with_port {
 
 mod bus;
 pub(crate) mod control;
+pub(crate) mod envelope;
 mod held;
 mod launch;
 mod message;
@@ -28,6 +29,7 @@ mod wildcard;
 mod write;
 
 pub use bus::{Bus, BusOptions};
+pub use envelope::Envelope;
 pub use message::Message;
 pub use publisher::{Loan, Publisher};
 pub use select::{Waitable, wait_any};

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::client::bus::{Bus, unexpected};
+use crate::client::envelope::{self, Envelope};
 use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
-use crate::error::{AttachError, Holder, OpenError, PublishError};
+use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError};
 use crate::ring::arena::Span;
 use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
@@ -18,6 +19,7 @@ use crate::ring::gate::{Blocked, Stop};
 use crate::ring::sequence::Sequence;
 use crate::ring::slot::MAX_INLINE_BYTES;
 use crate::ring::{exclusive, many};
+use crate::shm::layout::{ENVELOPE_HEAD_BYTES, batch_envelopes_bytes};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::{self, LogSegments, SharedInfo};
 use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
@@ -36,11 +38,24 @@ pub struct Publisher<T: ?Sized> {
 pub(crate) struct PublisherCore {
     port: Port,
     options: TopicOptions,
+    /// Where the topic has envelopes.
+    sealer: Option<Sealer>,
     id: u64,
     wait: Wait,
     held: Option<Held>,
     opened_by: u32,
 }
+
+/// Puts messages into envelopes.
+struct Sealer {
+    align: u64,
+    default_ttl_ms: u64,
+    /// Where messages are put together; kept, so that publishing does not allocate.
+    scratch: Vec<u8>,
+}
+
+/// A sealer does not keep more memory than this for the next message.
+const KEPT_SCRATCH_BYTES: usize = 1 << 20;
 
 /// The kinds of ring: closed, so that publishing is a branch and not an indirect call.
 enum Port {
@@ -71,6 +86,7 @@ impl Bus {
         let options = info.options.clone();
         let core = PublisherCore {
             port,
+            sealer: Sealer::new(&info),
             options,
             id: publisher,
             wait: Wait::default(),
@@ -140,12 +156,39 @@ fn missing(found: usize, expected: u64) -> AttachError {
     AttachError::Field { field: "number of descriptors", found: found as u64, expected }
 }
 
+impl Sealer {
+    fn new(info: &TopicInfo) -> Option<Sealer> {
+        let default_ttl_ms = info.options.ttl_ms;
+        let sealer = || Sealer { align: info.batch_align(), default_ttl_ms, scratch: Vec::new() };
+        info.options.envelope.then(sealer)
+    }
+
+    /// Puts a batch together in `bodies`; where each message ends.
+    fn seal_batch(&self, batch: &[(&[u8], &Envelope)], bodies: &mut Vec<u8>) -> Result<Vec<usize>, EnvelopeError> {
+        bodies.clear();
+        let now_ns = envelope::now_ns();
+        let seal = |(payload, envelope): &(&[u8], &Envelope)| {
+            self.seal(payload, envelope, now_ns, bodies)?;
+            Ok(bodies.len())
+        };
+        batch.iter().map(seal).collect()
+    }
+
+    /// Appends envelope and payload to `body`.
+    fn seal(&self, payload: &[u8], envelope: &Envelope, now_ns: u64, body: &mut Vec<u8>) -> Result<(), EnvelopeError> {
+        envelope.seal(now_ns, self.default_ttl_ms, self.align, body)?;
+        body.extend_from_slice(payload);
+        Ok(())
+    }
+}
+
 impl PublisherCore {
     /// A stand-alone channel's sender.
     pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
-        PublisherCore { port, options, id: 0, wait: Wait::default(), held: None, opened_by: std::process::id() }
+        let (sealer, wait) = (Sealer::new(info), Wait::default());
+        PublisherCore { port, options, sealer, id: 0, wait, held: None, opened_by: std::process::id() }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -198,16 +241,85 @@ impl PublisherCore {
         }
     }
 
-    fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
-        let max = with_port!(&self.port, port => port.max_batch());
-        if batch.is_empty() || batch.len() > max {
-            return Err(PublishError::BatchSize { found: batch.len(), max });
+    /// Publishes a payload in an envelope with `publish`, which gets both in one piece.
+    #[inline(never)]
+    fn publish_sealed(
+        &mut self,
+        payload: &[u8],
+        envelope: &Envelope,
+        publish: impl FnOnce(&mut Self, &[u8]) -> Result<Sequence, PublishError>,
+    ) -> Result<Sequence, PublishError> {
+        let Some(sealer) = &mut self.sealer else {
+            return if envelope.is_empty() { publish(self, payload) } else { Err(EnvelopeError::LeanTopic.into()) };
+        };
+        let mut body = std::mem::take(&mut sealer.scratch);
+        body.clear();
+        let sealed = sealer.seal(payload, envelope, envelope::now_ns(), &mut body);
+        let outcome = sealed.map_err(PublishError::from).and_then(|()| publish(self, &body));
+        self.keep_scratch(body);
+        outcome
+    }
+
+    /// The same with a batch, whose messages all get one timestamp.
+    fn publish_sealed_batch(&mut self, batch: &[(&[u8], &Envelope)]) -> Result<Sequence, PublishError> {
+        self.check_batch(batch.iter().map(|(payload, _)| payload.len()))?;
+        let Some(sealer) = &mut self.sealer else {
+            if batch.iter().any(|(_, envelope)| !envelope.is_empty()) {
+                return Err(EnvelopeError::LeanTopic.into());
+            }
+            let payloads: Vec<&[u8]> = batch.iter().map(|(payload, _)| *payload).collect();
+            return self.publish_bodies(&payloads);
+        };
+        let mut bodies = std::mem::take(&mut sealer.scratch);
+        let ends = sealer.seal_batch(batch, &mut bodies);
+        let outcome = ends.map_err(PublishError::from).and_then(|ends| {
+            let found = bodies.len() as u64 - batch.iter().map(|(payload, _)| payload.len() as u64).sum::<u64>();
+            let max = batch_envelopes_bytes(&self.options, batch.len() as u64);
+            if found > max {
+                return Err(EnvelopeError::Batch { found, max }.into());
+            }
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            let bodies: Vec<&[u8]> = starts.zip(&ends).map(|(start, end)| &bodies[start..*end]).collect();
+            self.publish_bodies(&bodies)
+        });
+        self.keep_scratch(bodies);
+        outcome
+    }
+
+    /// Memory for the next message.
+    fn keep_scratch(&mut self, scratch: Vec<u8>) {
+        if let Some(sealer) = &mut self.sealer
+            && scratch.capacity() <= KEPT_SCRATCH_BYTES
+        {
+            sealer.scratch = scratch;
         }
-        let total: u64 = batch.iter().map(|bytes| bytes.len() as u64).sum();
+    }
+
+    fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
+        if self.sealer.is_some() {
+            let plain = Envelope::new();
+            return self.publish_sealed_batch(&batch.iter().map(|payload| (*payload, &plain)).collect::<Vec<_>>());
+        }
+        self.check_batch(batch.iter().map(|payload| payload.len()))?;
+        self.publish_bodies(batch)
+    }
+
+    /// Whether payloads of these lengths may be a batch.
+    fn check_batch(&self, lengths: impl ExactSizeIterator<Item = usize> + Clone) -> Result<(), PublishError> {
+        let max = with_port!(&self.port, port => port.max_batch());
+        let found = lengths.len();
+        if found == 0 || found > max {
+            return Err(PublishError::BatchSize { found, max });
+        }
+        let total: u64 = lengths.clone().map(|len| len as u64).sum();
         if total > self.options.bytes {
             return Err(PublishError::TooLarge { found: total, max: self.options.bytes });
         }
-        batch.iter().try_for_each(|bytes| self.check_len(bytes.len()))?;
+        lengths.into_iter().try_for_each(|len| self.check_len(len))
+    }
+
+    /// Publishes what goes into the ring, all or nothing.
+    fn publish_bodies(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
         self.check_gone()?;
         match with_port!(&mut self.port, port => port.publish_batch(batch)) {
             Ok(sequence) => Ok(Sequence::new(sequence)),
@@ -312,10 +424,24 @@ impl<T: Payload + ?Sized> Publisher<T> {
     #[inline]
     pub fn publish(&mut self, payload: &T) -> Result<Sequence, PublishError> {
         let bytes = self.checked(payload)?;
+        if self.core.sealer.is_some() {
+            return self.core.publish_sealed(bytes, &Envelope::new(), |core, body| core.publish(body, None));
+        }
         match self.core.publish_fast(bytes) {
             Some(sequence) => Ok(sequence),
             None => self.core.publish(bytes, None),
         }
+    }
+
+    /// Publishes a message with a key, headers, an id or a time-to-live of its own. On a full ring it waits (`block`) or
+    /// fails at once (`reject`).
+    ///
+    /// # Errors
+    /// [`PublishError::Envelope`] where the topic was created without envelopes (unless this one is empty), or the
+    /// envelope is too long; otherwise as [`Self::publish`].
+    pub fn publish_with(&mut self, payload: &T, envelope: &Envelope) -> Result<Sequence, PublishError> {
+        let bytes = self.checked(payload)?;
+        self.core.publish_sealed(bytes, envelope, |core, body| core.publish(body, None))
     }
 
     /// Publishes a message if there is room for it now.
@@ -325,6 +451,9 @@ impl<T: Payload + ?Sized> Publisher<T> {
     #[inline]
     pub fn try_publish(&mut self, payload: &T) -> Result<Sequence, PublishError> {
         let bytes = self.checked(payload)?;
+        if self.core.sealer.is_some() {
+            return self.core.publish_sealed(bytes, &Envelope::new(), PublisherCore::try_publish);
+        }
         match self.core.publish_fast(bytes) {
             Some(sequence) => Ok(sequence),
             None => self.core.try_publish(bytes),
@@ -336,7 +465,8 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// # Errors
     /// [`PublishError::TimedOut`] names who holds the ring.
     pub fn publish_timeout(&mut self, payload: &T, limit: Duration) -> Result<Sequence, PublishError> {
-        self.core.publish(self.checked(payload)?, Instant::now().checked_add(limit))
+        let (bytes, deadline) = (self.checked(payload)?, Instant::now().checked_add(limit));
+        self.core.publish_sealed(bytes, &Envelope::new(), |core, body| core.publish(body, deadline))
     }
 
     /// Publishes up to 1,024 messages, all or nothing and consecutively, for little more than the price of one.
@@ -351,6 +481,22 @@ impl<T: Payload + ?Sized> Publisher<T> {
     {
         let batch: Vec<&[u8]> = payloads.into_iter().map(|payload| payload.as_bytes()).collect();
         self.core.publish_batch(&batch)
+    }
+
+    /// The same with an envelope for each message.
+    ///
+    /// # Errors
+    /// As [`Self::publish_batch`] and [`Self::publish_with`].
+    pub fn publish_batch_with<'a>(
+        &mut self,
+        messages: impl IntoIterator<Item = (&'a T, &'a Envelope)>,
+    ) -> Result<Sequence, PublishError>
+    where
+        T: 'a,
+    {
+        let batch: Vec<(&[u8], &Envelope)> =
+            messages.into_iter().map(|(payload, envelope)| (payload.as_bytes(), envelope)).collect();
+        self.core.publish_sealed_batch(&batch)
     }
 
     /// The payload's bytes. A fixed size has been compared with the topic's when the handle was opened.
@@ -404,6 +550,8 @@ impl Publisher<[u8]> {
 pub struct Loan<'a, T: ?Sized> {
     core: &'a mut PublisherCore,
     space: Space,
+    /// Bytes at the front of an arena space that are the envelope's.
+    envelope_bytes: usize,
     payload: PhantomData<fn(&T)>,
 }
 
@@ -422,27 +570,33 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
     fn new(core: &'a mut PublisherCore, len: usize) -> Result<Self, PublishError> {
         core.check_len(len)?;
         core.check_gone()?;
+        let envelope_bytes = if core.sealer.is_some() { ENVELOPE_HEAD_BYTES } else { 0 };
         let inline = with_port!(&core.port, port => port.inline_bytes()).min(MAX_INLINE_BYTES);
-        let space = if len <= inline {
+        let space = if len + envelope_bytes <= inline {
             Space::Inline(SmallPayload([0; MAX_INLINE_BYTES]), len)
         } else {
-            let first = with_port!(&mut core.port, port => port.lend(len as u64));
+            let body = (len + envelope_bytes) as u64;
+            let first = with_port!(&mut core.port, port => port.lend(body));
             let span = match first {
                 Ok(span) => span,
-                Err(stop) => core.wait_for(stop, None, |port| with_port!(port, port => port.lend(len as u64)))?,
+                Err(stop) => core.wait_for(stop, None, |port| with_port!(port, port => port.lend(body)))?,
             };
             Space::Arena(span)
         };
-        Ok(Loan { core, space, payload: PhantomData })
+        Ok(Loan { core, space, envelope_bytes, payload: PhantomData })
     }
 
     /// Publishes what was written. On a full ring it waits (`block`) or fails at once (`reject`).
     ///
     /// # Errors
     /// As [`Publisher::publish`].
-    pub fn publish(self) -> Result<Sequence, PublishError> {
+    pub fn publish(mut self) -> Result<Sequence, PublishError> {
+        self.write_envelope();
         match self.space {
-            Space::Inline(small, len) => self.core.publish(&small.0[..len], None),
+            Space::Inline(small, len) => {
+                let publish = |core: &mut PublisherCore, body: &[u8]| core.publish(body, None);
+                self.core.publish_sealed(&small.0[..len], &Envelope::new(), publish)
+            }
             Space::Arena(span) => {
                 self.core.check_gone()?;
                 let first = with_port!(&mut self.core.port, port => port.publish_lent(span));
@@ -457,6 +611,15 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
         }
     }
 
+    /// Says when the message was published, where the topic wants to know.
+    fn write_envelope(&mut self) {
+        if let (Some(sealer), Space::Arena(_)) = (&self.core.sealer, &self.space) {
+            let head = envelope::plain(envelope::now_ns(), sealer.default_ttl_ms);
+            self.body_mut()[..ENVELOPE_HEAD_BYTES].copy_from_slice(&head);
+        }
+    }
+
+    /// The payload.
     fn bytes(&self) -> &[u8] {
         match &self.space {
             Space::Inline(small, len) => &small.0[..*len],
@@ -464,12 +627,19 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
                 let pointer = with_port!(&self.core.port, port => port.pointer(*span));
                 // SAFETY: the span lies in our arena (the allocator hands out nothing else), no reader has been told
                 // of it, and no other publisher writes this arena (I-9).
-                unsafe { std::slice::from_raw_parts(pointer, span.len as usize) }
+                let body = unsafe { std::slice::from_raw_parts(pointer, span.len as usize) };
+                &body[self.envelope_bytes..]
             }
         }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
+        let payload_at = if matches!(self.space, Space::Arena(_)) { self.envelope_bytes } else { 0 };
+        &mut self.body_mut()[payload_at..]
+    }
+
+    /// All of the space.
+    fn body_mut(&mut self) -> &mut [u8] {
         match &mut self.space {
             Space::Inline(small, len) => &mut small.0[..*len],
             Space::Arena(span) => {

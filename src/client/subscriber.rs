@@ -1,18 +1,20 @@
 //! [`Subscriber`] and how to open one.
 
+use std::collections::{BTreeSet, HashMap};
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
+use crate::client::envelope::{EnvelopeView, unix_ns};
 use crate::client::held::Held;
 use crate::client::message::Message;
-use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, ReadPort};
+use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, Opener, ReadPort, Wanted};
 use crate::client::select::{Parts, Waitable};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
-use crate::error::{AttachError, OpenError, RecvError};
+use crate::error::{AttachError, OpenError, RecvError, Refusal};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
@@ -34,6 +36,11 @@ pub enum Start {
     Last(u64),
     /// With this sequence. If it is not retained any more, the first receive returns `Lagged`.
     Sequence(Sequence),
+    /// With the first retained message that was published at this time or later; needs a topic with envelopes.
+    Time(SystemTime),
+    /// With the newest message of each key, in their order, then everything published from now on; needs a topic with
+    /// envelopes. Messages without a key count as having the same one.
+    LastPerKey,
 }
 
 impl Start {
@@ -44,6 +51,7 @@ impl Start {
             Start::Oldest => StartAt::Oldest,
             Start::Last(count) => StartAt::Last(count),
             Start::Sequence(sequence) => StartAt::Sequence(sequence.get()),
+            Start::Time(_) | Start::LastPerKey => StartAt::Scan,
         }
     }
 }
@@ -61,6 +69,8 @@ pub struct Subscriber<T: ?Sized> {
 pub(crate) struct SubscriberCore {
     port: Port,
     found: Found,
+    /// Where the topic has envelopes.
+    opener: Option<Opener>,
     options: TopicOptions,
     wait: Wait,
     held: Option<Held>,
@@ -119,6 +129,68 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
     /// # Errors
     /// The topic does not exist or carries another type, or a limit is reached; see [`OpenError`].
     pub fn open(self) -> Result<Subscriber<T>, OpenError> {
+        let mut core = self.open_core()?;
+        let wanted = match self.start {
+            Start::Time(time) => Wanted::Since(unix_ns(time)),
+            Start::LastPerKey => self.last_per_key()?,
+            // What has grown too old may still be there until the coordinator looks next, or because others need it.
+            Start::Oldest if core.options.max_age_ms > 0 => {
+                let age = Duration::from_millis(core.options.max_age_ms);
+                Wanted::Since(SystemTime::now().checked_sub(age).map_or(0, unix_ns))
+            }
+            _ => Wanted::All,
+        };
+        if let Some(opener) = &mut core.opener {
+            opener.want(wanted);
+        }
+        Ok(Subscriber { core, payload: PhantomData })
+    }
+
+    /// Reads the topic once as it is now: which sequences are the newest of their keys. The caller's own cursor keeps
+    /// in place what this one finds.
+    fn last_per_key(&self) -> Result<Wanted, OpenError> {
+        let until = self.bus.topic(self.topic.name())?.tail_sequence;
+        let mut scan = self.open_core()?;
+        let mut newest: HashMap<Box<[u8]>, u64> = HashMap::new();
+        loop {
+            match scan.poll() {
+                Ok(true) if scan.found.sequence < until => {
+                    let key = scan.envelope().and_then(|envelope| envelope.key()).unwrap_or_default();
+                    match newest.get_mut(key) {
+                        Some(sequence) => *sequence = scan.found.sequence,
+                        None => drop(newest.insert(key.into(), scan.found.sequence)),
+                    }
+                }
+                // Who reads it finds that out again.
+                Err(RecvError::Lagged { .. }) => {}
+                Err(RecvError::Corrupt(problem)) => {
+                    let (topic, problem) = (self.topic.name().to_owned(), problem.to_owned());
+                    return Err(Refusal::Corrupt { topic, problem }.into());
+                }
+                Ok(_) | Err(_) => {
+                    return Ok(Wanted::Among { sequences: BTreeSet::from_iter(newest.into_values()), until });
+                }
+            }
+        }
+    }
+
+    /// Whether the topic has what the start goes by.
+    fn check_start(&self, options: &TopicOptions) -> Result<(), OpenError> {
+        let what = match self.start {
+            Start::Time(_) => "a time",
+            Start::LastPerKey => "the last of each key",
+            _ => return Ok(()),
+        };
+        let lack = match (options.envelope, options.mode) {
+            (_, Mode::Channel) => "a channel has one reader, which starts where the last one ended",
+            (false, _) => "its messages have no timestamp and no key; create it with --envelope",
+            (true, _) => return Ok(()),
+        };
+        let problem = format!("cannot start at {what}: {lack}");
+        Err(Refusal::Options { topic: self.topic.name().to_owned(), problem }.into())
+    }
+
+    fn open_core(&self) -> Result<SubscriberCore, OpenError> {
         let control = self.bus.control();
         let start = self.start.on_the_wire();
         let topic = self.topic.name().to_owned();
@@ -128,6 +200,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             return Err(unexpected(&answer));
         };
         let held = Held::new(control.clone(), HandleRef::Subscriber { topic: info.id, cursor });
+        self.check_start(&info.options)?;
         let opened = Opened {
             info: Arc::new(info),
             control: control.clone(),
@@ -137,17 +210,17 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             exactly: matches!(self.start, Start::Sequence(_)),
             droppable: self.droppable,
         };
-        let options = opened.info.options.clone();
+        let (options, opener) = (opened.info.options.clone(), Opener::new(&opened.info));
         let port = opened.attach(segments.into_iter().zip(fds))?;
-        let core = SubscriberCore {
+        Ok(SubscriberCore {
             port,
             found: Found::nothing(),
+            opener,
             options,
             wait: self.wait,
             held: Some(held),
             opened_by: std::process::id(),
-        };
-        Ok(Subscriber { core, payload: PhantomData })
+        })
     }
 }
 
@@ -238,10 +311,11 @@ impl SubscriberCore {
     /// A stand-alone channel's receiver.
     pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
         let options = info.options.clone();
-        let port = Port::channel(&Arc::new(info), segment, true);
+        let info = Arc::new(info);
         SubscriberCore {
-            port,
+            port: Port::channel(&info, segment, true),
             found: Found::nothing(),
+            opener: Opener::new(&info),
             options,
             wait: Wait::default(),
             held: None,
@@ -260,9 +334,10 @@ impl SubscriberCore {
     ) -> Result<Self, AttachError> {
         let (options, asked) = (info.options.clone(), place.sequence);
         let info = Arc::new(info);
+        let opener = Opener::new(&info);
         let port = Opened { info, control, cursor, place, asked, exactly: false, droppable }.attach(segments)?;
         let (found, wait, opened_by) = (Found::nothing(), Wait::default(), std::process::id());
-        Ok(SubscriberCore { port, found, options, wait, held: None, opened_by })
+        Ok(SubscriberCore { port, found, opener, options, wait, held: None, opened_by })
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -272,6 +347,24 @@ impl SubscriberCore {
     /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
     #[inline(always)]
     pub(crate) fn poll(&mut self) -> Result<bool, RecvError> {
+        if self.opener.is_some() { self.poll_opened() } else { self.poll_ring() }
+    }
+
+    /// Finds the next message that is for the caller, and opens its envelope.
+    #[inline(never)]
+    fn poll_opened(&mut self) -> Result<bool, RecvError> {
+        while self.poll_ring()? {
+            let Some(opener) = &mut self.opener else { return Ok(true) };
+            if opener.open(&mut self.found)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Finds the next message of the ring.
+    #[inline(always)]
+    fn poll_ring(&mut self) -> Result<bool, RecvError> {
         match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
             Glance::Found => Ok(true),
             Glance::Nothing => Ok(false),
@@ -323,6 +416,16 @@ impl SubscriberCore {
     #[inline]
     pub(crate) fn found(&self) -> &Found {
         &self.found
+    }
+
+    /// The envelope of the message found last, where the topic has them.
+    pub(crate) fn envelope(&self) -> Option<EnvelopeView<'_>> {
+        self.opener.as_ref().map(Opener::envelope)
+    }
+
+    /// How many messages were skipped because they had expired.
+    pub(crate) fn expired(&self) -> u64 {
+        self.opener.as_ref().map_or(0, Opener::expired)
     }
 
     /// Publisher and its number of the message found last, as far as they are known.
@@ -398,6 +501,11 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// How many messages lie between this subscriber and the tail. Stale the moment it is read.
     pub fn lag(&self) -> u64 {
         with_port!(&self.core.port, port => port.lag())
+    }
+
+    /// How many messages this subscriber has skipped because their time-to-live had run out. They count as read.
+    pub fn expired(&self) -> u64 {
+        self.core.expired()
     }
 
     /// The options the topic was created with.

@@ -49,6 +49,8 @@ struct WildcardCore {
     told: u64,
     /// What a glance met and a receive must tell.
     trouble: Option<WildcardError>,
+    /// Messages that had expired, of topics that are gone.
+    expired: u64,
     /// Changes with `topics`.
     generation: u64,
     wildcard: u64,
@@ -100,7 +102,7 @@ impl Bus {
 
 impl<T: Payload + ?Sized> WildcardBuilder<T> {
     /// Where to start on topics that exist already (default [`Start::Latest`]); new ones are read from their first message
-    /// on. [`Start::Sequence`] is refused: each topic counts its own. On topics with many publishers [`Start::Last`] begins
+    /// on. [`Start::Sequence`] (each topic counts its own), [`Start::Time`] and [`Start::LastPerKey`] are refused. On topics with many publishers [`Start::Last`] begins
     /// with the whole batch.
     pub fn start(mut self, start: Start) -> Self {
         self.start = start;
@@ -140,6 +142,7 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
             notice,
             told: 0,
             trouble: None,
+            expired: 0,
             generation: 0,
             wildcard,
             droppable,
@@ -256,6 +259,7 @@ impl WildcardCore {
     fn remove(&mut self, index: usize) -> String {
         let member = self.topics.swap_remove(index);
         self.generation += 1;
+        self.expired += member.core.expired();
         drop(member.core);
         self.control.release(member.handle);
         member.name
@@ -333,6 +337,11 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     pub fn recv_timeout(&mut self, limit: Duration) -> Result<WildcardMessage<'_, T>, WildcardError> {
         self.core.wait(Some(limit))?;
         Ok(self.message())
+    }
+
+    /// How many messages it has skipped because they had expired.
+    pub fn expired(&self) -> u64 {
+        self.core.expired + self.core.topics.iter().map(|member| member.core.expired()).sum::<u64>()
     }
 
     /// The topics it reads now.

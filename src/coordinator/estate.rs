@@ -10,13 +10,14 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
-    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Request, SegmentRef, StartAt,
+    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
     SubscriberStatus, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
@@ -33,6 +34,10 @@ const FOOTPRINT: Footprint =
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
 
+/// How often, at most and at least, topics are looked at whose messages are given up by age.
+const MIN_AGE_LOOK: Duration = Duration::from_millis(100);
+const MAX_AGE_LOOK: Duration = Duration::from_secs(10);
+
 /// An answer with its descriptors.
 pub(crate) type Granted = (Answer, Vec<OwnedFd>);
 
@@ -45,6 +50,8 @@ pub(crate) struct Estate {
     pidfds: BTreeMap<u64, OwnedFd>,
     /// The keeper; `None` where the bus is hosted on a thread, or while the keeper is dead.
     link: Option<Link>,
+    /// Topics whose messages are given up by age.
+    ageing: Vec<u64>,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
@@ -127,6 +134,7 @@ impl Estate {
             state,
             registry,
             memories: BTreeMap::new(),
+            ageing: Vec::new(),
             pidfds: BTreeMap::new(),
             link,
             joined: None,
@@ -141,7 +149,10 @@ impl Estate {
         let mut losses = Vec::new();
         for (&topic, entry) in self.state.topics() {
             match TopicMemory::adopt(&entry.info, segments_of(entry, store)) {
-                Ok(memory) => drop(self.memories.insert(topic, memory)),
+                Ok(memory) => {
+                    self.ageing.extend((entry.info.options.max_age_ms > 0).then_some(topic));
+                    self.memories.insert(topic, memory);
+                }
                 Err(error) => {
                     eprintln!("shmbus coordinator: topic {:?} is lost: {error}", entry.info.name);
                     losses.push(Event::TopicRemoved { topic });
@@ -397,6 +408,7 @@ impl Estate {
                 let memory = TopicMemory::create(info)?;
                 self.store_segments(info.id, &memory)?;
                 self.memories.insert(info.id, memory);
+                self.ageing.extend((info.options.max_age_ms > 0).then_some(info.id));
             }
             Event::ArenaAdded { topic, slot, .. } => self.prepare_arena(*topic, *slot)?,
             Event::WildcardOpened { wildcard, .. } => {
@@ -528,7 +540,9 @@ impl Estate {
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
                     let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
-                    memory.leave(cursor, entry.is_some_and(|entry| entry.start == StartAt::Oldest));
+                    // Who is droppable holds nothing, and so has nothing to release.
+                    let from_oldest = entry.is_some_and(|entry| entry.start == StartAt::Oldest && !entry.droppable);
+                    memory.leave(cursor, from_oldest);
                 }
             }
             // Its cursors are handles of their own.
@@ -590,6 +604,7 @@ impl Estate {
                 let notice = self.notices.descriptor(wildcard).map_err(|e| system("duplicating a notice", &e))?;
                 Ok((Answer::WildcardOpened { wildcard }, vec![notice]))
             }
+            Reply::Purge { topic } => Ok((Answer::Purged(self.purge(topic)?), Vec::new())),
             Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
         }
     }
@@ -616,6 +631,44 @@ impl Estate {
         let (segments, fds) = self.memory(topic)?.subscriber_fds()?.into_iter().unzip();
         let info = self.entry(topic)?.info.clone();
         Ok((Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments }, fds))
+    }
+
+    /// Gives up what nobody holds.
+    fn purge(&self, topic: u64) -> Result<Purged, Refusal> {
+        let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
+        let (oldest_before, _) = memory.range()?;
+        let Some(checkpoint) = entry.spare_checkpoint() else {
+            let what = format!("publishers of topic {:?}", entry.info.name);
+            let mend = "a purge takes the place of one; close some".to_owned();
+            return Err(Refusal::Limit { what, limit: entry.publishers.len() as u64, mend });
+        };
+        let holder = memory.give_up_all(checkpoint)?;
+        let (oldest_sequence, tail_sequence) = memory.range()?;
+        let holder_pid = holder
+            .and_then(|cursor| entry.subscribers.get(&cursor))
+            .and_then(|subscriber| self.state.participant(subscriber.incarnation))
+            .map(|participant| participant.pid);
+        Ok(Purged { oldest_before, oldest_sequence, tail_sequence, holder, holder_pid })
+    }
+
+    /// How long what has grown too old may stay: until the clock is looked at next. `None` while there is no such topic.
+    pub(crate) fn age_look(&self) -> Option<Duration> {
+        let ages = self.ageing.iter().filter_map(|topic| self.state.topic(*topic));
+        ages.map(|entry| Duration::from_millis(entry.info.options.max_age_ms / 10).clamp(MIN_AGE_LOOK, MAX_AGE_LOOK))
+            .min()
+    }
+
+    /// Gives up what has grown too old and nobody holds.
+    pub(crate) fn give_up_old(&mut self) {
+        self.ageing.retain(|topic| self.memories.contains_key(topic));
+        for topic in &self.ageing {
+            let (Ok(entry), Ok(memory)) = (self.entry(*topic), self.memory(*topic)) else { continue };
+            // With every slot taken it waits for one; what is too old then goes when the ring needs the room.
+            let Some(checkpoint) = entry.spare_checkpoint() else { continue };
+            if let Err(error) = memory.give_up_old(checkpoint) {
+                eprintln!("shmbus coordinator: giving up old messages: {error}");
+            }
+        }
     }
 
     /// As many topics as fit in a packet, at least one.

@@ -1,5 +1,7 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
+mod retention;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
@@ -235,7 +237,7 @@ impl TopicMemory {
         let tail = self.tail()?;
         let asked = match start {
             StartAt::Latest => tail.sequence,
-            StartAt::Oldest => 0,
+            StartAt::Oldest | StartAt::Scan => 0,
             StartAt::Last(count) => tail.sequence.saturating_sub(count),
             StartAt::Sequence(sequence) if sequence > tail.sequence => {
                 let topic = self.info.name.clone();

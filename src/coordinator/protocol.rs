@@ -39,6 +39,8 @@ pub(crate) enum Request {
     OpenWildcard { pattern: String, schema: Option<Schema>, start: StartAt, droppable: bool },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
+    /// Gives up every message that no gating reader holds.
+    Purge { topic: String },
     /// The state of one topic, or of all whose name is greater than `after` (a page at a time).
     Status { topic: Option<String>, after: Option<String> },
     /// Ends the bus.
@@ -50,6 +52,8 @@ pub(crate) enum Request {
 pub(crate) enum StartAt {
     Latest,
     Oldest,
+    /// Like `Oldest`, for a reader that looks for something: what it has passed it has not read.
+    Scan,
     Last(u64),
     Sequence(u64),
 }
@@ -113,6 +117,8 @@ pub(crate) enum Answer {
         asked: u64,
         segments: Vec<SegmentRef>,
     },
+    /// To `Purge`.
+    Purged(Purged),
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
     /// The request was declined; nothing changed.
@@ -134,6 +140,22 @@ pub(crate) enum Answer {
     },
     /// Unasked, to a participant that came back: of its wildcard subscription's topics it has the first `told` now.
     WildcardTold { wildcard: u64, told: u64 },
+}
+
+/// What a purge did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Purged {
+    /// Oldest sequence that was retained before.
+    pub oldest_before: u64,
+    /// Oldest sequence that is retained now.
+    pub oldest_sequence: u64,
+    /// Next sequence to be published.
+    pub tail_sequence: u64,
+    /// Who holds what has stayed, by its cursor, as `show` prints it; `None` where nobody did.
+    pub holder: Option<u32>,
+    /// The holder's process, where it is a connected subscriber.
+    pub holder_pid: Option<u32>,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.

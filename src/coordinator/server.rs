@@ -65,6 +65,8 @@ pub(crate) struct Server {
     leave_at: Option<Instant>,
     /// When to start a keeper again; never where the bus is hosted on a thread.
     keeper_at: Option<Instant>,
+    /// When to look for messages that have grown too old; never while no topic gives them up by age.
+    age_at: Option<Instant>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -106,6 +108,7 @@ impl Server {
         signals: Option<SignalFd>,
     ) -> io::Result<Server> {
         let hosted = estate.link().is_none();
+        let age_at = estate.age_look().map(|look| Instant::now() + look);
         // Our predecessor died while it ended the bus: nothing is left but to leave.
         let ended = estate.state().ending;
         let server = Server {
@@ -121,6 +124,7 @@ impl Server {
             spare: spare(),
             leave_at: Some(Instant::now() + FIRST_LINGER),
             keeper_at: None,
+            age_at,
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
@@ -172,7 +176,7 @@ impl Server {
 
     /// Until the next thing to do; without a limit while there is nothing.
     fn timeout(&self) -> EpollTimeout {
-        let next = self.leave_at.into_iter().chain(self.keeper_at).min();
+        let next = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).min();
         let wait = next.and_then(|at| socket::round_up(at.saturating_duration_since(Instant::now())).as_millis());
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
     }
@@ -194,6 +198,13 @@ impl Server {
     /// Whether it is time to go, or to start a keeper.
     fn look_at_the_clock(&mut self) -> io::Result<()> {
         let now = Instant::now();
+        if self.age_at.is_some_and(|at| at <= now) {
+            self.age_at = None;
+            self.estate.give_up_old();
+        }
+        if self.age_at.is_none() {
+            self.age_at = self.estate.age_look().map(|look| now + look);
+        }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
         }

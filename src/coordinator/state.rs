@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
 use crate::coordinator::protocol::{HandleRef, Request, StartAt, TopicInfo};
 use crate::error::Refusal;
-use crate::shm::layout::Geometry;
+use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
 pub(crate) use wildcards::WildcardEntry;
@@ -89,6 +89,7 @@ pub(crate) enum Reply {
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
     Wildcard { wildcard: u64 },
+    Purge { topic: u64 },
     Status { topics: Vec<u64>, more: bool },
     Stop,
 }
@@ -364,6 +365,11 @@ impl TopicEntry {
         publishers.chain(self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor })).collect()
     }
 
+    /// A checkpoint that no publisher writes now, so that the coordinator may; `None` while every slot is taken.
+    pub(crate) fn spare_checkpoint(&self) -> Option<u32> {
+        (0..MAX_PUBLISHERS).rev().find(|slot| !self.publishers.contains_key(slot))
+    }
+
     fn snapshot(&self, events: &mut Vec<Event>) {
         let topic = self.info.id;
         // What the added arenas take is counted in the topic already; the publishers that follow count themselves.
@@ -466,6 +472,7 @@ impl State {
                 decider.open_wildcard(pattern, schema.as_ref(), *start, *droppable)
             }
             Request::Close { handles } => decider.close(handles),
+            Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
@@ -572,6 +579,16 @@ impl Decider<'_> {
         let cursors: Vec<HandleRef> = cursors.filter(|handle| !named.contains(&key_of(*handle))).collect();
         let events = cursors.into_iter().chain(closed).map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Done })
+    }
+
+    /// Changes memory alone: what is given up is nobody's.
+    fn purge(&self, name: &str) -> Result<Plan, Refusal> {
+        let info = &self.existing(name)?.info;
+        if info.options.mode == Mode::Channel {
+            let problem = "a channel's messages are its receiver's; read them, or remove the topic".to_owned();
+            return Err(Refusal::Options { topic: name.to_owned(), problem });
+        }
+        Ok(Plan { events: Vec::new(), reply: Reply::Purge { topic: info.id } })
     }
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
@@ -720,6 +737,10 @@ fn difference(have: &TopicOptions, asked: &TopicOptions) -> Option<String> {
         ("hold", have.hold.to_string(), asked.hold.to_string()),
         ("max publishers", have.max_publishers.to_string(), asked.max_publishers.to_string()),
         ("max subscribers", have.max_subscribers.to_string(), asked.max_subscribers.to_string()),
+        ("envelope", have.envelope.to_string(), asked.envelope.to_string()),
+        ("ttl_ms", have.ttl_ms.to_string(), asked.ttl_ms.to_string()),
+        ("max_age_ms", have.max_age_ms.to_string(), asked.max_age_ms.to_string()),
+        ("dedup", have.dedup.to_string(), asked.dedup.to_string()),
         ("payload", schema_text(have.schema.as_ref()), schema_text(asked.schema.as_ref())),
     ];
     let (what, have, asked) = pairs.into_iter().find(|(_, have, asked)| have != asked)?;

@@ -38,6 +38,25 @@ pub(crate) const MAX_MESSAGES: u64 = 1 << 30;
 /// many bytes still fits in 32 bits.
 pub(crate) const MAX_BYTES: u64 = (1 << 32) - (1 << 16);
 
+/// Longest key of a message in bytes.
+pub(crate) const MAX_KEY_BYTES: usize = 255;
+
+/// Longest id of a message in bytes.
+pub(crate) const MAX_ID_BYTES: usize = 32;
+
+/// Longest headers of a message in bytes, all together and encoded.
+pub(crate) const MAX_HEADERS_BYTES: usize = 16 << 10;
+
+/// Bytes of an envelope's head (topics with envelopes).
+pub(crate) const ENVELOPE_HEAD_BYTES: usize = 32;
+
+/// Bytes of the longest envelope, rounded up to any payload's alignment.
+pub(crate) const MAX_ENVELOPE_BYTES: u64 =
+    ((ENVELOPE_HEAD_BYTES + MAX_KEY_BYTES + MAX_ID_BYTES + MAX_HEADERS_BYTES) as u64).next_multiple_of(ARENA_ALIGN);
+
+/// What each envelope is sure to find room for beside the payload bytes: its head and something of a key.
+pub(crate) const ENVELOPE_ROOM_BYTES: u64 = 64;
+
 /// A commit word comes round to the same lap after at least 2 to the power of this many entries (I-6).
 const LAP_ROUND_BITS: u32 = 38;
 
@@ -61,11 +80,19 @@ impl Geometry {
     /// The geometry for these options, or what is wrong with them.
     pub(crate) fn from_options(options: &TopicOptions) -> Result<Geometry, String> {
         check("--messages", options.messages, 1, MAX_MESSAGES)?;
-        check("--bytes", options.bytes, 1, MAX_BYTES)?;
+        check("--bytes", options.bytes, 1, MAX_BYTES - batch_envelopes_bytes(options, MAX_BATCH as u64))?;
         check("the number of publishers", options.max_publishers.into(), 1, MAX_PUBLISHERS.into())?;
         check("the number of subscribers", options.max_subscribers.into(), 1, MAX_SUBSCRIBERS.into())?;
         if options.mode == Mode::Channel && options.full == Full::Overwrite {
             return Err("a channel overwrites nothing; choose block or reject, or an exclusive topic".to_owned());
+        }
+        let needs = [("a time-to-live", options.ttl_ms > 0), ("retention by age", options.max_age_ms > 0)];
+        let needs = needs.into_iter().chain([("dedup", options.dedup)]);
+        if let Some((what, _)) = needs.into_iter().find(|(_, asked)| *asked && !options.envelope) {
+            return Err(format!("{what} needs the envelope, which carries what it goes by; add --envelope"));
+        }
+        if options.mode == Mode::Channel && options.max_age_ms > 0 {
+            return Err("a channel keeps its messages until they are read; leave out --max-age".to_owned());
         }
         if let Some(schema) = &options.schema {
             if schema.size_bytes > options.bytes {
@@ -85,9 +112,10 @@ impl Geometry {
 
     /// Small payloads in the slot, the others in one arena.
     fn slotted(options: &TopicOptions, slots: u64) -> Geometry {
-        let small = options.schema.as_ref().is_some_and(|s| s.size_bytes <= 8 && s.align_bytes <= 8);
+        let lean = !options.envelope;
+        let small = lean && options.schema.as_ref().is_some_and(|s| s.size_bytes <= 8 && s.align_bytes <= 8);
         let slot_bytes: u32 = if small { 16 } else { 64 };
-        let inline_only = options.schema.as_ref().is_some_and(|s| s.size_bytes <= u64::from(slot_bytes) - 8);
+        let inline_only = lean && options.schema.as_ref().is_some_and(|s| s.size_bytes <= u64::from(slot_bytes) - 8);
         let arena_bytes = if inline_only { ARENA_ALIGN } else { arena_bytes(options, 0) };
         Geometry { slots, slot_bytes, unit_bits: 0, arena_bytes }
     }
@@ -95,7 +123,8 @@ impl Geometry {
     /// Every payload in its publisher's arena.
     fn many(options: &TopicOptions, slots: u64) -> Geometry {
         // A batch is one record: the largest must fit, with its table and each payload rounded up.
-        let batch = options.bytes + RECORD_HEADER_BYTES + MAX_BATCH as u64 * (4 + 7) + ARENA_ALIGN;
+        let envelopes = batch_envelopes_bytes(options, MAX_BATCH as u64);
+        let batch = options.bytes + envelopes + RECORD_HEADER_BYTES + MAX_BATCH as u64 * (4 + 7) + ARENA_ALIGN;
         let arena_bytes = arena_bytes(options, RECORD_HEADER_BYTES).max(batch.next_multiple_of(ARENA_ALIGN));
         let units = arena_bytes / ARENA_ALIGN * u64::from(options.max_publishers);
         let unit_bits = units.next_power_of_two().trailing_zeros().max(1);
@@ -153,11 +182,17 @@ fn slack_for(slots: u64) -> u64 {
     (slots / 16).clamp(1, 1024)
 }
 
-/// Room for the payloads, for what rounding up each record costs, and for the gap at the end of a lap.
+/// Most bytes that the envelopes of a batch of `count` messages may have together.
+pub(crate) fn batch_envelopes_bytes(options: &TopicOptions, count: u64) -> u64 {
+    if options.envelope { count * ENVELOPE_ROOM_BYTES + MAX_ENVELOPE_BYTES } else { 0 }
+}
+
+/// Room for the payloads, their envelopes, for what rounding up each record costs, and for the gap at the end of a lap.
 fn arena_bytes(options: &TopicOptions, header: u64) -> u64 {
     let records = (options.messages + 1) * (header + ARENA_ALIGN - 1);
+    let envelopes = batch_envelopes_bytes(options, options.messages + 1);
     let gap = (options.bytes / 16).max(ARENA_ALIGN);
-    (options.bytes + records + gap).next_multiple_of(ARENA_ALIGN)
+    (options.bytes + records + envelopes + gap).next_multiple_of(ARENA_ALIGN)
 }
 
 /// Rounds up to whole pages.

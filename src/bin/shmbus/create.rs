@@ -1,5 +1,7 @@
 //! `shmbus create`: a topic with every option.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use shmbus::{Schema, TopicOptions};
 
@@ -32,6 +34,18 @@ pub(crate) struct Args {
     /// Keep unread messages also while no subscriber exists (the ring then fills up)
     #[arg(long)]
     hold: bool,
+    /// Messages carry a timestamp and may carry a key, headers, an id and a time-to-live
+    #[arg(long)]
+    envelope: bool,
+    /// Messages that say nothing about it expire after so long, as in 500ms, 5s, 10m, 2h or 1d
+    #[arg(long, value_name = "TIME", requires = "envelope", value_parser = values::duration)]
+    ttl: Option<Duration>,
+    /// Give messages up when they are older than this and no subscriber still needs them
+    #[arg(long, value_name = "TIME", requires = "envelope", value_parser = values::duration)]
+    max_age: Option<Duration>,
+    /// A message id that was published before is a duplicate
+    #[arg(long, requires = "envelope")]
+    dedup: bool,
     /// Most publishers at once [default: 64]
     #[arg(long, value_name = "N")]
     publishers: Option<u32>,
@@ -61,6 +75,10 @@ impl Args {
             bytes: self.bytes,
             full: self.full.into(),
             hold: self.hold,
+            envelope: self.envelope,
+            ttl_ms: self.ttl.map_or(0, values::whole_ms),
+            max_age_ms: self.max_age.map_or(0, values::whole_ms),
+            dedup: self.dedup,
             max_publishers: self.publishers.unwrap_or(defaults.max_publishers),
             max_subscribers: self.subscribers.unwrap_or(defaults.max_subscribers),
             schema: self.schema.clone().zip(self.size).map(|(name, size_bytes)| Schema {

@@ -5,7 +5,9 @@ mod create;
 mod demo;
 mod ls;
 mod output;
+mod peek;
 mod publish;
+mod purge;
 mod remove;
 mod sandbox;
 mod serve;
@@ -92,6 +94,8 @@ enum Command {
     Show(show::Args),
     Create(create::Args),
     Rm(remove::Args),
+    Purge(purge::Args),
+    Peek(peek::Args),
     Bench(bench::Args),
 }
 
@@ -131,6 +135,8 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Show(args) => show::run(globals, args),
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
+        Command::Purge(args) => purge::run(globals, args),
+        Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use shmbus::{PublishError, Publisher, Sequence, Topic, TopicOptions};
+use shmbus::{Envelope, PublishError, Publisher, Sequence, Topic, TopicOptions};
 
 use crate::output::json_line;
 use crate::{Ended, Globals, signals, values};
@@ -24,7 +24,8 @@ const BATCH_BYTES: u64 = 256 << 10;
 /// A line is a message, its newline included, so that `shmbus sub` reproduces a text file byte for byte; --chunk cuts
 /// at every N bytes (the last message may be shorter), --raw makes one message of everything. A missing topic is
 /// created with the defaults of `shmbus create`. Where the ring is full, pub waits, or fails if the topic rejects.
-/// With --json the last line is {topic, messages, bytes, first_sequence, last_sequence}.
+/// --key, --header and --ttl go with every message; they need a topic with envelopes (as `create --envelope` makes it, and
+/// pub where it creates the topic itself). With --json the last line is {topic, messages, bytes, first_sequence, last_sequence}.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus pub logs --lines <access.log\n         shmbus pub video --chunk 64K <film.mkv")]
 pub(crate) struct Args {
@@ -40,6 +41,15 @@ pub(crate) struct Args {
     /// All of standard input is one message
     #[arg(long, group = "cut")]
     raw: bool,
+    /// The messages' key
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    key: String,
+    /// A header of the messages; may be given more than once
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = values::header)]
+    headers: Vec<(String, String)>,
+    /// How long the messages live, as in 500ms, 5s, 10m, 2h or 1d
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    ttl: Option<Duration>,
 }
 
 impl Args {
@@ -49,6 +59,19 @@ impl Args {
             (None, true) => Cut::Whole,
             (None, false) => Cut::Lines,
         }
+    }
+
+    /// The topic as it is created where it does not exist.
+    fn topic(&self) -> Topic<[u8]> {
+        let topic = Topic::named(self.topic.as_str());
+        if self.envelope() == Envelope::new() { topic } else { topic.envelope() }
+    }
+
+    /// What goes with every message.
+    fn envelope(&self) -> Envelope {
+        let envelope = Envelope::new().key(self.key.as_bytes());
+        let envelope = self.ttl.into_iter().fold(envelope, Envelope::ttl);
+        self.headers.iter().fold(envelope, |envelope, (name, value)| envelope.header(name, value.as_bytes()))
     }
 }
 
@@ -78,13 +101,13 @@ impl std::fmt::Display for Published {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let publisher = globals.open_bus()?.publisher(Topic::<[u8]>::named(args.topic.as_str()))?;
+    let publisher = globals.open_bus()?.publisher(args.topic())?;
     let published = Arc::new(Published::default());
     let at_exit = Arc::clone(&published);
     let in_hand = move || format!("ended by a signal: {at_exit}, perhaps also the batch in hand, nothing after it");
     signals::install(Duration::from_millis(500), Box::new(in_hand))?;
 
-    let mut sender = Sender { publisher, published, first: None, last: None };
+    let mut sender = Sender { publisher, envelope: args.envelope(), published, first: None, last: None };
     let ended = pump(&mut sender, &args)?;
     if globals.json {
         json_line(&sender.summary(&args.topic))?;
@@ -124,6 +147,7 @@ fn progress_bar(len: Option<u64>) -> ProgressBar {
 /// The publisher, and the account of what it has published.
 struct Sender {
     publisher: Publisher<[u8]>,
+    envelope: Envelope,
     published: Arc<Published>,
     first: Option<Sequence>,
     last: Option<Sequence>,
@@ -146,16 +170,16 @@ impl Sender {
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<(), PublishError> {
         match batch {
             [one] => {
-                let sequence = self.publisher.publish(one)?;
+                let sequence = self.publisher.publish_with(one, &self.envelope)?;
                 self.note(sequence, batch);
                 Ok(())
             }
-            _ => match self.publisher.publish_batch(batch.iter().copied()) {
+            _ => match self.publisher.publish_batch_with(batch.iter().map(|payload| (*payload, &self.envelope))) {
                 Ok(first) => {
                     self.note(first, batch);
                     Ok(())
                 }
-                Err(e @ (PublishError::Gone(_) | PublishError::Corrupt(_))) => Err(e),
+                Err(e @ (PublishError::Gone(_) | PublishError::Corrupt(_) | PublishError::Envelope(_))) => Err(e),
                 Err(_) => batch.chunks(1).try_for_each(|one| self.publish_batch(one)),
             },
         }

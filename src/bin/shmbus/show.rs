@@ -15,7 +15,7 @@ const WATCH: Duration = Duration::from_millis(100);
 ///
 /// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], subscribers: [{cursor,
 /// pid, sequence, lag, droppable}], groups: [], options: {mode, messages, bytes, full, hold, max_publishers,
-/// max_subscribers, schema}, memory_bytes, messages_per_s}. tail_sequence is the next message's.
+/// max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms: none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
 pub(crate) struct Args {
@@ -65,6 +65,10 @@ pub(crate) struct OptionsView {
     max_publishers: u32,
     max_subscribers: u32,
     schema: Option<Schema>,
+    envelope: bool,
+    ttl_ms: u64,
+    max_age_ms: u64,
+    dedup: bool,
 }
 
 impl From<TopicOptions> for OptionsView {
@@ -78,6 +82,10 @@ impl From<TopicOptions> for OptionsView {
             max_publishers: options.max_publishers,
             max_subscribers: options.max_subscribers,
             schema: options.schema,
+            envelope: options.envelope,
+            ttl_ms: options.ttl_ms,
+            max_age_ms: options.max_age_ms,
+            dedup: options.dedup,
         }
     }
 }
@@ -140,6 +148,11 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     Ok(Ended::Well)
 }
 
+/// A duration with what it is for; nothing where there is none.
+fn after(what: &str, ms: u64) -> String {
+    if ms == 0 { String::new() } else { format!("{what} {:?}", Duration::from_millis(ms)) }
+}
+
 fn print(topic: &TopicView) -> anyhow::Result<()> {
     let options = &topic.options;
     let held = topic.tail_sequence.saturating_sub(topic.oldest_sequence);
@@ -153,6 +166,12 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
         options.mode, options.max_publishers, options.max_subscribers
     ))?;
     line(format_args!("ring      {ring}; when full: {}{hold}", options.full))?;
+    if options.envelope {
+        let ttl = after("; expire after", options.ttl_ms);
+        let age = after("; given up after", options.max_age_ms);
+        let dedup = if options.dedup { "; ids are deduplicated" } else { "" };
+        line(format_args!("envelope  timestamp, key, headers, id{ttl}{age}{dedup}"))?;
+    }
     line(format_args!(
         "holds     {} messages, sequences {}..{}",
         grouped(held),

@@ -1,6 +1,6 @@
 //! `shmbus sub`: messages become standard output.
 
-mod writer;
+pub(crate) mod writer;
 
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Write the topic's messages to standard output, as they come, until Ctrl-C.
 ///
 /// Payloads are written exactly as published, with nothing between them. Messages that were overwritten before they
-/// could be read are reported on standard error. With --json a message is {topic, sequence, publisher,
-/// publisher_number, timestamp_ns, key, attempt, payload, payload_base64} (payload if it is text, else payload_base64;
-/// null where the topic has no such thing), a loss {topic, lagged_from, lagged_to} (lagged_to is still there).
+/// could be read are reported on standard error, and so is how many had expired. With --json a message is {topic,
+/// sequence, publisher, publisher_number, timestamp_ns, key, key_base64, id, id_base64, headers, attempt, payload,
+/// payload_base64} (what is text, else the base64 one; headers is an object, values that are not text are
+/// {"base64": "..."}; null where the message or the topic has no such thing), a loss {topic, lagged_from, lagged_to}
+/// (lagged_to is still there), and in the end, if any had, {topic, expired}.
 /// Ends well when the bus is stopped, and fails when the topic is removed.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus sub logs --from oldest --idle-exit 1000 >copy.log")]
@@ -29,7 +31,8 @@ pub(crate) struct Args {
     /// The topic, or a pattern: orders.* (any one token), 'orders.>' (one or more), also of topics to come
     #[arg(value_parser = values::topic_or_pattern)]
     topic: String,
-    /// Where to start: latest, oldest, last:N or a sequence number
+    /// Where to start: latest, oldest, last:N, a sequence number; on topics with envelopes also last-per-key, time:SECONDS
+    /// (since 1970) or time:-10m (so long ago)
     #[arg(long, value_name = "START", default_value = "latest", value_parser = values::start)]
     from: Start,
     /// End after this many messages
@@ -41,18 +44,21 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let source = Source::open(&globals.open_bus()?, &args.topic, args.from)?;
+    let mut source = Source::open(&globals.open_bus()?, &args.topic, args.from)?;
     // The main thread looks every 100 ms; it can hang only in a write that its reader does not take.
     let stuck = || "ended by a signal while the reader of standard output took nothing".to_owned();
     signals::install(Duration::from_secs(1), Box::new(stuck))?;
     let format = if globals.json { Format::Json } else { Format::Payload };
-    let mut writer = Writer::new(format);
-    let ended = pump(source, &mut writer, &args)?;
+    let mut writer = Writer::new(args.topic.as_str(), format);
+    let ended = pump(&mut source, &mut writer, &args);
+    writer.set_topic(&args.topic);
+    writer.expired(source.expired())?;
     writer.flush()?;
+    let ended = ended?;
     Ok(ended)
 }
 
-fn pump(mut source: Source, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
+fn pump(source: &mut Source, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
     let idle_exit = args.idle_exit.map(Duration::from_millis);
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut quiet_since = None;
@@ -60,7 +66,7 @@ fn pump(mut source: Source, writer: &mut Writer, args: &Args) -> anyhow::Result<
         if let Some(signal) = signals::caught() {
             return Ok(Ended::BySignal(signal));
         }
-        match take_one(&mut source, writer, idle_exit)? {
+        match take_one(source, writer, idle_exit)? {
             Taken::Message => {
                 left -= 1;
                 quiet_since = None;
@@ -114,12 +120,20 @@ impl Source {
         })
     }
 
+    /// How many messages had expired before they were read.
+    fn expired(&self) -> u64 {
+        match self {
+            Source::Topic(_, subscriber) => subscriber.expired(),
+            Source::Pattern(_, subscriber) => subscriber.expired(),
+        }
+    }
+
     /// Takes and writes the next message if one comes within `limit`. Loss is reported and survived; an end is well or not,
     /// depending on who brought it about. What was received is flushed before bad news.
     fn take(&mut self, limit: Duration, writer: &mut Writer) -> anyhow::Result<Taken> {
         match self {
             Source::Topic(name, subscriber) => match receive(subscriber, limit) {
-                Ok(Some(message)) => Ok(writer.message(name, &message).map(|()| Taken::Message)?),
+                Ok(Some(message)) => Ok(writer.message(&message).map(|()| Taken::Message)?),
                 Ok(None) => Ok(Taken::Nothing),
                 Err(RecvError::Lagged { from, to }) => lost(writer, name, from, to),
                 Err(RecvError::Gone(GoneReason::Closed)) => Ok(Taken::Ended),
@@ -127,7 +141,10 @@ impl Source {
                 Err(other) => fail(writer, anyhow!("topic {name:?}: {other}")),
             },
             Source::Pattern(pattern, subscriber) => match receive_any(subscriber, limit) {
-                Ok(Some(message)) => Ok(writer.message(message.topic(), &message).map(|()| Taken::Message)?),
+                Ok(Some(message)) => {
+                    writer.set_topic(message.topic());
+                    Ok(writer.message(&message).map(|()| Taken::Message)?)
+                }
                 Ok(None) => Ok(Taken::Nothing),
                 Err(WildcardError::Lagged { topic, from, to }) => lost(writer, &topic, from, to),
                 Err(WildcardError::Gone(GoneReason::Stopped)) => stopped(writer, pattern),
@@ -164,7 +181,8 @@ fn receive_any(
 
 fn lost(writer: &mut Writer, topic: &str, from: Sequence, to: Sequence) -> anyhow::Result<Taken> {
     writer.flush()?;
-    writer.loss(topic, from, to)?;
+    writer.set_topic(topic);
+    writer.loss(from, to)?;
     Ok(Taken::Lost)
 }
 

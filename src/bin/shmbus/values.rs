@@ -1,6 +1,7 @@
 //! Argument values: sizes with suffixes, topic names, start positions.
 
 use std::num::ParseIntError;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use shmbus::{Full, Mode, Sequence, Start, check_name, check_pattern};
@@ -36,17 +37,57 @@ pub(crate) fn topic_or_pattern(text: &str) -> Result<String, String> {
     check_pattern(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
 }
 
-/// `latest`, `oldest`, `last:N` or a sequence.
+/// A duration with its unit: ms, s, m, h or d.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "write a number and a unit, as in 500ms, 5s, 10m, 2h or 1d".to_owned();
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+    let unit_ms = match &text[unit_at..] {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..unit_at].parse().map_err(|_| wrong())?;
+    match number.checked_mul(unit_ms) {
+        Some(0) => Err("must be at least 1ms".to_owned()),
+        Some(ms) => Ok(Duration::from_millis(ms)),
+        None => Err("more than 2^64 ms".to_owned()),
+    }
+}
+
+/// A duration from [`duration`] as topic options carry it.
+pub(crate) fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A moment: seconds since 1970, or `-10m` for so long ago.
+fn moment(text: &str) -> Result<SystemTime, String> {
+    let time = match text.strip_prefix('-') {
+        Some(ago) => SystemTime::now().checked_sub(duration(ago)?),
+        None => text.parse().ok().and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds))),
+    };
+    time.ok_or_else(|| "write a time as seconds since 1970, or as -10m for ten minutes ago".to_owned())
+}
+
+/// `latest`, `oldest`, `last:N`, `last-per-key`, `time:T` or a sequence.
 pub(crate) fn start(text: &str) -> Result<Start, String> {
-    let wrong = |_: ParseIntError| "write latest, oldest, last:N or a sequence number".to_owned();
-    Ok(match text {
-        "latest" => Start::Latest,
-        "oldest" => Start::Oldest,
-        _ => match text.strip_prefix("last:") {
-            Some(count) => Start::Last(count.parse().map_err(wrong)?),
-            None => Start::Sequence(Sequence::new(text.parse().map_err(wrong)?)),
-        },
+    let wrong = |_: ParseIntError| "write latest, oldest, last:N, last-per-key, time:T or a sequence number".to_owned();
+    Ok(match text.split_once(':') {
+        None if text == "latest" => Start::Latest,
+        None if text == "oldest" => Start::Oldest,
+        None if text == "last-per-key" => Start::LastPerKey,
+        Some(("last", count)) => Start::Last(count.parse().map_err(wrong)?),
+        Some(("time", time)) => Start::Time(moment(time)?),
+        _ => Start::Sequence(Sequence::new(text.parse().map_err(wrong)?)),
     })
+}
+
+/// A header: `NAME=VALUE`.
+pub(crate) fn header(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(name, _)| !name.is_empty());
+    pair.map(|(name, value)| (name.to_owned(), value.to_owned())).ok_or_else(|| "write NAME=VALUE".to_owned())
 }
 
 /// Two different cores, as in `0,1`.
@@ -114,10 +155,23 @@ mod tests {
     }
 
     #[test]
+    fn durations() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("10m"), Ok(Duration::from_secs(600)));
+        assert_eq!(duration("2d"), Ok(Duration::from_secs(172_800)));
+        for bad in ["", "5", "s", "0s", "-5s", "1.5s", "5 s", "99999999999999999d"] {
+            assert!(duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn starts() {
         assert!(matches!(start("last:7"), Ok(Start::Last(7))));
         assert!(matches!(start("12"), Ok(Start::Sequence(s)) if s.get() == 12));
-        for bad in ["", "last:", "newest", "-1"] {
+        assert_eq!(start("last-per-key"), Ok(Start::LastPerKey));
+        assert_eq!(start("time:5"), Ok(Start::Time(UNIX_EPOCH + Duration::from_secs(5))));
+        assert!(matches!(start("time:-10m"), Ok(Start::Time(time)) if time < SystemTime::now()));
+        for bad in ["", "last:", "newest", "-1", "time:", "time:noon", "time:-5"] {
             assert!(start(bad).is_err(), "{bad:?}");
         }
     }

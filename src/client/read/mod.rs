@@ -6,16 +6,20 @@ mod exclusive;
 mod in_place;
 mod keeper;
 mod many;
+mod opener;
 
 use std::ptr::NonNull;
 
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
+use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_ENVELOPE_BYTES};
 use crate::shm::topic::SharedInfo;
+use crate::topic::TopicOptions;
 
 pub(crate) use channel::ChannelPort;
 pub(crate) use exclusive::ExclusivePort;
 pub(crate) use many::ManyPort;
+pub(crate) use opener::{Opener, Wanted};
 
 /// A kind of ring, seen from its reading end.
 pub(crate) trait ReadPort: Send {
@@ -138,10 +142,20 @@ struct Lengths {
 }
 
 impl Lengths {
+    /// Of what the ring carries: payloads, with their envelopes where the topic has them.
     fn of(info: &SharedInfo) -> Self {
-        match &info.options.schema {
+        let Lengths { min, max } = Self::of_payload(&info.options);
+        match info.options.envelope {
+            true => Lengths { min: min + ENVELOPE_HEAD_BYTES as u64, max: max + MAX_ENVELOPE_BYTES },
+            false => Lengths { min, max },
+        }
+    }
+
+    /// Of payloads alone.
+    fn of_payload(options: &TopicOptions) -> Self {
+        match &options.schema {
             Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
-            None => Lengths { min: 0, max: info.options.bytes },
+            None => Lengths { min: 0, max: options.bytes },
         }
     }
 

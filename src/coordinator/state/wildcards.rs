@@ -104,8 +104,8 @@ impl Decider<'_> {
         droppable: bool,
     ) -> Result<Plan, Refusal> {
         checked(pattern)?;
-        if matches!(start, StartAt::Sequence(_)) {
-            let problem = "each topic counts its own sequences; start at latest, oldest or last:N".to_owned();
+        if matches!(start, StartAt::Sequence(_) | StartAt::Scan) {
+            let problem = "a pattern of topics starts at latest, oldest or last:N".to_owned();
             return Err(Refusal::Options { topic: pattern.to_owned(), problem });
         }
         let mine = self.state.wildcards.values().filter(|entry| entry.incarnation == self.incarnation).count();

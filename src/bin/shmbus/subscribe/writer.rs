@@ -1,4 +1,4 @@
-//! Standard output of `sub`: payloads as they are, or JSON lines; buffered until told to flush.
+//! Standard output of `sub` and `peek`: payloads as they are, or JSON lines; buffered until told to flush.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 use shmbus::{Message, Sequence};
 
 use crate::signals;
@@ -18,7 +19,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 const DIRECT_BYTES: usize = 32 << 10;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+pub(crate) enum Format {
     Payload,
     Json,
 }
@@ -31,12 +32,26 @@ struct MessageLine<'a> {
     publisher: Option<u64>,
     publisher_number: Option<u64>,
     timestamp_ns: Option<u64>,
+    /// The key if it is UTF-8.
     key: Option<&'a str>,
+    /// The key if it is not.
+    key_base64: Option<String>,
+    /// The caller's own id, likewise.
+    id: Option<&'a str>,
+    id_base64: Option<String>,
+    headers: Option<Map<String, Value>>,
     attempt: Option<u32>,
     /// The payload if it is UTF-8.
     payload: Option<&'a str>,
     /// The payload if it is not.
     payload_base64: Option<String>,
+}
+
+/// How many had expired, as `--json` prints it.
+#[derive(Serialize)]
+struct ExpiredLine<'a> {
+    topic: &'a str,
+    expired: u64,
 }
 
 /// A loss as `--json` prints it: everything from `lagged_from` up to, not including, `lagged_to`.
@@ -47,20 +62,28 @@ struct LossLine<'a> {
     lagged_to: u64,
 }
 
-pub(super) struct Writer {
+pub(crate) struct Writer {
+    topic: String,
     format: Format,
     buffer: Vec<u8>,
     out: Option<File>,
 }
 
 impl Writer {
-    pub(super) fn new(format: Format) -> Writer {
+    pub(crate) fn new(topic: &str, format: Format) -> Writer {
         // A descriptor of our own: `Stdout` would look for newlines in every payload.
         let out = io::stdout().as_fd().try_clone_to_owned().ok().map(File::from);
-        Writer { format, buffer: Vec::with_capacity(BUFFER_BYTES + DIRECT_BYTES), out }
+        Writer { topic: topic.to_owned(), format, buffer: Vec::with_capacity(BUFFER_BYTES + DIRECT_BYTES), out }
     }
 
-    pub(super) fn message(&mut self, topic: &str, message: &Message<'_, [u8]>) -> io::Result<()> {
+    /// The topic of what is written next.
+    pub(crate) fn set_topic(&mut self, topic: &str) {
+        if self.topic != topic {
+            topic.clone_into(&mut self.topic);
+        }
+    }
+
+    pub(crate) fn message(&mut self, message: &Message<'_, [u8]>) -> io::Result<()> {
         let payload = message.as_bytes();
         match self.format {
             Format::Payload if payload.len() >= DIRECT_BYTES => {
@@ -72,17 +95,23 @@ impl Writer {
                 self.flush_if_full()
             }
             Format::Json => {
-                let text = std::str::from_utf8(payload).ok();
+                let (payload, payload_base64) = text_or_base64(Some(payload));
+                let (key, key_base64) = text_or_base64(message.key());
+                let (id, id_base64) = text_or_base64(message.id());
                 let line = MessageLine {
-                    topic,
+                    topic: &self.topic,
                     sequence: message.sequence().get(),
                     publisher: message.publisher(),
                     publisher_number: message.publisher_number(),
-                    timestamp_ns: None,
-                    key: None,
+                    timestamp_ns: message.timestamp_ns(),
+                    key,
+                    key_base64,
+                    id,
+                    id_base64,
+                    headers: message.timestamp_ns().map(|_| headers(message)),
                     attempt: None,
-                    payload: text,
-                    payload_base64: text.is_none().then(|| STANDARD.encode(payload)),
+                    payload,
+                    payload_base64,
                 };
                 serde_json::to_writer(&mut self.buffer, &line)?;
                 self.buffer.push(b'\n');
@@ -91,20 +120,37 @@ impl Writer {
         }
     }
 
-    pub(super) fn loss(&mut self, topic: &str, from: Sequence, to: Sequence) -> io::Result<()> {
+    /// Says how many messages had expired, if any had.
+    pub(crate) fn expired(&mut self, count: u64) -> io::Result<()> {
+        match self.format {
+            _ if count == 0 => Ok(()),
+            Format::Payload => {
+                let (plural, were) = if count == 1 { ("", "was") } else { ("s", "were") };
+                eprintln!("shmbus: topic {:?}: {count} message{plural} had expired and {were} skipped", self.topic);
+                Ok(())
+            }
+            Format::Json => {
+                serde_json::to_writer(&mut self.buffer, &ExpiredLine { topic: &self.topic, expired: count })?;
+                self.buffer.push(b'\n');
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn loss(&mut self, from: Sequence, to: Sequence) -> io::Result<()> {
         if self.format == Format::Payload {
             let count = to.since(from);
-            eprintln!("shmbus: topic {topic:?} lost {count} messages, sequences {from}..{to}: overwritten");
+            eprintln!("shmbus: topic {:?} lost {count} messages, sequences {from}..{to}: overwritten", self.topic);
             return Ok(());
         }
-        let line = LossLine { topic, lagged_from: from.get(), lagged_to: to.get() };
+        let line = LossLine { topic: &self.topic, lagged_from: from.get(), lagged_to: to.get() };
         serde_json::to_writer(&mut self.buffer, &line)?;
         self.buffer.push(b'\n');
         Ok(())
     }
 
     /// Writes everything that has gathered.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
             return Ok(());
         }
@@ -128,7 +174,26 @@ impl Writer {
     }
 
     /// Whether nobody will ever read what would be written.
-    pub(super) fn reader_is_gone(&self) -> bool {
+    pub(crate) fn reader_is_gone(&self) -> bool {
         self.out.as_ref().is_none_or(|out| signals::reader_is_gone(out.as_fd()))
     }
+}
+
+/// Bytes as text, or in base64 where they are not text.
+fn text_or_base64(bytes: Option<&[u8]>) -> (Option<&str>, Option<String>) {
+    let text = bytes.and_then(|bytes| std::str::from_utf8(bytes).ok());
+    (text, bytes.filter(|_| text.is_none()).map(|bytes| STANDARD.encode(bytes)))
+}
+
+/// The headers as an object; of several with one name, the first, as `Message::header` has it.
+fn headers(message: &Message<'_, [u8]>) -> Map<String, Value> {
+    let mut object = Map::new();
+    for (name, value) in message.headers() {
+        let value = match std::str::from_utf8(value) {
+            Ok(text) => Value::from(text),
+            Err(_) => json!({ "base64": STANDARD.encode(value) }),
+        };
+        object.entry(name).or_insert(value);
+    }
+    object
 }

@@ -1,0 +1,55 @@
+//! `shmbus purge`: gives up a topic's messages.
+
+use serde::Serialize;
+
+use crate::output::{grouped, json_line, line};
+use crate::{Ended, Globals, values};
+
+/// Give up every message that no subscriber has yet to read, and say what stayed and who holds it.
+///
+/// The topic, its options and whoever is attached stay. Messages kept by --hold alone go too. With --json: {topic,
+/// purged, kept, oldest_sequence, tail_sequence, holder, holder_pid} (holder: the cursor that `show` prints).
+#[derive(clap::Args)]
+#[command(after_help = "Example: shmbus purge orders")]
+pub(crate) struct Args {
+    /// The topic
+    #[arg(value_parser = values::topic_name)]
+    topic: String,
+}
+
+#[derive(Serialize)]
+struct PurgedLine<'a> {
+    topic: &'a str,
+    purged: u64,
+    kept: u64,
+    oldest_sequence: u64,
+    tail_sequence: u64,
+    holder: Option<u32>,
+    holder_pid: Option<u32>,
+}
+
+pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
+    let done = globals.open_bus()?.purge_topic(&args.topic)?;
+    let purged = done.oldest_sequence.saturating_sub(done.oldest_before);
+    let kept = done.tail_sequence.saturating_sub(done.oldest_sequence);
+    if globals.json {
+        json_line(&PurgedLine {
+            topic: &args.topic,
+            purged,
+            kept,
+            oldest_sequence: done.oldest_sequence,
+            tail_sequence: done.tail_sequence,
+            holder: done.holder,
+            holder_pid: done.holder_pid,
+        })?;
+        return Ok(Ended::Well);
+    }
+    line(format_args!("purged {} messages of topic {}", grouped(purged), args.topic))?;
+    if kept > 0 {
+        let process = done.holder_pid.map_or(String::new(), |pid| format!(" (process {pid})"));
+        let holder = done.holder.map_or("came meanwhile".to_owned(), |n| format!("held by subscriber {n}{process}"));
+        let (from, to) = (done.oldest_sequence, done.tail_sequence);
+        line(format_args!("kept {} messages, sequences {from}..{to}: {holder}", grouped(kept)))?;
+    }
+    Ok(Ended::Well)
+}
