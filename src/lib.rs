@@ -29,8 +29,8 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{
-        Bus, BusOptions, Envelope, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder, Waitable,
-        WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
+        Bus, BusOptions, Envelope, Incoming, Loan, Message, Publisher, Reply, Requester, Responder, Start, Subscriber,
+        SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{PublisherStatus, Purged, SubscriberStatus, TopicStatus},
     pattern::{check_pattern, is_pattern},
@@ -40,7 +40,7 @@ pub use crate::{
 pub use crate::{
     error::{
         AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PublishError, RecvError,
-        Refusal, WildcardError,
+        Refusal, ReplyError, RequestError, WildcardError,
     },
     ring::sequence::Sequence,
     topic::{Full, MAX_NAME_BYTES, MAX_PAYLOAD_ALIGN, Mode, Payload, Schema, Topic, TopicOptions, check_name},

@@ -377,14 +377,15 @@ fn one_thread_waits_on_several_subscribers() {
 fn waiting_on_several_gives_back_what_was_read() {
     let scene = Scene::new("givesback");
     let bus = scene.open();
-    let topic = Topic::<[u8]>::named("tight").messages(1);
-    let mut publisher = bus.publisher(topic.clone()).unwrap();
-    let mut subscriber = bus.subscriber(topic).open().unwrap();
-    publisher.publish(b"1").unwrap();
-    assert_eq!(subscriber.recv_timeout(LIMIT).unwrap().as_bytes(), b"1");
-    let publishing = thread::spawn(move || publisher.publish_timeout(b"2", LIMIT).unwrap());
-    assert_eq!(wait_any(&mut [&mut subscriber], Some(LIMIT)), Some(0));
-    publishing.join().unwrap();
+    for topic in [small("tight.many"), small("tight.exclusive").exclusive()] {
+        let topic = topic.messages(64).full(Full::Reject);
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let mut subscriber = bus.subscriber(topic).open().unwrap();
+        publisher.publish(b"1").unwrap();
+        assert_eq!(subscriber.recv_timeout(LIMIT).unwrap().as_bytes(), b"1");
+        assert_eq!(wait_any(&mut [&mut subscriber], Some(Duration::from_millis(5))), None);
+        (0..64).for_each(|_| assert!(publisher.publish(b"x").is_ok(), "what was read is held yet"));
+    }
 }
 
 #[test]

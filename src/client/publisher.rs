@@ -72,9 +72,19 @@ impl Bus {
     /// # Errors
     /// The topic carries another type, is exclusive and has its publisher, or a limit is reached; see [`OpenError`].
     pub fn publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
+        self.open_publisher(topic, true)
+    }
+
+    /// The same for a topic that somebody else must have created.
+    pub(crate) fn existing_publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
+        self.open_publisher(topic, false)
+    }
+
+    fn open_publisher<T: Payload + ?Sized>(&self, topic: Topic<T>, create: bool) -> Result<Publisher<T>, OpenError> {
         let options = topic.options();
         let schema = options.schema.clone();
-        let request = Request::OpenPublisher { topic: topic.name().to_owned(), schema, create: Some(options) };
+        let create = create.then_some(options);
+        let request = Request::OpenPublisher { topic: topic.name().to_owned(), schema, create };
         let (answer, fds) = self.control().request(&request)?;
         let Answer::PublisherOpened { info, slot, publisher, tenancy, .. } = answer else {
             return Err(unexpected(&answer));
@@ -442,6 +452,22 @@ impl<T: Payload + ?Sized> Publisher<T> {
     pub fn publish_with(&mut self, payload: &T, envelope: &Envelope) -> Result<Sequence, PublishError> {
         let bytes = self.checked(payload)?;
         self.core.publish_sealed(bytes, envelope, |core, body| core.publish(body, None))
+    }
+
+    /// The same, waiting for room until `deadline`.
+    pub(crate) fn publish_with_until(
+        &mut self,
+        payload: &T,
+        envelope: &Envelope,
+        deadline: Option<Instant>,
+    ) -> Result<Sequence, PublishError> {
+        let bytes = self.checked(payload)?;
+        self.core.publish_sealed(bytes, envelope, |core, body| core.publish(body, deadline))
+    }
+
+    /// Rings when a reader has made room, or has left.
+    pub(crate) fn space_bell(&self) -> &Doorbell {
+        self.core.space_bell()
     }
 
     /// Publishes a message if there is room for it now.
