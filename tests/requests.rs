@@ -2,11 +2,14 @@
 
 mod common;
 
+use std::io::Write;
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Scene, await_that, hear, say};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use shmbus::{Bus, Envelope, OpenError, Refusal, ReplyError, RequestError, Responder, Topic, Wait};
 
 const TOPIC: Topic<[u8]> = Topic::new("service").messages(64).bytes(65_536);
@@ -194,4 +197,27 @@ fn what_is_no_request_is_not_replied_to() {
     let refused = bus.requester(Topic::new("bare")).err().unwrap();
     assert!(matches!(refused, OpenError::Refused(Refusal::Options { .. })), "{refused}");
     assert!(bus.responder(Topic::new("bare")).is_err());
+}
+
+#[test]
+fn the_command_line_asks_and_replies() {
+    let scene = Scene::new("cli");
+    let bus = scene.open();
+    let nobody = scene.shmbus(&["request", "upper"]).output().unwrap();
+    assert_eq!((nobody.status.code(), nobody.stdout.len()), (Some(1), 0));
+    let said = String::from_utf8(nobody.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("nobody responds on topic \"upper\""), "{said}");
+    let mut responder = scene.shmbus(&["respond", "upper", "--exec", "tr a-z A-Z"]).spawn().unwrap();
+    await_that("the responder", || bus.topic("upper").is_ok_and(|topic| topic.subscribers.len() == 1));
+    let mut asking = scene.shmbus(&["request", "upper"]).stdin(Stdio::piped()).spawn().unwrap();
+    asking.stdin.take().unwrap().write_all(b"hello").unwrap();
+    let asked = asking.wait_with_output().unwrap();
+    assert_eq!((asked.status.code(), asked.stdout), (Some(0), b"HELLO".to_vec()));
+    kill(Pid::from_raw(responder.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(responder.wait().unwrap().code(), Some(128 + Signal::SIGTERM as i32));
+    let _mute = bus.responder(Topic::new("upper")).unwrap();
+    let late = scene.shmbus(&["request", "upper", "--timeout", "50ms"]).output().unwrap();
+    assert_eq!(late.status.code(), Some(1));
+    assert!(String::from_utf8(late.stderr).unwrap().contains("no reply on topic \"upper\" within 50ms"));
 }

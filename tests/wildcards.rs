@@ -424,3 +424,21 @@ fn readers_are_counted_without_the_coordinator() {
         nix::sys::signal::kill(scene.server("keeper"), Signal::SIGCONT).unwrap();
     }
 }
+
+#[test]
+fn the_command_line_reads_patterns() {
+    let scene = Scene::new("cli");
+    let bus = scene.open();
+    publish(&bus, "orders.old", 3);
+    let args = ["sub", "orders.>", "--from", "oldest", "--count", "2"];
+    let plain = scene.shmbus(&args).spawn().unwrap();
+    let json = scene.shmbus(&[&args[..], &["--json"]].concat()).spawn().unwrap();
+    await_that("both", || subscribers(&bus, "orders.old") == 2);
+    publish(&bus, "orders.new.eu", 4);
+    let plain = plain.wait_with_output().unwrap();
+    assert_eq!((plain.status.code(), plain.stdout), (Some(0), vec![7; 7]));
+    let lines = String::from_utf8(json.wait_with_output().unwrap().stdout).unwrap();
+    assert!(lines.contains(r#""topic":"orders.old""#) && lines.contains(r#""topic":"orders.new.eu""#), "{lines}");
+    let bad = scene.shmbus(&["sub", "orders.>.x"]).output().unwrap();
+    assert_eq!(bad.status.code(), Some(2));
+}
