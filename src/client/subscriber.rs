@@ -39,7 +39,7 @@ pub enum Start {
     /// With the first retained message that was published at this time or later; needs a topic with envelopes.
     Time(SystemTime),
     /// With the newest message of each key, in their order, then everything published from now on; needs a topic with
-    /// envelopes. Messages without a key count as having the same one.
+    /// envelopes. Messages without a key count as having the same one. Opening reads the topic once, through a second cursor.
     LastPerKey,
 }
 
