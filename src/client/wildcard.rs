@@ -212,8 +212,10 @@ impl WildcardCore {
             return Look::Found(Err(trouble));
         }
         let before = self.generation;
-        let news = match self.look_for_topics() {
-            Ok(news) => news,
+        // Without its coordinator the subscription goes on with the topics it has, and says so when they have nothing.
+        let (news, cut_off) = match self.look_for_topics() {
+            Ok(news) => (news, None),
+            Err(error @ WildcardError::Connect(_)) => (News::OnTheirWay, Some(error)),
             Err(error) => return Look::Found(Err(error)),
         };
         let mut unvisited = self.topics.len();
@@ -240,7 +242,10 @@ impl WildcardCore {
                 Err(RecvError::TimedOut) => self.next = turn + 1,
             }
         }
-        self.nothing(before, &news)
+        match cut_off {
+            Some(error) => Look::Found(Err(error)),
+            None => self.nothing(before, &news),
+        }
     }
 
     fn nothing<R>(&self, before: u64, news: &News) -> Look<Result<R, WildcardError>> {
@@ -284,6 +289,8 @@ impl WildcardCore {
             _ if self.notice.has_ended() || self.topics.iter_mut().any(ready) => Look::Found(()),
             Ok(News::AllHere) => Look::Nothing,
             Ok(News::OnTheirWay) => Look::Soon,
+            // Being cut off is found again by the receive, what is wrong with a topic is not.
+            Err(WildcardError::Connect(_)) => Look::Found(()),
             Err(error) => {
                 self.trouble = Some(error);
                 Look::Found(())
