@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use shmbus::{Bus, Envelope, Start, Topic};
 
-const ORDERS: Topic<[u8]> = Topic::new("orders").ttl(Duration::from_secs(3600));
+const ORDERS: Topic<[u8]> = Topic::new("example.orders").ttl(Duration::from_secs(3600));
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let bus = Bus::open_default()?;
