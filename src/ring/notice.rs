@@ -1,5 +1,5 @@
 //! The notice: how the coordinator tells the sleeping owner of a wildcard subscription that topics have come
-//! (ARCHITECTURE.md §3.5).
+//! (ARCHITECTURE.md §3.6).
 
 use crate::ring::doorbell::Doorbell;
 use crate::sync::{AtomicU64, Ordering};
