@@ -24,7 +24,8 @@ pub(crate) const MAX_PACKET_FDS: usize = 128;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// First packet of a connection. A returning participant names its incarnation and what it still holds;
-    /// handles it does not name are released.
+    /// handles it does not name are released, but for the cursors of a wildcard subscription that it names: those it is
+    /// told of again.
     Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
     /// Creates a topic. With `exist_ok` an existing topic with the same options is fine. An `ephemeral` one is removed when
     /// the participant that created it leaves or dies.
