@@ -155,8 +155,8 @@ pub struct TopicOptions {
     pub envelope: bool,
     /// How long a message lives that says nothing about it, in milliseconds; 0: for ever. Needs `envelope`.
     pub ttl_ms: u64,
-    /// How old a message gets before it is given up, unless a gating reader still needs it, in milliseconds; 0: as old
-    /// as the ring allows. The coordinator looks every tenth of it (100 ms to 10 s). Needs `envelope`.
+    /// How old a message gets before it is given up, unless a gating reader still needs it (also with `hold`), in
+    /// milliseconds; 0: as old as the ring allows. The coordinator looks every tenth of it (100 ms to 10 s). Needs `envelope`.
     pub max_age_ms: u64,
     /// A message id that was published before, within the topic's window, is a duplicate. Needs `envelope`.
     pub dedup: bool,

@@ -7,7 +7,7 @@ use super::runs::Run;
 use super::{WritePort, arena_slack};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers, readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Stop, still_retained};
 use crate::ring::many::{self, Record};
@@ -172,6 +172,11 @@ impl WritePort for ManyPort {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         if self.writer.log().readers.readers.wants_attention() { self.writer.log().header.gone() } else { None }
+    }
+
+    fn readers(&self) -> Readers {
+        let log = self.writer.log();
+        readers(&log.readers, &log.cursors)
     }
 
     fn inline_bytes(&self) -> usize {

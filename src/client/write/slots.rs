@@ -4,7 +4,7 @@ use super::WritePort;
 use super::runs::Run;
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 use crate::ring::slot::{Body, Slot};
@@ -34,6 +34,8 @@ pub(crate) trait SlotEnd: Send {
     fn gone(&self) -> Option<GoneReason>;
     /// Where the retained messages of a publisher are.
     fn runs_of(&self, publisher: u64) -> Vec<Run>;
+    /// Who reads; stale at once.
+    fn readers(&self) -> Readers;
     /// The last call.
     fn leave(&mut self);
 }
@@ -167,6 +169,10 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         self.end.gone()
+    }
+
+    fn readers(&self) -> Readers {
+        self.end.readers()
     }
 
     fn inline_bytes(&self) -> usize {

@@ -1,10 +1,13 @@
 //! Giving up messages before the ring needs their room: all that nobody holds, or what has grown too old.
 
+use std::ops::Range;
+
 use super::{Parts, TopicMemory, wake};
 use crate::client::envelope::now_ns;
 use crate::error::Refusal;
-use crate::ring::arena::Span;
-use crate::ring::exclusive::{self, ExclusiveLog, Poll};
+use crate::ring::arena::{Arena, Span};
+use crate::ring::cursor::lowest;
+use crate::ring::exclusive::{self, Poll};
 use crate::ring::gate::{Gate, Policy, Want};
 use crate::ring::log::Place;
 use crate::ring::many::{ManyLog, Record};
@@ -12,7 +15,7 @@ use crate::ring::slot::Kind;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, RECORD_HEADER_BYTES};
 use crate::shm::topic;
 use crate::sync::Ordering;
-use crate::topic::Mode;
+use crate::topic::{Full, Mode};
 
 /// Positions looked at in one go, so that nobody waits long for the coordinator.
 const POSITIONS_PER_LOOK: u64 = 1 << 16;
@@ -27,17 +30,22 @@ impl TopicMemory {
 
     /// Gives up what is older than the topic's `max_age_ms`, as far as no gating reader holds it. What is too much for one
     /// look goes with the next.
-    pub(crate) fn give_up_old(&self, checkpoint: u32) -> Result<Option<u32>, Refusal> {
-        let max_age_ns = self.info.options.max_age_ms.saturating_mul(1_000_000);
-        let oldest_ns = now_ns().saturating_sub(max_age_ns);
+    pub(crate) fn give_up_old(&self, checkpoint: u32) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
         let tail = self.tail()?;
-        let Parts::Log { segments, .. } = &self.parts else { return Ok(None) };
         // Acquire: A-INTENT, as a joiner would look at it.
         let intent = segments.header().intent.0.load(Ordering::Acquire);
-        // One after the other: publishers take the time before they take their place, so it need not grow steadily.
-        let is_old = |position: &u64| self.published_ns(*position).is_some_and(|at_ns| at_ns < oldest_ns);
-        let old = (intent..tail.position.min(intent.saturating_add(POSITIONS_PER_LOOK))).take_while(is_old).count();
-        Ok(if old > 0 { self.give_up(checkpoint, tail, intent + old as u64) } else { None })
+        // What is held is not worth a look; the gate asks the readers once more.
+        let held = lowest(&segments.readers(), &segments.cursor_lines(&self.info));
+        let held = held.filter(|_| self.info.options.full != Full::Overwrite);
+        let held_from = held.map_or(u64::MAX, |lowest| lowest.position);
+        let end = tail.position.min(held_from).min(intent.saturating_add(POSITIONS_PER_LOOK));
+        let max_age_ns = self.info.options.max_age_ms.saturating_mul(1_000_000);
+        let old = self.count_older(intent..end, now_ns().saturating_sub(max_age_ns));
+        if old > 0 {
+            self.give_up(checkpoint, tail, intent + old);
+        }
+        Ok(())
     }
 
     /// Raises the floor to `below`, or as far as gating readers allow, in the way a publisher does (I-2 to I-5). Unread
@@ -71,43 +79,60 @@ impl TopicMemory {
         held_by
     }
 
-    /// When the message at `position` was published, as its envelope says; 0 for a hole. `None` where there is none.
-    fn published_ns(&self, position: u64) -> Option<u64> {
-        let Parts::Log { segments, .. } = &self.parts else { return None };
-        match self.info.options.mode {
-            Mode::Many => self.record_published_ns(&segments.many(&self.info), position),
-            _ => self.slot_published_ns(segments.exclusive::<7>(&self.info), position),
-        }
+    /// How many of these positions, from the first on, hold what was published before this time. One after the other:
+    /// publishers take the time before they take their place, so it need not grow steadily.
+    fn count_older(&self, positions: Range<u64>, than_ns: u64) -> u64 {
+        let Parts::Log { segments, .. } = &self.parts else { return 0 };
+        let is_old = |published_ns: Option<u64>| published_ns.is_some_and(|at_ns| at_ns < than_ns);
+        let count = if self.info.options.mode == Mode::Many {
+            let log = segments.many(&self.info);
+            positions.take_while(|position| is_old(self.record_published_ns(&log, *position))).count()
+        } else {
+            let mut reader = exclusive::Reader::new(segments.exclusive::<7>(&self.info), positions.start);
+            let mut is_next_old = || {
+                let old = is_old(self.slot_published_ns(&reader));
+                reader.step();
+                old
+            };
+            positions.take_while(|_| is_next_old()).count()
+        };
+        count as u64
     }
 
-    /// All messages of a batch have one timestamp.
+    /// When the batch at `position` was published, which is the same for all its messages; `None` where there is none.
     fn record_published_ns(&self, log: &ManyLog, position: u64) -> Option<u64> {
-        let Parts::Log { arenas, .. } = &self.parts else { return None };
         let word = log.committed(position)?;
         if word.is_fence() {
             return Some(0);
         }
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
-        let arena = &arenas.get(slot as usize)?.as_ref()?.arena;
-        Record::read(arena, offset)?;
+        Record::read(self.arena(slot)?, offset)?;
         let table = if word.count() == 1 { 0 } else { (word.count() * 4).next_multiple_of(self.info.batch_align()) };
-        let head = Span { offset: offset + RECORD_HEADER_BYTES + table, len: ENVELOPE_HEAD_BYTES as u64 };
-        arena.contains(head).then(|| arena.load(head.offset))
+        self.envelope_published_ns(slot, offset + RECORD_HEADER_BYTES + table)
     }
 
-    fn slot_published_ns(&self, log: ExclusiveLog<7>, position: u64) -> Option<u64> {
-        let Parts::Log { arenas, .. } = &self.parts else { return None };
-        if let Some(span) = log.span_at(position) {
-            let head = Span { offset: span.offset, len: ENVELOPE_HEAD_BYTES as u64 };
-            let arena = &arenas.first()?.as_ref()?.arena;
-            return arena.contains(head).then(|| arena.load(head.offset));
-        }
-        let reader = exclusive::Reader::new(log, position);
+    /// When the reader's next message was published; 0 for a hole, `None` where there is none.
+    fn slot_published_ns(&self, reader: &exclusive::Reader<7>) -> Option<u64> {
         let Poll::Ready(word) = reader.poll() else { return None };
-        let mut published_ns = [0; 8];
-        if word.kind() == Kind::Inline {
-            reader.slot().read(&mut published_ns);
+        match word.kind() {
+            Kind::Arena => self.envelope_published_ns(0, reader.slot().read_span().offset),
+            Kind::Inline => {
+                let mut published_ns = [0; 8];
+                reader.slot().read(&mut published_ns);
+                Some(u64::from_le_bytes(published_ns))
+            }
+            Kind::Hole | Kind::Empty => Some(0),
         }
-        Some(u64::from_le_bytes(published_ns))
+    }
+
+    fn envelope_published_ns(&self, slot: u32, offset: u64) -> Option<u64> {
+        let arena = self.arena(slot)?;
+        let head = Span { offset, len: ENVELOPE_HEAD_BYTES as u64 };
+        arena.contains(head).then(|| arena.load(offset))
+    }
+
+    fn arena(&self, slot: u32) -> Option<&Arena> {
+        let Parts::Log { arenas, .. } = &self.parts else { return None };
+        Some(&arenas.get(slot as usize)?.as_ref()?.arena)
     }
 }
