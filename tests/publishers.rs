@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use common::{LIMIT, Process, Random, Scene, await_that, of_mode, say, seed};
 use nix::sys::signal::{Signal, kill};
-use shmbus::{Bus, Full, Mode, OpenError, PublishError, Publisher, Refusal, Sequence, Start, Subscriber, Topic};
+use shmbus::{
+    Bus, Envelope, Full, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start, Subscriber,
+    Topic,
+};
 
 /// Kinds of topics that keep names.
 const MODES: [Mode; 2] = [Mode::Many, Mode::Exclusive];
@@ -29,6 +32,7 @@ fn role() {
     let bus = Bus::open_default().unwrap();
     match role.as_str() {
         "resume" => resume(&bus, &arguments),
+        "publish ids" => publish_ids(&bus, &arguments),
         "publish until fenced" => publish_until_fenced(&bus, &arguments),
         _ => panic!("no role {role}"),
     }
@@ -366,8 +370,11 @@ fn read_lives(mut subscriber: Subscriber<[u8]>, done: &AtomicBool) -> u64 {
     loop {
         // Acquire: what had been published before `done` is found after it.
         let over = done.load(Ordering::Acquire);
-        let Ok(message) = subscriber.recv_timeout(Duration::from_millis(20)) else {
-            if over { return last } else { continue }
+        let message = match subscriber.recv_timeout(Duration::from_millis(20)) {
+            Ok(message) => message,
+            Err(RecvError::TimedOut) if over => return last,
+            Err(RecvError::TimedOut) => continue,
+            Err(error) => panic!("{error}"),
         };
         let text = text(&message);
         let (life, number) = text.split_once(':').unwrap();
@@ -405,4 +412,99 @@ fn names_survive_the_coordinator() {
             assert_eq!(publisher.last_number(), Some(number), "{mode}");
         }
     }
+}
+
+fn with_ids(mode: Mode) -> Topic<[u8]> {
+    of_mode(mode, Topic::named(format!("ids.{mode}"))).messages(64).bytes(64 << 10).dedup()
+}
+
+fn id(text: &str) -> Envelope {
+    Envelope::new().id(text.as_bytes())
+}
+
+fn duplicate_of(sequence: u64) -> PublishError {
+    PublishError::Duplicate { sequence: Some(Sequence::new(sequence)) }
+}
+
+#[test]
+fn an_id_is_published_once_within_the_window() {
+    let scene = Scene::new("ids");
+    let bus = scene.open();
+    for mode in MODES {
+        let topic = with_ids(mode).full(Full::Overwrite);
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        publisher.publish_with(b"a", &id("a")).unwrap();
+        publisher.publish(b"none").unwrap();
+        publisher.publish(b"none").unwrap();
+        let publish = |publisher: &mut Publisher<[u8]>, ids: [&str; 2]| {
+            let envelopes = ids.map(id);
+            publisher.publish_batch_with(envelopes.iter().map(|envelope| (&b"batch"[..], envelope)))
+        };
+        assert_eq!(publish(&mut publisher, ["b", "c"]), Ok(Sequence::new(3)), "{mode}");
+        assert_eq!(publisher.publish_with(b"again", &id("a")), Err(duplicate_of(0)), "{mode}");
+        assert_eq!(publisher.publish_with(b"again", &id("c")), Err(duplicate_of(4)), "{mode}");
+        assert_eq!(publish(&mut publisher, ["d", "b"]), Err(duplicate_of(3)), "all or nothing");
+        assert_eq!(publish(&mut publisher, ["e", "e"]), Err(PublishError::Duplicate { sequence: None }));
+        // A newcomer finds them in the log.
+        drop(publisher);
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        assert_eq!(publisher.publish_with(b"again", &id("b")), Err(duplicate_of(3)), "{mode}");
+        assert_eq!(publisher.publish_with(b"d", &id("d")), Ok(Sequence::new(5)));
+        // The window is what the topic retains.
+        (0..4096).for_each(|_| assert!(publisher.publish(b"fills the ring").is_ok()));
+        assert!(publisher.publish_with(b"a", &id("a")).is_ok(), "{mode}");
+    }
+}
+
+/// On a topic for many, another publisher may have published the id a moment ago, in an arena that is new.
+#[test]
+fn ids_of_other_publishers_count() {
+    let scene = Scene::new("others-ids");
+    let bus = scene.open();
+    let other = scene.open();
+    let mut first = bus.publisher(with_ids(Mode::Many)).unwrap();
+    first.publish_with(b"a", &id("a")).unwrap();
+    for n in 0..8 {
+        let name = format!("id {n}");
+        let mut newcomer = other.publisher(with_ids(Mode::Many)).unwrap();
+        assert_eq!(newcomer.publish_with(b"a", &id("a")), Err(duplicate_of(0)));
+        let sequence = newcomer.publish_with(b"x", &id(&name)).unwrap();
+        assert_eq!(first.publish_with(b"x", &id(&name)), Err(duplicate_of(sequence.get())));
+        std::mem::forget(newcomer); // its slot stays taken, so the next one gets a new arena
+    }
+}
+
+/// How many ids are raced for.
+const RACED: u64 = 3000;
+
+/// Publishes every id, and says how many of them it was the first with.
+fn publish_ids(bus: &Bus, _arguments: &str) {
+    let mut publisher = bus.publisher(with_ids(Mode::Many).messages(4096)).unwrap();
+    say("ready");
+    common::hear();
+    let first = (0..RACED).filter(|n| match publisher.publish_with(&n.to_le_bytes(), &id(&n.to_string())) {
+        Ok(_) => true,
+        Err(PublishError::Duplicate { sequence: Some(_) }) => false,
+        Err(error) => panic!("{error}"),
+    });
+    say(&first.count().to_string());
+    common::hear();
+}
+
+#[test]
+fn ids_that_processes_race_for_are_published_once() {
+    let scene = Scene::new("race");
+    let bus = scene.open();
+    let topic = topic_created(&bus, &with_ids(Mode::Many).messages(4096));
+    let mut subscriber = subscriber(&bus, &topic);
+    let mut racers: Vec<Process> = (0..3).map(|_| scene.start("publish ids", "")).collect();
+    racers.iter_mut().for_each(|racer| racer.expect("ready"));
+    racers.iter_mut().for_each(|racer| racer.tell("go"));
+    let published: u64 = racers.iter_mut().map(|racer| racer.line().parse::<u64>().unwrap()).sum();
+    assert_eq!(published, RACED);
+    for expected in 0..RACED {
+        let message = subscriber.recv_timeout(LIMIT).unwrap();
+        assert_eq!(u64::from_le_bytes(message.as_bytes().try_into().unwrap()), expected);
+    }
+    assert!(subscriber.try_recv().unwrap().is_none());
 }

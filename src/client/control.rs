@@ -71,7 +71,7 @@ struct Inner {
     /// Why nothing can be asked any more.
     end: Option<End>,
     holds: HashSet<HandleRef>,
-    /// Arenas announced for the topics we subscribe to. They stay here, several subscribers may ask for one.
+    /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
     arenas: HashMap<(u64, u32), OwnedFd>,
     /// Topics of wildcard subscriptions that nobody has taken yet.
     pushed: Pushed,
@@ -402,7 +402,7 @@ impl Inner {
             }
         }
         let holds = &self.holds;
-        self.arenas.retain(|(topic, _), _| subscribes(holds, *topic));
+        self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
         self.receive_all();
         if self.socket.is_none() {
             // The Hello leaves them out. If that is not possible now, the next one will.
@@ -450,7 +450,7 @@ impl Inner {
     fn receive(&mut self, answer: Answer, mut fds: Vec<OwnedFd>) {
         match answer {
             Answer::ArenaAdded { topic, slot } => {
-                if let Some(fd) = fds.pop().filter(|_| subscribes(&self.holds, topic)) {
+                if let Some(fd) = fds.pop().filter(|_| may_read(&self.holds, topic)) {
                     self.arenas.insert((topic, slot), fd);
                 }
             }
@@ -529,11 +529,13 @@ fn opened_handle(answer: &Answer) -> Option<HandleRef> {
     }
 }
 
-/// Whether we read the topic, as subscriber or consumer, and so must know its arenas.
-fn subscribes(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
+/// Whether there is a handle that may read the topic's arenas.
+fn may_read(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
     holds.iter().any(|handle| match handle {
-        HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => *topic == wanted,
-        HandleRef::Publisher { .. } | HandleRef::Wildcard { .. } => false,
+        HandleRef::Publisher { topic, .. }
+        | HandleRef::Subscriber { topic, .. }
+        | HandleRef::Consumer { topic, .. } => *topic == wanted,
+        HandleRef::Wildcard { .. } => false,
     })
 }
 

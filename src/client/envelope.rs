@@ -268,6 +268,17 @@ pub(crate) fn split(body: &[u8], align: u64) -> Option<(EnvelopeView<'_>, &[u8])
     Some((EnvelopeView::new(head, fields)?, payload))
 }
 
+/// Longest beginning of a body that [`id_in`] needs.
+pub(crate) const ID_WITHIN_BYTES: usize = ENVELOPE_HEAD_BYTES + MAX_KEY_BYTES + MAX_ID_BYTES;
+
+/// The id in the envelope that begins `body`, if it has one and is not garbled; `body` may end after
+/// [`ID_WITHIN_BYTES`].
+pub(crate) fn id_in(body: &[u8]) -> Option<&[u8]> {
+    let head = Head::decode(*body.first_chunk()?)?;
+    let id = body.get(ENVELOPE_HEAD_BYTES + head.key..)?.get(..head.id)?;
+    (!id.is_empty()).then_some(id)
+}
+
 /// The envelope of the message a handle found last, copied out of shared memory.
 #[derive(Default)]
 pub(crate) struct Opened {

@@ -141,7 +141,7 @@ impl PublisherCore {
         let held = Held::new(control.clone(), handle);
         let info = Arc::new(info);
         let place = Tenure { slot, publisher, opening, tenancy, last_number };
-        let port = Port::attach(&info, place, &segments, fds)?;
+        let port = Port::attach(&info, place, &segments, fds, control)?;
         let options = info.options.clone();
         Ok(PublisherCore {
             port,
@@ -211,6 +211,7 @@ impl Port {
         tenure: Tenure,
         named: &[SegmentRef],
         mut fds: Vec<OwnedFd>,
+        control: &Arc<Control>,
     ) -> Result<Port, AttachError> {
         let Tenure { slot, publisher, opening, tenancy, last_number } = tenure;
         if info.options.mode == Mode::Channel {
@@ -224,6 +225,7 @@ impl Port {
             SegmentRef::Arena(slot) => Some((*slot, fd)),
             _ => None,
         }));
+        let others = if info.options.dedup { others.and_later(control.clone()) } else { others };
         let segments = LogSegments {
             log: Segment::attach(log.as_fd(), &info.log(), Access::ReadWrite)?,
             cursors: Segment::attach(cursors.as_fd(), &info.cursors(), Access::ReadWrite)?,
@@ -237,13 +239,13 @@ impl Port {
                 let log = segments.exclusive::<1>(info);
                 let tail = log.tail().ok_or_else(no_tail)?;
                 let writer = exclusive::Writer::new(log, info.policy(), tenancy as u8, tail);
-                Port::ExclusiveSmall(write::exclusive(writer, arena, messages))
+                Port::ExclusiveSmall(write::exclusive(writer, arena, messages, info.options.dedup))
             }
             (Mode::Exclusive, false) => {
                 let log = segments.exclusive::<7>(info);
                 let tail = log.tail().ok_or_else(no_tail)?;
                 let writer = exclusive::Writer::new(log, info.policy(), tenancy as u8, tail);
-                Port::Exclusive(write::exclusive(writer, arena, messages))
+                Port::Exclusive(write::exclusive(writer, arena, messages, info.options.dedup))
             }
             _ => {
                 let writer = many::Writer::new(segments.many(info), info.policy(), slot).ok_or_else(no_tail)?;
@@ -529,6 +531,7 @@ impl PublisherCore {
         match stop {
             Stop::Corrupt(problem) => PublishError::Corrupt(problem),
             Stop::Fenced => PublishError::Fenced,
+            Stop::Duplicate(sequence) => PublishError::Duplicate { sequence: sequence.map(Sequence::new) },
             Stop::Blocked(Blocked { cursor, position }) => {
                 // Readers give back in steps; whoever meets a full ring wants what they have read already.
                 self.space_bell().urge();

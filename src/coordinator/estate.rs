@@ -703,8 +703,8 @@ impl Estate {
         };
         let memory = self.memory(topic)?;
         let mut fds = memory.publisher_fds(slot)?;
-        if opened.identity.is_some() {
-            // Where its predecessors' messages lie.
+        if opened.identity.is_some() || entry.info.options.dedup {
+            // Where its predecessors' messages lie, or ids.
             for other in (0..entry.max_publishers()).filter(|other| *other != slot && memory.has_arena(*other)) {
                 segments.push(SegmentRef::Arena(other));
                 fds.push(memory.arena_fd(other)?);

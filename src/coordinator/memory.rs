@@ -1,10 +1,9 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
 mod groups;
-
-use std::collections::BTreeMap;
 mod retention;
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::memory::groups::GroupMemory;
@@ -291,7 +290,7 @@ impl TopicMemory {
                 Refusal::FullForFence { topic: self.info.name.clone(), holder: holder.to_string() }
             }
             Stop::Corrupt(problem) => corrupt(&self.info, problem.to_owned()),
-            Stop::Fenced => corrupt(&self.info, "the coordinator is fenced".to_owned()),
+            Stop::Fenced | Stop::Duplicate(_) => corrupt(&self.info, "the coordinator cannot fence".to_owned()),
         }
     }
 

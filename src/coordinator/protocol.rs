@@ -153,8 +153,8 @@ pub(crate) enum Answer {
     Created { existed: bool },
     /// To `RemoveTopic`, `RemoveGroup`, `RewindGroup`, `Reclaim`, `Close`, `Stop`.
     Done,
-    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone); under an identity, also
-    /// every other arena there is, read-only. `opening` is never given twice, `publisher` goes with the identity.
+    /// To `OpenPublisher`. Segments: log, cursors, own arena (a channel: the channel segment alone); under an identity, and where ids
+    /// are compared, also every other arena there is, read-only. `opening` is never given twice, `publisher` goes with the identity.
     PublisherOpened {
         info: TopicInfo,
         slot: u32,
@@ -193,7 +193,8 @@ pub(crate) enum Answer {
     Names { names: Vec<NameStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
-    /// Unasked, to every participant with a subscriber or consumer on the topic: a new arena, its descriptor rides along.
+    /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
+    /// too): a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
     /// To `OpenWildcard`, after the `WildcardTopic` of every existing topic. The notice's descriptor rides along.
     WildcardOpened { wildcard: u64 },

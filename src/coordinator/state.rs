@@ -223,7 +223,7 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
-    /// Connected processes with a subscriber or consumer on the topic: they must know its arenas.
+    /// Connected processes that read the topic's messages: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
         self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
     }
@@ -418,17 +418,18 @@ impl State {
 }
 
 impl TopicEntry {
+    /// Who reads its messages: subscribers, consumers and, where ids are compared, publishers.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> + '_ {
+        let publishers = self.publishers.values().filter(|_| self.info.options.dedup).map(|p| p.incarnation);
+        self.subscribers.values().map(|s| s.incarnation).chain(publishers).chain(self.consuming())
+    }
+
     /// Every handle on the topic.
     pub(crate) fn handles(&self) -> Vec<HandleRef> {
         let topic = self.info.id;
         let publishers = self.publishers.keys().map(|&slot| HandleRef::Publisher { topic, slot });
         let subscribers = self.subscribers.keys().map(|&cursor| HandleRef::Subscriber { topic, cursor });
         self.group_handles().chain(publishers).chain(subscribers).collect()
-    }
-
-    /// Processes with a subscriber or a consumer.
-    pub(crate) fn readers(&self) -> impl Iterator<Item = u64> {
-        self.subscribers.values().map(|subscriber| subscriber.incarnation).chain(self.consuming())
     }
 
     /// A checkpoint that no publisher writes now, so that the coordinator may; `None` while every slot is taken.

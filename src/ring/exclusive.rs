@@ -86,6 +86,14 @@ impl<const W: usize> ExclusiveLog<W> {
         (word.commits(position) && word.kind() != Kind::Hole).then(|| word.tenancy())
     }
 
+    /// Length of the payload in the slot of the message at `position`, if it is there and has one.
+    #[cfg(not(loom))]
+    pub(crate) fn inline_at(&self, position: u64) -> Option<usize> {
+        // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
+        let word = Word(self.ring.at(position).word.load(Ordering::Acquire));
+        (word.commits(position) && word.kind() == Kind::Inline).then(|| word.length())
+    }
+
     /// The arena payload that the message at `position` refers to, if it has one.
     #[cfg(not(loom))]
     pub(crate) fn span_at(&self, position: u64) -> Option<Span> {

@@ -42,6 +42,8 @@ pub enum Stop {
     Corrupt(&'static str),
     /// A successor has taken the publisher's name.
     Fenced,
+    /// A message with the same id is there already; its sequence, unless it is one of the same batch.
+    Duplicate(Option<u64>),
 }
 
 /// What a publisher asks of the gate.

@@ -384,7 +384,8 @@ impl Writer {
     }
 
     /// Publishes the record at `offset` of `arena`, which is number `unit` over all arenas and holds `count` messages, the last
-    /// of them with the publisher's own `number`. On `Stop` nothing has happened. Returns where it was committed.
+    /// of them with the publisher's own `number`. `check` is asked before each attempt: everything before the place it is given
+    /// is committed, and nothing will be put between. On `Stop` nothing has happened. Returns where it was committed.
     pub(crate) fn publish(
         &mut self,
         arena: &Arena,
@@ -392,8 +393,10 @@ impl Writer {
         unit: u64,
         count: u64,
         number: u64,
+        mut check: impl FnMut(&ManyLog, Place) -> Result<(), Stop>,
     ) -> Result<Place, Stop> {
         let mut expected = self.walk_to_free()?;
+        check(&self.log, self.at)?;
         if let Some(last) = self.last {
             self.note().prepare(self.at.position, last, number);
         }
@@ -407,6 +410,7 @@ impl Writer {
                 return Ok(self.committed(new, number));
             }
             expected = self.walk_to_free()?;
+            check(&self.log, self.at)?;
         }
     }
 
@@ -473,6 +477,30 @@ impl Writer {
         self.claim(stopped.expected, stopped.new)
     }
 
+    /// Publishes one word under an identity, and dies after some steps (models): 0 the number is prepared, 1 the note is
+    /// pending, 2 the entry is swapped, 3 the note says so. Returns whether it was committed.
+    #[cfg(loom)]
+    pub fn publish_and_die(&mut self, arena: &Arena, offset: u64, unit: u64, number: u64, steps: u32) -> bool {
+        let last = self.last.expect("an identity");
+        loop {
+            let Ok(Claim { expected, new }) = self.stop_before_claim(arena, offset, unit, number) else { return false };
+            self.note().prepare(self.at.position, last, number);
+            if steps == 0 {
+                return false;
+            }
+            self.note().pend(self.at.position);
+            if steps == 1 {
+                return false;
+            }
+            if self.claim(expected, new) {
+                if steps == 3 {
+                    self.committed(new, number);
+                }
+                return true;
+            }
+        }
+    }
+
     /// Wakes readers that sleep.
     #[inline]
     pub fn notify(&self) {
@@ -491,7 +519,7 @@ impl Writer {
     pub fn publish_word(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<u64, Stop> {
         Record::write(arena, offset, 1, 8, 1);
         arena.store(offset + RECORD_HEADER_BYTES, value);
-        self.publish(arena, offset, unit, 1, value).map(|place| place.position)
+        self.publish(arena, offset, unit, 1, value, |_, _| Ok(())).map(|place| place.position)
     }
 }
 
@@ -544,6 +572,18 @@ impl Reader {
     /// Continues somewhere else.
     pub fn move_to(&mut self, place: Place) {
         self.next = place;
+    }
+
+    /// Reads the next entry, if it is there: the word of its record, or `None` for a fence (models).
+    #[cfg(loom)]
+    pub fn read_word(&mut self, locate: impl Fn(u64) -> (Arena, u64)) -> Option<Option<u64>> {
+        let Poll::Ready(word) = self.poll() else { return None };
+        let value = (!word.is_fence()).then(|| {
+            let (arena, offset) = locate(word.unit());
+            arena.load(offset + RECORD_HEADER_BYTES)
+        });
+        self.step(word);
+        Some(value)
     }
 
     /// Copies the word at the next entry out, if it is there, and stays where it is (models): what the record says

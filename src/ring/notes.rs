@@ -61,7 +61,7 @@ impl Note {
         // Release ×3, in this order: R-NOTE pairs with A-NOTE (last): who sees one of them sees those before, so each
         // number is in its place before the note makes it count. Crash points: each leaves `last`.
         self.base.store(last, Ordering::Release);
-        self.note.store(word(at, VOID), Ordering::Release);
+        self.put(word(at, VOID));
         self.number.store(number, Ordering::Release);
     }
 
@@ -69,14 +69,25 @@ impl Note {
     #[inline]
     pub(crate) fn pend(&self, position: u64) {
         // Release: R-NOTE pairs with A-NOTE (last, settle). The swap itself (R-CLAIM) shows it to whoever walks past.
-        self.note.store(word(position, PENDING), Ordering::Release);
+        self.put(word(position, PENDING));
     }
 
     /// The owner's swap at `position` succeeded.
     #[inline]
     pub(crate) fn commit(&self, position: u64) {
         // Release: R-NOTE pairs with A-NOTE (last).
-        self.note.store(word(position, COMMITTED), Ordering::Release);
+        self.put(word(position, COMMITTED));
+    }
+
+    /// Stores the owner's note.
+    #[inline]
+    fn put(&self, note: u64) {
+        #[cfg(not(loom))]
+        self.note.store(note, Ordering::Release);
+        // What a compare-and-swap writes directly follows what it read, so a later store comes after both. Loom does not
+        // know that, and lets the compare-and-swap of `settle` win over stores that come later.
+        #[cfg(loom)]
+        self.note.swap(note, Ordering::Release);
     }
 
     /// Decides a note that is pending below `floor`, before what lies there may be overwritten. `committed` looks at an

@@ -94,6 +94,9 @@ impl Geometry {
         if let Some((what, _)) = needs.into_iter().find(|(_, asked)| *asked && !options.envelope) {
             return Err(format!("{what} needs the envelope, which carries what it goes by; add --envelope"));
         }
+        if options.mode == Mode::Channel && options.dedup {
+            return Err("a channel keeps no messages to compare ids with; choose an exclusive topic".to_owned());
+        }
         if options.mode == Mode::Channel && options.max_age_ms > 0 {
             return Err("a channel keeps its messages until they are read; leave out --max-age".to_owned());
         }

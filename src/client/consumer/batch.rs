@@ -134,10 +134,35 @@ impl<'a, T: ?Sized> BatchItem<'a, T> {
         self.core.log.publisher_of(self.item.origin).map(|(_, number)| number)
     }
 
+    /// When it was published: CLOCK_REALTIME, in nanoseconds. `None` on topics without envelopes.
+    pub fn timestamp_ns(&self) -> Option<u64> {
+        self.core.envelope(self.item).map(|envelope| envelope.timestamp_ns())
+    }
+
+    /// The key, if the publisher gave one.
+    pub fn key(&self) -> Option<&[u8]> {
+        self.core.envelope(self.item).and_then(|envelope| envelope.key())
+    }
+
+    /// The publisher's own id of the message, if it gave one.
+    pub fn id(&self) -> Option<&[u8]> {
+        self.core.envelope(self.item).and_then(|envelope| envelope.id())
+    }
+
+    /// The headers' names and values, in the order in which the publisher added them.
+    pub fn headers(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.core.envelope(self.item).into_iter().flat_map(|envelope| envelope.headers())
+    }
+
+    /// The value of the first header of this name.
+    pub fn header(&self, name: &str) -> Option<&[u8]> {
+        self.headers().find(|(found, _)| *found == name).map(|(_, value)| value)
+    }
+
     /// The payload as bytes.
     #[inline]
     pub fn as_bytes(&self) -> &'a [u8] {
-        self.core.copies.bytes(self.item.copy)
+        self.core.payload(self.item)
     }
 
     /// Keeps this message's lease, whatever happens to the rest of the batch: to be settled later, through the consumer.

@@ -10,9 +10,12 @@ use std::time::{Duration, Instant};
 use super::copies::{Copies, Copy};
 use super::fetch::{Log, Origin};
 use super::moves::Moves;
+use super::ordered::Ordered;
 use super::scan::Scan;
 use crate::client::control::Control;
+use crate::client::envelope::{self, EnvelopeView};
 use crate::client::held::Held;
+use crate::client::read::Lengths;
 use crate::coordinator::protocol::{GroupInfo, Request};
 use crate::error::{AckError, GoneReason, RecvError};
 use crate::group::{Guarantee, LEASE_MS, whole_ms};
@@ -31,7 +34,10 @@ const ACKS_PER_FLUSH: u32 = 64;
 /// A message in hand.
 pub(super) struct Item {
     pub(super) lease: Seen,
-    pub(super) copy: Copy,
+    /// Envelope, where the topic has them, and payload.
+    pub(super) body: Copy,
+    /// Where in it the payload begins.
+    pub(super) payload_at: usize,
     pub(super) origin: Origin,
     /// Whether the program keeps the lease, so that what happens to the rest of a batch does not concern it.
     pub(super) kept: Cell<bool>,
@@ -59,8 +65,13 @@ pub(crate) struct Core {
     pub(super) reserved: Range<u64>,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
+    /// Whether we were the one at work of an exclusive group when last looked at.
+    pub(super) at_work: bool,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
+    pub(super) ordered: Ordered,
+    /// What the topic allows of payloads.
+    pub(super) lengths: Lengths,
     pub(super) copies: Copies,
     pub(super) items: Vec<Item>,
     pub(super) flush: Flush,
@@ -101,7 +112,7 @@ impl Core {
         static TOKENS: AtomicU64 = AtomicU64::new(0);
         fork::watch();
         let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
-        let moves = Moves::new(&info, &group);
+        let (moves, lengths) = (Moves::new(&info, &group), Lengths::of_payload(&info.options));
         Core {
             log,
             ledger,
@@ -117,8 +128,11 @@ impl Core {
             in_flight: 0,
             reserved: 0..0,
             candidates: VecDeque::new(),
+            at_work: false,
             scan: Scan::default(),
             moves,
+            ordered: Ordered::default(),
+            lengths,
             copies: Copies::default(),
             items: Vec::new(),
             flush: Flush::default(),
@@ -249,8 +263,8 @@ impl Core {
         if self.flush.settled >= ACKS_PER_FLUSH || self.readers.writers.is_waited_on() {
             self.raise_floor();
         }
-        if self.group.options.max_in_flight > 0 {
-            // There is room for others again.
+        if self.group.options.max_in_flight > 0 || self.group.options.ordered_by_key {
+            // There is room for others again, or the next of a key.
             self.ring_readers();
         }
     }
@@ -287,6 +301,18 @@ impl Core {
         if !self.readers.readers.is_quiet() {
             self.readers.readers.ring();
         }
+    }
+
+    /// The payload of a message in hand.
+    #[inline]
+    pub(super) fn payload(&self, item: &Item) -> &[u8] {
+        &self.copies.bytes(item.body)[item.payload_at..]
+    }
+
+    /// The envelope of a message in hand, where the topic has them.
+    pub(super) fn envelope(&self, item: &Item) -> Option<EnvelopeView<'_>> {
+        let body = self.info.options.envelope.then(|| self.copies.bytes(item.body))?;
+        envelope::split(body, self.info.batch_align()).map(|(view, _)| view)
     }
 
     /// Asks the coordinator, at most once a second for each, to fence a consumer that holds what is overdue.
@@ -351,7 +377,9 @@ impl Drop for Core {
             return;
         }
         if self.gone().is_none() && !self.ledger.is_fenced(self.me) {
-            self.work_off_moves();
+            if self.moves.is_open() {
+                self.work_off_moves();
+            }
             // What an effectively-once consumer has committed for its leases only the coordinator knows.
             if self.guarantee() != Guarantee::EffectivelyOnce {
                 self.ledger.release_owner(self.me, clock::now_ms(), |_, _| false);
@@ -360,6 +388,7 @@ impl Drop for Core {
             self.raise_floor();
             self.ring_readers();
         }
+        self.moves.close();
         // Only now may the coordinator give our number away.
         drop(self.held.take());
     }

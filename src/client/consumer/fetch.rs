@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::copies::{Copies, Copy};
 use crate::client::control::Control;
+use crate::client::read::Lengths;
 use crate::coordinator::protocol::TopicInfo;
 use crate::ring::arena::{Arena, Span};
 use crate::ring::exclusive::ExclusiveLog;
@@ -36,6 +37,7 @@ const BAD_LENGTH: Got = Got::Unsound("a message's length does not fit its place"
 const NOT_THERE: Got = Got::Unsound("a message that was handed out is not in the ring");
 
 /// The topic's log, as a consumer reads it.
+#[expect(clippy::large_enum_variant, reason = "one a consumer, and never moved")]
 pub(super) enum Log {
     Exclusive(SlotLog<7>),
     ExclusiveSmall(SlotLog<1>),
@@ -60,7 +62,7 @@ impl Log {
         with_log!(self, log => log.committed_end(from, to))
     }
 
-    /// Copies the message out. `sequence` is below the tail.
+    /// Copies the message's body out: envelope, where the topic has them, and payload. `sequence` is below the tail.
     #[inline]
     pub(super) fn read(&mut self, sequence: u64, copies: &mut Copies) -> Got {
         with_log!(self, log => log.read(sequence, copies))
@@ -89,27 +91,6 @@ impl Log {
             Log::ExclusiveSmall(log) => &log.log.header,
             Log::Many(log) => &log.log.header,
         }
-    }
-}
-
-/// What the topic says about a payload's length.
-#[derive(Clone, Copy)]
-struct Lengths {
-    min: u64,
-    max: u64,
-}
-
-impl Lengths {
-    fn of(info: &TopicInfo) -> Self {
-        match &info.options.schema {
-            Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
-            None => Lengths { min: 0, max: info.options.bytes },
-        }
-    }
-
-    #[inline]
-    fn allow(self, len: u64) -> bool {
-        self.min <= len && len <= self.max
     }
 }
 

@@ -6,6 +6,7 @@ mod core;
 mod delivery;
 mod fetch;
 mod moves;
+mod ordered;
 mod scan;
 mod take;
 

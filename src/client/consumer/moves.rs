@@ -1,17 +1,37 @@
 //! Moving messages to the dead-letter topic: word → moving (owner), copy published, word → settled.
+//!
+//! The copy goes through a publisher whose note says which message it belongs to. If we die between copy and settling, the
+//! coordinator reads the note and settles for us; if we die before, the move is anybody's.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use super::core::Core;
-use crate::coordinator::protocol::GroupInfo;
+use super::fetch::Got;
+use crate::client::envelope::{self, Envelope, EnvelopeView};
+use crate::client::publisher::OriginPublisher;
+use crate::coordinator::protocol::{GroupInfo, Identity, TopicInfo};
+use crate::error::PublishError;
 use crate::os::clock;
-use crate::ring::ledger::Seen;
-use crate::shm::topic::SharedInfo;
+use crate::ring::ledger::{MoveReason, Seen, State};
+use crate::sync::Ordering;
+use crate::topic::{Topic, TopicOptions};
+
+/// How long a move waits that met a full dead-letter topic.
+const FULL_RETRY_MS: u64 = 10;
+
+/// How long moves wait when the dead-letter topic could not be opened or used: that takes the coordinator, or people.
+const BROKEN_RETRY_MS: u64 = 1000;
 
 /// What this consumer is moving.
 pub(super) struct Moves {
     topic: String,
+    options: TopicOptions,
     queue: VecDeque<Move>,
+    /// Opened for the first move.
+    outlet: Option<OriginPublisher>,
+    /// Not before this moment.
+    retry_at: u64,
 }
 
 struct Move {
@@ -20,18 +40,173 @@ struct Move {
     text: Option<String>,
 }
 
+/// How far a move came.
+enum Outcome {
+    /// The word is settled, or not ours any more.
+    Over,
+    /// To be tried again.
+    Later(u64),
+}
+
 impl Moves {
-    pub(super) fn new(info: &SharedInfo, group: &GroupInfo) -> Self {
+    pub(super) fn new(info: &TopicInfo, group: &GroupInfo) -> Self {
         let topic = group.options.dead_letter_topic(&info.name, &group.name);
-        Moves { topic, queue: VecDeque::new() }
+        // Whatever the topic carries must fit.
+        let least = Topic::<[u8]>::named(topic.clone()).hold().envelope().options();
+        let options = TopicOptions { bytes: least.bytes.max(info.options.bytes), ..least };
+        Moves { topic, options, queue: VecDeque::new(), outlet: None, retry_at: 0 }
     }
 
     /// Notes a move that has begun.
     pub(super) fn add(&mut self, seen: Seen, text: Option<&str>) {
         self.queue.push_back(Move { seen, text: text.map(str::to_owned) });
     }
+
+    /// Closes the publisher: before the consumer's own place is given back, so that its note is final by then.
+    pub(super) fn close(&mut self) {
+        self.outlet = None;
+    }
+
+    /// Whether moves can be carried out without asking the coordinator.
+    pub(super) fn is_open(&self) -> bool {
+        self.outlet.is_some()
+    }
 }
 
 impl Core {
-    pub(super) fn work_off_moves(&mut self) {}
+    /// Goes on with the moves that wait, if there are any.
+    #[inline]
+    pub(super) fn work_off_moves(&mut self) {
+        if !self.moves.queue.is_empty() {
+            self.carry_moves_on();
+        }
+    }
+
+    #[cold]
+    fn carry_moves_on(&mut self) {
+        let now = clock::now_ms();
+        self.keep_moves(now);
+        while now >= self.moves.retry_at
+            && let Some(next) = self.moves.queue.pop_front()
+        {
+            if let Outcome::Later(ms) = self.carry_out(&next) {
+                self.moves.queue.push_front(next);
+                self.moves.retry_at = now + ms;
+            }
+        }
+    }
+
+    /// Moves that wait stay ours: an overdue one would be reclaimed, and we fenced.
+    fn keep_moves(&mut self, now: u64) {
+        let (due, half) = (self.lease_end(now), self.group.options.lease_ms / 2);
+        let (ledger, me) = (&self.ledger, self.me);
+        self.moves.queue.retain_mut(|waiting| {
+            let State::Moving(reason) = waiting.seen.state else { return false };
+            if waiting.seen.due_in(now) > half {
+                return true;
+            }
+            let kept = ledger.begin_move(waiting.seen, me, due, reason);
+            kept.map(|seen| waiting.seen = seen).is_some()
+        });
+    }
+
+    fn carry_out(&mut self, next: &Move) -> Outcome {
+        let sequence = next.seen.sequence();
+        if !self.moves.is_open() && !self.open_outlet() {
+            return Outcome::Later(BROKEN_RETRY_MS);
+        }
+        let (copy, origin) = match self.log.read(sequence, &mut self.copies) {
+            Got::Message(copy, origin) => (copy, origin),
+            Got::Hole => {
+                let settled = self.ledger.settle(next.seen);
+                self.flush.count(settled);
+                return Outcome::Over;
+            }
+            Got::Unsound(_) if self.ledger.look(sequence) == next.seen => return Outcome::Later(BROKEN_RETRY_MS),
+            Got::Unsound(_) => return Outcome::Over,
+        };
+        let publisher = self.log.publisher_of(origin).map(|(publisher, _)| publisher);
+        let body = self.copies.bytes(copy);
+        let parts = if self.info.options.envelope {
+            envelope::split(body, self.info.batch_align()).map(|(view, payload)| (Some(view), payload))
+        } else {
+            Some((None, body))
+        };
+        let published = match (parts, &mut self.moves.outlet) {
+            (Some((view, payload)), Some(outlet)) => {
+                let letter = letter(next, &self.info, &self.group, publisher, view);
+                publish(outlet, sequence, payload, &letter)
+            }
+            _ => Err(PublishError::Corrupt("a message's envelope is garbled")),
+        };
+        self.copies.undo(copy);
+        match published {
+            Ok(()) => {
+                self.count_letter(next.seen);
+                Outcome::Over
+            }
+            Err(PublishError::Full { .. } | PublishError::TimedOut { .. }) => Outcome::Later(FULL_RETRY_MS),
+            Err(_) => {
+                // Removed, perhaps: opening it again creates it again. Where we have been fenced, that is refused.
+                self.moves.close();
+                Outcome::Later(BROKEN_RETRY_MS)
+            }
+        }
+    }
+
+    fn open_outlet(&mut self) -> bool {
+        let (topic, group, consumer) = (self.info.id, self.group.id, self.me.into());
+        let origin = Identity::Origin { topic, group, consumer };
+        let opened = OriginPublisher::open(&self.control, &self.moves.topic, self.moves.options.clone(), origin);
+        self.moves.outlet = opened.ok();
+        self.moves.is_open()
+    }
+
+    /// The copy is there: the end of a move. If the coordinator was faster, it has settled the word by our note.
+    fn count_letter(&mut self, seen: Seen) {
+        let settled = self.ledger.settle(seen);
+        self.flush.count(settled);
+        // Relaxed: only shown to people.
+        self.ledger.header().counters.dead_lettered.fetch_add(u64::from(settled), Ordering::Relaxed);
+        if self.group.options.ordered_by_key {
+            self.ring_readers();
+        }
+    }
+}
+
+/// What goes with the copy: why and whence, then what went with the message.
+fn letter(
+    next: &Move,
+    info: &TopicInfo,
+    group: &GroupInfo,
+    publisher: Option<u64>,
+    original: Option<EnvelopeView<'_>>,
+) -> Envelope {
+    let reason = match (&next.text, next.seen.state) {
+        (Some(text), _) => text,
+        (None, State::Moving(MoveReason::Rejected)) => "rejected",
+        (None, State::Moving(MoveReason::Expired)) => "expired",
+        _ => "attempts exhausted",
+    };
+    let number = |number: u64| number.to_string();
+    let mut letter = Envelope::new()
+        .ttl(std::time::Duration::MAX)
+        .header("reason", reason.as_bytes())
+        .header("attempts", number(next.seen.attempt.into()).as_bytes())
+        .header("origin-topic", info.name.as_bytes())
+        .header("origin-group", group.name.as_bytes())
+        .header("origin-sequence", number(next.seen.sequence()).as_bytes());
+    if let Some(publisher) = publisher {
+        letter = letter.header("publisher", number(publisher).as_bytes());
+    }
+    let Some(original) = original else { return letter };
+    letter = letter.key(original.key().unwrap_or_default());
+    original.headers().fold(letter, |letter, (name, value)| letter.header(name, value))
+}
+
+/// Publishes the copy without waiting. A topic that somebody made without envelopes gets the payload alone.
+fn publish(outlet: &mut OriginPublisher, sequence: u64, payload: &[u8], letter: &Envelope) -> Result<(), PublishError> {
+    let plain = Envelope::new();
+    let letter = if outlet.options().envelope { letter } else { &plain };
+    outlet.publish(sequence, &[(payload, letter)], Instant::now()).map(drop)
 }

@@ -9,7 +9,13 @@ use crate::os::clock;
 use crate::ring::ledger::State;
 
 /// Candidates collected by one scan; there is another one behind them.
-const MAX_CANDIDATES: usize = 64;
+const MAX_CANDIDATES: usize = 1024;
+
+/// A consumer that always finds something new looks all the same so often at what others have left behind.
+const SCAN_EVERY_MS: u64 = 100;
+
+/// When to wake up for a move of ours that waits.
+const MOVE_AGAIN_MS: u64 = 10;
 
 /// How often the coordinator is asked about one owner.
 const RECLAIM_EVERY_MS: u64 = 1000;
@@ -40,6 +46,11 @@ impl Scan {
         Some(Duration::from_millis(due_at.saturating_sub(clock::now_ms()).max(1)))
     }
 
+    /// Something comes due in so many milliseconds from `now`.
+    pub(super) fn wake_in(&mut self, now: u64, due_in: Option<u64>) {
+        self.due_at = due_in.map(|ms| now + ms);
+    }
+
     /// Whether the coordinator may be asked about `owner` again; notes that it is.
     pub(super) fn may_reclaim(&mut self, owner: u8, now: u64) -> bool {
         let last = self.reclaimed.get(&owner);
@@ -52,16 +63,16 @@ impl Scan {
 }
 
 impl Core {
-    /// Looks for messages to be delivered again, if there is reason to: something was given back, or the earliest moment
-    /// known has come. Not more often than the clock moves on.
+    /// Looks for messages to be delivered again, if there is reason to: something was given back, the earliest moment known
+    /// has come, or it is long since. Not more often than the clock moves on.
     #[inline]
     pub(super) fn scan_if_due(&mut self, now: u64) {
         if now == self.scan.at_ms {
             return;
         }
         let due = self.scan.due_at.is_some_and(|due_at| now >= due_at);
-        if due || self.ledger.returned() != self.scan.returned {
-            self.scan(now, false);
+        if due || now >= self.scan.at_ms + SCAN_EVERY_MS || self.ledger.returned() != self.scan.returned {
+            self.scan(now, self.scan.hint);
         }
     }
 
@@ -75,12 +86,19 @@ impl Core {
             }
             return false;
         }
-        self.scan(now, true);
+        self.scan(now, u64::MAX);
         true
     }
 
+    /// Looks at everything between floor and hint: after a consumer of an exclusive group has become the one at work,
+    /// so that it begins where the other one ended.
+    pub(super) fn scan_all(&mut self, now: u64) {
+        self.scan(now, u64::MAX);
+    }
+
+    /// What was reserved below `stranded` and has not been taken, nobody seems to come to.
     #[cold]
-    fn scan(&mut self, now: u64, idle: bool) {
+    fn scan(&mut self, now: u64, stranded: u64) {
         self.scan.at_ms = now;
         // Before the words: what is given back while we look is looked for again.
         self.scan.returned = self.ledger.returned();
@@ -92,12 +110,14 @@ impl Core {
         for sequence in self.ledger.handed_out() {
             let seen = self.ledger.look(sequence);
             let wait_ms = match seen.state {
-                State::Fresh if idle => 0,
+                State::Fresh if sequence < stranded && !self.reserved.contains(&sequence) => 0,
                 // Only the coordinator knows whether we have committed the outputs of what we let lie.
                 State::Leased if keeps_own && seen.owner == Some(self.me) => continue,
                 State::Returned | State::Leased => seen.due_in(now),
                 State::Moving(_) if seen.owner.is_none() => 0,
                 State::Moving(_) if seen.owner != Some(self.me) => seen.due_in(now),
+                // Ours waits for room.
+                State::Moving(_) => MOVE_AGAIN_MS,
                 State::Corrupt => 0,
                 _ => continue,
             };

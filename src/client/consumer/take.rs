@@ -2,8 +2,10 @@
 
 use std::cell::Cell;
 
+use super::copies::Copy;
 use super::core::{Core, Item};
 use super::fetch::Got;
+use crate::client::envelope;
 use crate::error::RecvError;
 use crate::group::Guarantee;
 use crate::os::clock;
@@ -33,12 +35,17 @@ impl Core {
         }
         let now = clock::now_ms();
         self.raise_floor_now_and_then(now);
-        if self.group.options.exclusive && !self.ledger.activate(self.me) && !self.stand_by(now) {
+        self.work_off_moves();
+        if self.group.options.exclusive && !self.is_at_work(now) {
             return self.nothing();
         }
         let count = if self.is_limited() { count.min(self.room(now) as usize) } else { count };
-        self.scan_if_due(now);
-        if self.take_up_to(count, now)? || self.take_idle(count, now)? { Ok(true) } else { self.nothing() }
+        let ordered = self.group.options.ordered_by_key;
+        if !ordered {
+            self.scan_if_due(now);
+        }
+        let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
+        if taken || self.take_idle(count, now)? { Ok(true) } else { self.nothing() }
     }
 
     /// Nothing can be taken: because the topic is gone?
@@ -71,6 +78,9 @@ impl Core {
     fn take_idle(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
         self.raise_floor();
         self.work_off_moves();
+        if self.group.options.ordered_by_key {
+            return self.take_ordered(count, now);
+        }
         self.scan_idle(now);
         self.take_up_to(count, now)
     }
@@ -110,13 +120,13 @@ impl Core {
 
     /// Takes the message if it is to be had.
     #[inline]
-    fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
+    pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
         let seen = self.ledger.look(sequence);
         if seen.state != State::Fresh && !self.may_take_again(seen, now)? {
             return Ok(());
         }
-        let (copy, origin) = match self.log.read(sequence, &mut self.copies) {
-            Got::Message(copy, origin) => (copy, origin),
+        let (body, origin) = match self.log.read(sequence, &mut self.copies) {
+            Got::Message(body, origin) => (body, origin),
             Got::Hole => {
                 let settled = self.ledger.settle(seen);
                 self.flush.count(settled);
@@ -124,30 +134,71 @@ impl Core {
             }
             Got::Unsound(problem) => return self.unless_changed(seen, problem),
         };
+        let payload_at = if self.info.options.envelope {
+            match self.open_envelope(seen, body, now) {
+                Ok(Some(payload_at)) => payload_at,
+                other => {
+                    self.copies.undo(body);
+                    return other.map(drop);
+                }
+            }
+        } else {
+            0
+        };
         let taken = if self.guarantee() == Guarantee::AtMostOnce {
             let settled = self.ledger.settle(seen);
             self.flush.count(settled);
             settled.then(|| seen.settled())
         } else {
-            let now = if self.copies.bytes(copy).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
+            let now = if self.copies.bytes(body).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
             let lease = self.ledger.take(seen, self.me, self.lease_end(now));
             lease.filter(|lease| self.fits_group_limit(*lease, now))
         };
         let Some(lease) = taken else {
-            self.copies.undo(copy);
+            self.copies.undo(body);
             return Ok(());
         };
         if seen.state != State::Fresh {
             self.count_redelivery();
         }
         self.in_flight += u64::from(lease.state == State::Leased);
-        self.items.push(Item { lease, copy, origin, kept: Cell::new(false) });
+        self.items.push(Item { lease, body, payload_at, origin, kept: Cell::new(false) });
         Ok(())
+    }
+
+    /// Where the payload of a message on a topic with envelopes begins. `None`: it is not to be delivered, because it has
+    /// expired or somebody else has had it meanwhile.
+    fn open_envelope(&mut self, seen: Seen, body: Copy, now: u64) -> Result<Option<usize>, RecvError> {
+        let bytes = self.copies.bytes(body);
+        let opened = envelope::split(bytes, self.info.batch_align());
+        let sound = opened.filter(|(_, payload)| self.lengths.allow(payload.len() as u64));
+        let Some((view, payload)) = sound else {
+            return self.unless_changed(seen, "a message's envelope is garbled").map(|()| None);
+        };
+        if !view.is_expired() {
+            return Ok(Some(bytes.len() - payload.len()));
+        }
+        self.expire(seen, now);
+        Ok(None)
+    }
+
+    /// Its time-to-live has ended: it is settled, or goes to the dead-letter topic.
+    #[cold]
+    fn expire(&mut self, seen: Seen, now: u64) {
+        let expired = if self.group.options.dead_letter_expired {
+            self.take_move(seen, MoveReason::Expired, now)
+        } else {
+            let settled = self.ledger.settle(seen);
+            self.flush.count(settled);
+            settled
+        };
+        // Relaxed: only shown to people.
+        self.ledger.header().counters.expired.fetch_add(u64::from(expired), Ordering::Relaxed);
     }
 
     /// What was read makes no sense. That is no error if somebody else has had the message meanwhile.
     #[cold]
-    fn unless_changed(&self, seen: Seen, problem: &'static str) -> Result<(), RecvError> {
+    pub(super) fn unless_changed(&self, seen: Seen, problem: &'static str) -> Result<(), RecvError> {
         if self.ledger.look(seen.sequence()) == seen { Err(RecvError::Corrupt(problem)) } else { Ok(()) }
     }
 
@@ -190,11 +241,10 @@ impl Core {
     }
 
     /// Begins to move a message to the dead-letter topic, or goes on with a move that nobody carries on with.
-    fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) {
-        if let Some(seen) = self.ledger.begin_move(seen, self.me, self.lease_end(now), reason) {
-            self.moves.add(seen, None);
-            self.work_off_moves();
-        }
+    fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) -> bool {
+        let Some(seen) = self.ledger.begin_move(seen, self.me, self.lease_end(now), reason) else { return false };
+        self.moves.add(seen, None);
+        true
     }
 
     fn is_limited(&self) -> bool {
@@ -230,6 +280,19 @@ impl Core {
         self.ledger.give_back_unseen(lease, now);
         self.ring_readers();
         false
+    }
+
+    /// Whether this consumer of an exclusive group is the one at work, or becomes it.
+    fn is_at_work(&mut self, now: u64) -> bool {
+        let was = std::mem::replace(&mut self.at_work, true);
+        if self.ledger.activate(self.me) {
+            if !was {
+                self.scan_all(now);
+            }
+            return true;
+        }
+        self.at_work = self.stand_by(now);
+        self.at_work
     }
 
     /// Another consumer of an exclusive group is at work. Whether its lease has ended and we have taken its place.

@@ -10,10 +10,10 @@ mod opener;
 
 use std::ptr::NonNull;
 
+use crate::coordinator::protocol::TopicInfo;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_ENVELOPE_BYTES};
-use crate::shm::topic::SharedInfo;
 use crate::topic::TopicOptions;
 
 pub(crate) use channel::ChannelPort;
@@ -136,14 +136,14 @@ const BAD_LENGTH: RecvError = RecvError::Corrupt("a message's length does not fi
 
 /// What every port checks of a payload's length.
 #[derive(Clone, Copy)]
-struct Lengths {
+pub(crate) struct Lengths {
     min: u64,
     max: u64,
 }
 
 impl Lengths {
     /// Of what the ring carries: payloads, with their envelopes where the topic has them.
-    fn of(info: &SharedInfo) -> Self {
+    pub(crate) fn of(info: &TopicInfo) -> Self {
         let Lengths { min, max } = Self::of_payload(&info.options);
         match info.options.envelope {
             true => Lengths { min: min + ENVELOPE_HEAD_BYTES as u64, max: max + MAX_ENVELOPE_BYTES },
@@ -152,7 +152,7 @@ impl Lengths {
     }
 
     /// Of payloads alone.
-    fn of_payload(options: &TopicOptions) -> Self {
+    pub(crate) fn of_payload(options: &TopicOptions) -> Self {
         match &options.schema {
             Some(schema) => Lengths { min: schema.size_bytes, max: schema.size_bytes },
             None => Lengths { min: 0, max: options.bytes },
@@ -160,7 +160,7 @@ impl Lengths {
     }
 
     #[inline]
-    fn allow(self, len: u64) -> bool {
+    pub(crate) fn allow(self, len: u64) -> bool {
         self.min <= len && len <= self.max
     }
 }

@@ -18,13 +18,15 @@ pub(crate) fn exclusive<const W: usize>(
     writer: exclusive::Writer<W>,
     arena: Arena,
     messages: u64,
+    dedup: bool,
 ) -> SlotPort<W, exclusive::Writer<W>> {
     let log = writer.log().clone();
     // Acquire: A-FLOOR, as in the gate; what lies below is no longer ours to keep.
     let floor = log.header.floor.0.load(Ordering::Acquire);
     let oldest = floor.max(writer.next().saturating_sub(log.ring.len()));
     let live = (oldest..writer.next()).filter_map(|position| Some((position, log.span_at(position)?)));
-    SlotPort::new(writer, arena, live, messages)
+    let port = SlotPort::new(writer, arena, live, messages);
+    if dedup { port.with_ids() } else { port }
 }
 
 impl<const W: usize> SlotEnd for exclusive::Writer<W> {
@@ -93,6 +95,23 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
 
     fn readers(&self) -> Readers {
         readers(&self.log().readers, &self.log().cursors)
+    }
+
+    fn oldest(&self) -> u64 {
+        // Acquire: A-INTENT, as a joiner would look at it.
+        self.log().header.intent.0.load(Ordering::Acquire)
+    }
+
+    fn read_body(&self, position: u64, arena: &Arena, buffer: &mut [u8]) -> usize {
+        let slot = self.log().ring.at(position);
+        if let Some(span) = self.log().span_at(position).filter(|span| arena.contains(*span)) {
+            let len = buffer.len().min(span.len as usize);
+            arena.read(span.offset, &mut buffer[..len]);
+            return len;
+        }
+        let len = self.log().inline_at(position).unwrap_or(0).min(buffer.len()).min(W * 8);
+        slot.read(&mut buffer[..len]);
+        len
     }
 
     fn leave(&mut self) {

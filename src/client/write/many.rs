@@ -2,15 +2,19 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
+use super::ids::Ids;
 use super::runs::Run;
 use super::{WritePort, arena_slack};
+use crate::client::control::Control;
+use crate::client::envelope::{ID_WITHIN_BYTES, id_in};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
 use crate::ring::cursor::{Cursor, Readers, readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Stop, still_retained};
-use crate::ring::many::{self, Record};
+use crate::ring::many::{self, EntryWord, ManyLog, Record};
 use crate::shm::layout::{ARENA_ALIGN, MAX_BATCH, RECORD_HEADER_BYTES};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::{self, SharedInfo, locate, unit_of};
@@ -20,22 +24,81 @@ use crate::sync::{Ordering, fence};
 pub(crate) struct Others {
     given: BTreeMap<u32, OwnedFd>,
     mapped: BTreeMap<u32, Arena>,
+    /// Who knows of later ones.
+    control: Option<Arc<Control>>,
 }
 
 impl Others {
     /// What the coordinator handed out.
     pub(crate) fn new(given: impl IntoIterator<Item = (u32, OwnedFd)>) -> Self {
-        Others { given: given.into_iter().collect(), mapped: BTreeMap::new() }
+        Others { given: given.into_iter().collect(), mapped: BTreeMap::new(), control: None }
     }
 
-    /// A slot's arena, if it was there when we came and is what was promised.
+    /// And those that come later, which the coordinator announces.
+    pub(crate) fn and_later(self, control: Arc<Control>) -> Self {
+        Others { control: Some(control), ..self }
+    }
+
+    /// A slot's arena, if it was there when we came, or has been announced since, and is what was promised.
     fn arena(&mut self, slot: u32, info: &SharedInfo) -> Option<&Arena> {
-        if let Some(fd) = self.given.remove(&slot)
+        if !self.mapped.contains_key(&slot)
+            && slot < info.options.max_publishers
+            && let Some(fd) = self.given.remove(&slot).or_else(|| self.control.as_ref()?.arena(info.id, slot))
             && let Ok(segment) = Segment::attach(fd.as_fd(), &info.arena(slot), Access::ReadOnly)
         {
             self.mapped.insert(slot, topic::arena(&segment, &info.geometry));
         }
         self.mapped.get(&slot)
+    }
+}
+
+/// What a publisher reads of the records of all.
+struct Records<'a> {
+    info: &'a SharedInfo,
+    /// Its own slot and arena.
+    slot: u32,
+    arena: &'a Arena,
+    others: &'a mut Others,
+}
+
+impl Records<'_> {
+    /// The arena and place of the record at `position`, with its entry's word; `None` where there is none, or it has
+    /// been overwritten.
+    fn at(&mut self, log: &ManyLog, position: u64) -> Result<Option<(EntryWord, &Arena, u64, Record)>, Stop> {
+        let Some(word) = log.committed(position).filter(|word| !word.is_fence()) else { return Ok(None) };
+        let (slot, offset) = locate(&self.info.geometry, word.unit());
+        let arena = if slot == self.slot { Some(self.arena) } else { self.others.arena(slot, self.info) };
+        let arena = arena.ok_or(Stop::Corrupt("an entry points to no arena"))?;
+        let record = Record::read(arena, offset).filter(|record| record.position == position);
+        let sound = record.filter(|_| still_retained(&log.header, position));
+        Ok(sound.map(|record| (word, arena, offset + RECORD_HEADER_BYTES, record)))
+    }
+
+    /// Tells the ids of the messages at `position`, as far as they are retained, with their sequences.
+    fn ids_at(&mut self, log: &ManyLog, position: u64, found: &mut dyn FnMut(&[u8], u64)) -> Result<(), Stop> {
+        let align = self.info.batch_align();
+        let Some((word, arena, start, record)) = self.at(log, position)? else { return Ok(()) };
+        let table = if word.count() == 1 { 0 } else { (word.count() * 4).next_multiple_of(align) };
+        let (mut at, end) = (start + table, start + record.body_bytes);
+        let mut buffer = [0; ID_WITHIN_BYTES.next_multiple_of(8)];
+        for index in 0..word.count() {
+            let len = match word.count() {
+                1 => record.body_bytes,
+                _ => arena.load(start + index / 2 * 8) >> (index % 2 * 32) & u64::from(u32::MAX),
+            };
+            // Garbled, or overwritten: whoever reads the message will say so.
+            if at.saturating_add(len) > end {
+                return Ok(());
+            }
+            let body = &mut buffer[..(len as usize).min(ID_WITHIN_BYTES)];
+            arena.read(at, body);
+            if !still_retained(&log.header, position) {
+                return Ok(());
+            }
+            id_in(body).into_iter().for_each(|id| found(id, record.first_sequence + index));
+            at += len.next_multiple_of(align);
+        }
+        Ok(())
     }
 }
 
@@ -52,6 +115,8 @@ pub(crate) struct ManyPort {
     noted: Option<u64>,
     arena: Arena,
     others: Others,
+    /// Where ids are compared.
+    ids: Option<Ids>,
     allocator: Allocator,
 }
 
@@ -81,7 +146,8 @@ impl ManyPort {
             .collect();
         let allocator = Allocator::new(arena.len_bytes(), live);
         let (first, number) = (before + 1, before + 1);
-        ManyPort { writer, info, slot, publisher, first, number, noted: None, arena, others, allocator }
+        let ids = info.options.dedup.then(Ids::default);
+        ManyPort { writer, info, slot, publisher, first, number, noted: None, arena, others, ids, allocator }
     }
 
     /// Arena space for a record with a body of `body` bytes.
@@ -103,11 +169,24 @@ impl ManyPort {
         self.allocator.find(bytes, ARENA_ALIGN).ok_or(Stop::Corrupt("the floor went back"))
     }
 
-    fn commit(&mut self, offset: u64, body: u64, count: u64) -> Result<u64, Stop> {
+    /// Commits the record at `offset`, whose body has `body` bytes: these messages.
+    fn commit(&mut self, offset: u64, body: u64, messages: &[&[u8]]) -> Result<u64, Stop> {
+        let count = messages.len() as u64;
         Record::write(&self.arena, offset, self.publisher, body, self.number);
         let unit = unit_of(&self.info.geometry, self.slot, offset);
-        let noted = self.noted.unwrap_or(self.number + count - 1);
-        let place = self.writer.publish(&self.arena, offset, unit, count, noted)?;
+        let last = self.noted.unwrap_or(self.number + count - 1);
+        let ManyPort { writer, info, arena, others, ids, .. } = self;
+        let mut records = Records { info, slot: self.slot, arena, others };
+        let with_id = messages.iter().any(|body| id_in(body).is_some());
+        let place = match ids.as_mut().filter(|_| with_id) {
+            None => writer.publish(arena, offset, unit, count, last, |_, _| Ok(()))?,
+            Some(ids) => writer.publish(arena, offset, unit, count, last, |log, at| {
+                // Acquire: A-INTENT, as a joiner would look at it.
+                let oldest = log.header.intent.0.load(Ordering::Acquire);
+                ids.catch_up(oldest, at.position, |position, found| records.ids_at(log, position, found))?;
+                ids.check(messages.iter().copied())
+            })?,
+        };
         self.allocator.commit(place.position, offset, RECORD_HEADER_BYTES + body);
         self.number += count;
         self.writer.notify();
@@ -124,7 +203,7 @@ impl WritePort for ManyPort {
         let body = bytes.len() as u64;
         let offset = self.allocate(body)?;
         self.arena.write(offset + RECORD_HEADER_BYTES, bytes);
-        self.commit(offset, body, 1)
+        self.commit(offset, body, &[bytes])
     }
 
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<u64, Stop> {
@@ -145,7 +224,7 @@ impl WritePort for ManyPort {
             self.arena.write(at, bytes);
             at += (bytes.len() as u64).next_multiple_of(align);
         }
-        self.commit(offset, body, batch.len() as u64)
+        self.commit(offset, body, batch)
     }
 
     fn lend(&mut self, len: u64) -> Result<Span, Stop> {
@@ -158,7 +237,8 @@ impl WritePort for ManyPort {
     }
 
     fn publish_lent(&mut self, span: Span) -> Result<u64, Stop> {
-        self.commit(span.offset - RECORD_HEADER_BYTES, span.len, 1)
+        // What is lent has no id.
+        self.commit(span.offset - RECORD_HEADER_BYTES, span.len, &[&[]])
     }
 
     fn space_bell(&self) -> &Doorbell {
@@ -192,18 +272,17 @@ impl WritePort for ManyPort {
     }
 
     fn runs_of(&mut self, publisher: u64) -> Vec<Run> {
-        let log = self.writer.log();
+        let log = self.writer.log().clone();
+        let log = &log;
         // Acquire: A-INTENT, as a joiner would look at it.
         let oldest = log.header.intent.0.load(Ordering::Acquire);
         let tail = log.tail_from(Some(self.writer.at())).map_or(oldest, |tail| tail.position);
+        let ManyPort { info, arena, others, .. } = self;
+        let mut records = Records { info, slot: self.slot, arena, others };
         let mut runs = Vec::new();
         for position in oldest..tail {
-            let Some(word) = log.committed(position).filter(|word| !word.is_fence()) else { continue };
-            let (slot, offset) = locate(&self.info.geometry, word.unit());
-            let arena = if slot == self.slot { Some(&self.arena) } else { self.others.arena(slot, &self.info) };
-            let record = arena.and_then(|arena| Record::read(arena, offset));
-            let sound = record.filter(|r| r.position == position && still_retained(&log.header, position));
-            if let Some(record) = sound.filter(|record| record.publisher == publisher) {
+            let Ok(Some((word, _, _, record))) = records.at(log, position) else { continue };
+            if record.publisher == publisher {
                 runs.push(Run { number: record.first_number, sequence: record.first_sequence, count: word.count() });
             }
         }

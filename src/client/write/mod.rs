@@ -2,6 +2,7 @@
 
 mod channel;
 mod exclusive;
+mod ids;
 mod many;
 mod runs;
 mod slots;

@@ -1,7 +1,9 @@
 //! Rings of slots, seen from their one writing end: exclusive topics and channels.
 
 use super::WritePort;
+use super::ids::Ids;
 use super::runs::Run;
+use crate::client::envelope::{ID_WITHIN_BYTES, id_in};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
 use crate::ring::cursor::{Cursor, Readers};
@@ -36,6 +38,14 @@ pub(crate) trait SlotEnd: Send {
     fn runs_of(&self, publisher: u64) -> Vec<Run>;
     /// Who reads; stale at once.
     fn readers(&self) -> Readers;
+    /// Messages from this position on are retained.
+    fn oldest(&self) -> u64 {
+        self.next()
+    }
+    /// Copies the beginning of what was published at a retained position; how many bytes it has.
+    fn read_body(&self, _position: u64, _arena: &Arena, _buffer: &mut [u8]) -> usize {
+        0
+    }
     /// The last call.
     fn leave(&mut self);
 }
@@ -48,6 +58,8 @@ pub(crate) struct SlotPort<const W: usize, E> {
     max_batch: usize,
     /// The position of the first message.
     start: u64,
+    /// Where ids are compared.
+    ids: Option<Ids>,
 }
 
 impl<const W: usize, E: SlotEnd> SlotPort<W, E> {
@@ -58,7 +70,27 @@ impl<const W: usize, E: SlotEnd> SlotPort<W, E> {
             live.map(|(position, span)| Live { position, offset: span.offset, end: span.offset + span.len.max(1) });
         let allocator = Allocator::new(arena.len_bytes(), live.collect());
         let start = end.next();
-        SlotPort { end, arena, allocator, max_batch: (most as usize).min(MAX_BATCH), start }
+        SlotPort { end, arena, allocator, max_batch: (most as usize).min(MAX_BATCH), start, ids: None }
+    }
+
+    /// Refuses ids that are there already.
+    pub(super) fn with_ids(self) -> Self {
+        SlotPort { ids: Some(Ids::default()), ..self }
+    }
+
+    /// Whether these bodies' ids are new. Nobody else publishes, so what is there now is there before them.
+    fn check_ids(&mut self, bodies: &[&[u8]]) -> Result<(), Stop> {
+        let SlotPort { end, arena, ids: Some(ids), .. } = self else { return Ok(()) };
+        if bodies.iter().all(|body| id_in(body).is_none()) {
+            return Ok(());
+        }
+        let mut buffer = [0; ID_WITHIN_BYTES.next_multiple_of(8)];
+        ids.catch_up(end.oldest(), end.next(), |position, found| {
+            let len = end.read_body(position, arena, &mut buffer);
+            id_in(&buffer[..len]).into_iter().for_each(|id| found(id, position));
+            Ok(())
+        })?;
+        ids.check(bodies.iter().copied())
     }
 
     /// Arena space for `len` bytes.
@@ -114,6 +146,7 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
     }
 
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop> {
+        self.check_ids(&[bytes])?;
         self.end.reserve(1)?;
         if bytes.len() > Slot::<W>::INLINE_BYTES {
             let span = self.allocate(bytes.len() as u64)?;
@@ -128,6 +161,7 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
     }
 
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<u64, Stop> {
+        self.check_ids(batch)?;
         self.end.reserve(batch.len() as u64)?;
         let first = self.end.next();
         let spans = self.fill_batch(batch)?;

@@ -55,15 +55,10 @@ impl TopicMemory {
         let (header, readers, lines) = (segments.header(), segments.readers(), segments.cursor_lines(&self.info));
         let gate = Gate { header: &header, readers: &readers, cursors: &lines };
         let policy = Policy { messages: u64::MAX, hold: false, ..self.info.policy() };
-        let settle = |floor| {
-            if self.info.options.mode == Mode::Many {
-                segments.many(&self.info).settle_notes(floor);
-            }
-        };
         let (mut below, mut held_by) = (below, None);
         loop {
             let want = Want { slot: checkpoint, at: tail, count: 0, give_up_below: below, slack: 0 };
-            match gate.make_room_after(&policy, want, settle) {
+            match gate.make_room_after(&policy, want, |floor| self.settle_notes(floor)) {
                 Ok(_) => break,
                 Err(blocked) => {
                     held_by = blocked.cursor;
@@ -97,6 +92,13 @@ impl TopicMemory {
             positions.take_while(|_| is_next_old()).count()
         };
         count as u64
+    }
+
+    /// What publishers noted below a floor is decided before it is raised, whoever raises it.
+    fn settle_notes(&self, floor: u64) {
+        if let (Mode::Many, Parts::Log { segments, .. }) = (self.info.options.mode, &self.parts) {
+            segments.many(&self.info).settle_notes(floor);
+        }
     }
 
     /// When the batch at `position` was published, which is the same for all its messages; `None` where there is none.

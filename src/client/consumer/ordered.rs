@@ -1,0 +1,155 @@
+//! Ordered by key (ARCHITECTURE.md §4.9): of each key only the first message that is not settled may be taken.
+//!
+//! Every consumer reads along all messages from the floor on and keeps them apart by key. That all earlier ones of a key
+//! are settled stays true once it was seen, and the swap of the word admits one taker: so messages of one key are
+//! delivered in order and one at a time, also across redelivery.
+
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::BuildHasher;
+
+use super::copies::Copy;
+use super::core::Core;
+use super::fetch::Got;
+use crate::client::envelope;
+use crate::error::RecvError;
+use crate::ring::ledger::State;
+
+/// Messages read along at a time.
+const READ_AHEAD: u64 = 64;
+
+/// When to look again at what another consumer is moving to the dead-letter topic.
+const MOVE_LOOK_MS: u64 = 10;
+
+/// What a consumer has read along.
+#[derive(Default)]
+pub(super) struct Ordered {
+    /// Everything from the floor to here is in the queues, or settled.
+    read_to: u64,
+    hasher: RandomState,
+    /// By the hash of the key: two keys that share one are merely kept in order together.
+    queues: HashMap<u64, VecDeque<u64>>,
+    /// The first of each queue, and whose it is.
+    heads: BTreeMap<u64, u64>,
+}
+
+impl Ordered {
+    fn add(&mut self, sequence: u64, key: &[u8]) {
+        let key = self.hasher.hash_one(key);
+        let queue = self.queues.entry(key).or_default();
+        if queue.is_empty() {
+            self.heads.insert(sequence, key);
+        }
+        queue.push_back(sequence);
+    }
+
+    /// The first head from `from` on.
+    fn head(&self, from: u64) -> Option<u64> {
+        self.heads.range(from..).next().map(|(sequence, _)| *sequence)
+    }
+
+    /// The head is settled: the next of its key takes its place.
+    fn pop(&mut self, head: u64) {
+        let Some(key) = self.heads.remove(&head) else { return };
+        let Some(queue) = self.queues.get_mut(&key) else { return };
+        queue.pop_front();
+        match queue.front() {
+            Some(next) => drop(self.heads.insert(*next, key)),
+            None => drop(self.queues.remove(&key)),
+        }
+    }
+}
+
+impl Core {
+    /// Takes up to `count` messages, no two of one key.
+    pub(super) fn take_ordered(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+        let (mut from, mut due_in) = (0, None);
+        loop {
+            while self.items.len() < count
+                && let Some(head) = self.ordered.head(from)
+            {
+                from = head + 1;
+                match self.try_head(head, now) {
+                    Ok(Some(ms)) => due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms))),
+                    Ok(None) => {}
+                    Err(error) if self.items.is_empty() => return Err(error),
+                    // What has been taken comes first.
+                    Err(_) => return Ok(true),
+                }
+            }
+            if self.items.len() == count || !self.read_along()? {
+                break;
+            }
+        }
+        self.scan.wake_in(now, due_in);
+        Ok(!self.items.is_empty())
+    }
+
+    /// Takes a head if it is to be had; otherwise in how many milliseconds it may be.
+    fn try_head(&mut self, head: u64, now: u64) -> Result<Option<u64>, RecvError> {
+        let seen = self.ledger.look(head);
+        if seen.state == State::Settled {
+            self.ordered.pop(head);
+            return Ok(None);
+        }
+        let due_in = match seen.state {
+            State::Returned | State::Leased => seen.due_in(now),
+            State::Moving(_) if seen.owner.is_some() => seen.due_in(now).min(MOVE_LOOK_MS),
+            _ => 0,
+        };
+        if due_in > 0 {
+            return Ok(Some(due_in));
+        }
+        self.try_take(head, now)?;
+        Ok(None)
+    }
+
+    /// Reads some more messages along. `false`: there are no more, or the window is full.
+    fn read_along(&mut self) -> Result<bool, RecvError> {
+        let floor = self.ledger.floor();
+        let from = self.ordered.read_to.max(floor);
+        let to = from.saturating_add(READ_AHEAD).min(floor.saturating_add(self.ledger.window()));
+        if to <= from {
+            return Ok(false);
+        }
+        let end = self.log.committed_end(from, to);
+        // Before anything is taken there: what is taken is found by those who repair.
+        self.ledger.raise_hint(end);
+        for sequence in from..end {
+            self.read_one_along(sequence)?;
+            self.ordered.read_to = sequence + 1;
+        }
+        Ok(end > from)
+    }
+
+    fn read_one_along(&mut self, sequence: u64) -> Result<(), RecvError> {
+        let seen = self.ledger.look(sequence);
+        if seen.state == State::Settled {
+            return Ok(());
+        }
+        match self.log.read(sequence, &mut self.copies) {
+            Got::Message(copy, _) => {
+                let added = self.add_ordered(sequence, copy);
+                self.copies.undo(copy);
+                if added { Ok(()) } else { self.unless_changed(seen, "a message's envelope is garbled") }
+            }
+            Got::Hole => {
+                let settled = self.ledger.settle(seen);
+                self.flush.count(settled);
+                Ok(())
+            }
+            Got::Unsound(problem) => self.unless_changed(seen, problem),
+        }
+    }
+
+    /// `false`: its envelope is garbled.
+    fn add_ordered(&mut self, sequence: u64, copy: Copy) -> bool {
+        let body = self.copies.bytes(copy);
+        let key = if self.info.options.envelope {
+            envelope::split(body, self.info.batch_align()).map(|(view, _)| view.key().unwrap_or_default())
+        } else {
+            Some(&[][..])
+        };
+        key.map(|key| self.ordered.add(sequence, key)).is_some()
+    }
+}
