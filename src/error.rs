@@ -29,6 +29,9 @@ pub enum NameError {
         /// The first such character.
         character: char,
     },
+    /// A wildcard that is not a whole token, or `>` before the end.
+    #[error("a wildcard stands for whole parts: '*' for one, '>' at the end for one or more, as in orders.*.>")]
+    Wildcard,
     /// A dot at the start or end, or two in a row.
     #[error("the name has an empty part between dots; write it as in md.ticks")]
     EmptyToken,
@@ -571,6 +574,92 @@ impl std::fmt::Display for Holder {
             Holder::Receiver => f.write_str("the channel's receiver"),
         }
     }
+}
+
+/// Why a request brought no reply.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// Nobody reads the topic, or the last who did has left without a reply. In the latter case the request may have been
+    /// worked on.
+    #[error("nobody responds on topic {topic:?}; start a responder")]
+    NoResponder {
+        /// The request topic.
+        topic: String,
+    },
+    /// No reply came in time. The request may be worked on yet.
+    #[error("no reply on topic {topic:?} within {limit:?}")]
+    DeadlineExceeded {
+        /// The request topic.
+        topic: String,
+        /// How long was waited.
+        limit: std::time::Duration,
+    },
+    /// The request was not published.
+    #[error("the request was not sent: {0}")]
+    Publish(#[from] PublishError),
+    /// The inbox cannot be read any more: open another requester.
+    #[error("the inbox for replies: {0}")]
+    Inbox(RecvError),
+}
+
+/// Why a reply was not delivered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReplyError {
+    /// The message carries no address to reply to, or one that is no inbox.
+    #[error("the message is no request: it names no inbox to reply to")]
+    NoAddress,
+    /// The requester has left.
+    #[error("the requester has left")]
+    Gone,
+    /// Its inbox takes no reply, or none of this size.
+    #[error("the requester's inbox: {0}")]
+    Publish(PublishError),
+    /// Its inbox cannot be opened.
+    #[error("the requester's inbox: {0}")]
+    Open(OpenError),
+}
+
+/// Why a wildcard subscriber received nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WildcardError {
+    /// Messages of one topic were overwritten before they were read. The next receive goes on; this topic continues at `to`.
+    #[error("topic {topic:?}: lost sequences {from}..{to}: the ring had overwritten them")]
+    Lagged {
+        /// The topic.
+        topic: String,
+        /// First lost sequence.
+        from: Sequence,
+        /// First sequence that is still there.
+        to: Sequence,
+    },
+    /// The timeout ran out.
+    #[error("nothing came within the time given")]
+    TimedOut,
+    /// The bus was stopped, and everything readable has been read.
+    #[error("the topics are gone: {0}")]
+    Gone(GoneReason),
+    /// One topic's shared memory holds values that no correct process writes. The subscription goes on without it.
+    #[error("topic {topic:?}: its shared memory is corrupt: {problem}; remove it with `shmbus rm --force {topic}`")]
+    Corrupt {
+        /// The topic.
+        topic: String,
+        /// What was found.
+        problem: &'static str,
+    },
+    /// One topic's segments are not what was promised. The subscription goes on without it.
+    #[error("topic {topic:?}: cannot attach: {source}")]
+    Attach {
+        /// The topic.
+        topic: String,
+        /// What is wrong.
+        source: AttachError,
+    },
+    /// New topics were announced, and the coordinator that has them cannot be reached any more.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
 }
 
 /// How a topic went.

@@ -17,6 +17,8 @@ mod error;
 mod group;
 #[cfg(not(loom))]
 mod os;
+#[cfg(not(loom))]
+mod pattern;
 mod ring;
 mod shm;
 mod sync;
@@ -28,19 +30,22 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Lease, Loan,
-        Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Start, Subscriber, SubscriberBuilder,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
+        Loan, Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Start,
+        Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
     group::{GroupOptions, Guarantee},
+    pattern::{check_pattern, is_pattern},
+    ring::cursor::Readers,
     wait::Wait,
 };
 pub use crate::{
     error::{
         AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
-        PublishError, RecvError, Refusal, SettleError,
+        PublishError, RecvError, Refusal, ReplyError, RequestError, SettleError, WildcardError,
     },
     ring::sequence::Sequence,
     topic::{
@@ -59,7 +64,7 @@ pub struct Readme;
 pub mod model {
     pub use crate::ring::arena::Arena;
     pub use crate::ring::cursor::{Cursor, CursorsHeader};
-    pub use crate::ring::doorbell::{Armed, Doorbell};
+    pub use crate::ring::doorbell::{Armed, Doorbell, arm_all, sleep_any};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
     pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, Seen, State as LedgerState};

@@ -42,12 +42,19 @@ mod real {
             crate::os::futex::wake_all(&self.0);
         }
     }
+
+    /// Sleeps while every word is what is expected of it, until one is woken or `limit` has passed. May wake for no reason.
+    pub(crate) fn wait_any(words: &[(&FutexWord, u32)], limit: Duration) {
+        let words: Vec<(&AtomicU32, u32)> = words.iter().map(|(word, expected)| (&word.0, *expected)).collect();
+        crate::os::futex::wait_any(&words, limit);
+    }
 }
 
 #[cfg(loom)]
 mod model {
     pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+    use std::sync::Arc;
     use std::time::Duration;
 
     loom::lazy_static! {
@@ -82,15 +89,26 @@ mod model {
     /// out on purpose, so that a lost wake-up is a deadlock that loom reports.
     pub struct FutexWord {
         word: AtomicU32,
-        queue: loom::sync::Mutex<()>,
+        /// Those who sleep on several words; the others wait at `woken`.
+        queue: loom::sync::Mutex<Vec<Arc<Sleeper>>>,
         woken: loom::sync::Condvar,
+    }
+
+    /// One who sleeps on several words.
+    struct Sleeper {
+        woken: loom::sync::Mutex<bool>,
+        wake: loom::sync::Condvar,
     }
 
     impl FutexWord {
         pub(crate) fn new() -> Self {
             // Here, while there is one thread: whoever comes to a lazy static later synchronizes with who made it.
             FENCES.store(0, Ordering::Relaxed);
-            FutexWord { word: AtomicU32::new(0), queue: loom::sync::Mutex::new(()), woken: loom::sync::Condvar::new() }
+            FutexWord {
+                word: AtomicU32::new(0),
+                queue: loom::sync::Mutex::new(Vec::new()),
+                woken: loom::sync::Condvar::new(),
+            }
         }
 
         pub(crate) fn word(&self) -> &AtomicU32 {
@@ -105,8 +123,30 @@ mod model {
         }
 
         pub(crate) fn wake_all(&self) {
-            drop(self.queue.lock().unwrap());
+            let sleepers = std::mem::take(&mut *self.queue.lock().unwrap());
+            for sleeper in sleepers {
+                *sleeper.woken.lock().unwrap() = true;
+                sleeper.wake.notify_all();
+            }
             self.woken.notify_all();
+        }
+    }
+
+    /// As the kernel's `futex_waitv`: for each word compare and queue are one step with respect to its wake; a word that
+    /// differs ends the wait, and so does a wake that came between two of them.
+    pub(crate) fn wait_any(words: &[(&FutexWord, u32)], _limit: Duration) {
+        let sleeper = Sleeper { woken: loom::sync::Mutex::new(false), wake: loom::sync::Condvar::new() };
+        let sleeper = Arc::new(sleeper);
+        for (word, expected) in words {
+            let mut queue = word.queue.lock().unwrap();
+            if word.word.load(Ordering::Relaxed) != *expected {
+                return;
+            }
+            queue.push(sleeper.clone());
+        }
+        let mut woken = sleeper.woken.lock().unwrap();
+        while !*woken {
+            woken = sleeper.wake.wait(woken).unwrap();
         }
     }
 }

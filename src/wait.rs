@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::ring::doorbell::Doorbell;
+use crate::ring::doorbell::{Doorbell, arm_all, sleep_any};
 use crate::sync::pause;
 
 /// How a handle waits.
@@ -19,8 +19,22 @@ pub enum Wait {
     Park,
 }
 
+impl Wait {
+    /// Whether to spin before sleeping.
+    fn spins(self) -> bool {
+        match self {
+            Wait::Spin => true,
+            Wait::Park => false,
+            Wait::Adaptive => processors() > 1,
+        }
+    }
+}
+
 /// A wake-up costs about this much; spinning longer than what it would save is waste.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// Between two looks for what rings no bell.
+const MOMENT: Duration = Duration::from_millis(5);
 
 /// Polls between two looks at the clock.
 const POLLS_PER_LOOK: u32 = 64;
@@ -33,15 +47,67 @@ pub(crate) fn until<S, R>(
     bell: impl Fn(&S) -> &Doorbell,
     mut poll: impl FnMut(&mut S) -> Option<R>,
 ) -> Option<R> {
-    let spins = match wait {
-        Wait::Spin => true,
-        Wait::Park => false,
-        Wait::Adaptive => processors() > 1,
-    };
-    if spins && let Some(outcome) = spin(state, wait, deadline, &mut poll) {
+    if wait.spins()
+        && let Some(outcome) = spin(state, wait, deadline, &mut poll)
+    {
         return outcome;
     }
     park(state, deadline, bell, poll)
+}
+
+/// What a look at several things showed.
+pub enum Look<R> {
+    /// The result that was waited for.
+    Found(R),
+    /// Nothing.
+    Nothing,
+    /// Nothing, but something is under way that rings no bell: look again in a moment.
+    Soon,
+    /// Nothing, but there are other bells to wait on now: arm those before sleeping.
+    OtherBells,
+}
+
+/// The same on several bells: those that `state` has each time it is about to sleep.
+pub(crate) fn until_any<S: ?Sized, R>(
+    state: &mut S,
+    wait: Wait,
+    deadline: Option<Instant>,
+    bells: impl for<'a> Fn(&'a S, &mut Vec<&'a Doorbell>),
+    mut look: impl FnMut(&mut S) -> Look<R>,
+) -> Option<R> {
+    let mut poll = |state: &mut &mut S| match look(state) {
+        Look::Found(result) => Some(result),
+        Look::Nothing | Look::Soon | Look::OtherBells => None,
+    };
+    if wait.spins()
+        && let Some(outcome) = spin(&mut &mut *state, wait, deadline, &mut poll)
+    {
+        return outcome;
+    }
+    loop {
+        let mut armed_bells = Vec::new();
+        bells(state, &mut armed_bells);
+        let armed = arm_all(&armed_bells);
+        drop(armed_bells);
+        let soon = match look(state) {
+            Look::Found(result) => return Some(result),
+            Look::OtherBells => continue,
+            Look::Soon => true,
+            Look::Nothing => false,
+        };
+        let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if limit.is_some_and(|limit| limit.is_zero()) {
+            return None;
+        }
+        // The same as were armed: `look` would have said otherwise.
+        let mut same_bells = Vec::new();
+        bells(state, &mut same_bells);
+        let limit = if soon { Some(limit.map_or(MOMENT, |limit| limit.min(MOMENT))) } else { limit };
+        sleep_any(&same_bells, armed, limit);
+        if let Look::Found(result) = look(state) {
+            return Some(result);
+        }
+    }
 }
 
 /// Spins until there is a result or the deadline has passed; `None`: it is time to sleep.

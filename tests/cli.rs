@@ -339,7 +339,7 @@ fn wrong_usage_is_code_2() {
 fn names_that_cannot_be() {
     let bus = TestBus::new();
     let long = "n".repeat(300);
-    for name in ["a/b", "../up", "", "a b", "a..b", "*", long.as_str()] {
+    for name in ["a/b", "../up", "", "a b", "a..b", "a*", long.as_str()] {
         for command in ["create", "pub", "sub", "show", "rm"] {
             bus.fails(2, &[command, name]);
         }

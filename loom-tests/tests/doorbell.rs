@@ -90,6 +90,44 @@ fn two_ringers_wake_a_sleeper_that_waits_for_both() {
     });
 }
 
+/// One sleeper at two doorbells, which are rung by two threads: whichever rings last, it does not sleep through it.
+#[test]
+fn a_sleeper_at_two_doorbells_is_woken_by_either() {
+    explore(PREEMPTIONS, || {
+        let doors = [Door::new(), Door::new()];
+        let ringing = doors.clone().map(|door| thread::spawn(move || door.store_and_ring()));
+        sleep_until_all(&doors, 1);
+        for thread in ringing {
+            thread.join().unwrap();
+        }
+    });
+}
+
+/// One ringer for both, which finds the sleeper armed at the one and not yet at the other.
+#[test]
+fn a_sleeper_at_two_doorbells_is_woken_by_one_ringer() {
+    explore(PREEMPTIONS_SMALL, || {
+        let doors = [Door::new(), Door::new()];
+        let theirs = doors.clone();
+        let ringing = thread::spawn(move || theirs.iter().rev().for_each(|door| door.store_and_ring()));
+        sleep_until_all(&doors, 1);
+        ringing.join().unwrap();
+    });
+}
+
+/// Sleeps at all doors at once until each has `count`.
+fn sleep_until_all(doors: &[Arc<Door>], count: u64) {
+    let bells: Vec<&Doorbell> = doors.iter().map(|door| &door.bell).collect();
+    let enough = || doors.iter().all(|door| door.has(count));
+    while !enough() {
+        let armed = arm_all(&bells);
+        if enough() {
+            break;
+        }
+        sleep_any(&bells, armed, None);
+    }
+}
+
 /// The attention bit is seen by a sleeper that is on its way to sleep, and with it the state that was stored before.
 #[test]
 fn attention_reaches_a_sleeper() {

@@ -94,8 +94,26 @@ impl Bus {
 
     /// Creates a topic. With `exist_ok`, one that exists with the same options is fine. Returns whether it existed.
     pub fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<bool, OpenError> {
-        let request = Request::CreateTopic { topic: name.to_owned(), options: options.clone(), exist_ok };
-        match self.control.request(&request)?.0 {
+        self.create_as(name, options, exist_ok, false)
+    }
+
+    /// Creates a topic that is this bus connection's own: it is removed when the connection closes or the process dies.
+    ///
+    /// # Errors
+    /// The topic exists; otherwise as [`Self::create_topic`].
+    pub fn create_ephemeral(&self, name: &str, options: &TopicOptions) -> Result<(), OpenError> {
+        self.create_as(name, options, false, true).map(drop)
+    }
+
+    fn create_as(
+        &self,
+        name: &str,
+        options: &TopicOptions,
+        exist_ok: bool,
+        ephemeral: bool,
+    ) -> Result<bool, OpenError> {
+        let (topic, options) = (name.to_owned(), options.clone());
+        match self.control.request(&Request::CreateTopic { topic, options, exist_ok, ephemeral })?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
         }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::unistd::Uid;
 
+use crate::client::pushed::Pushed;
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
 use crate::error::{ConnectError, OpenError, Refusal};
@@ -72,6 +73,8 @@ struct Inner {
     holds: HashSet<HandleRef>,
     /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
     arenas: HashMap<(u64, u32), OwnedFd>,
+    /// Topics of wildcard subscriptions that nobody has taken yet.
+    pushed: Pushed,
     /// Answers to come, in order, and whether anybody waits for them.
     expected: VecDeque<bool>,
     /// Answers received for whoever has the turn.
@@ -180,6 +183,28 @@ impl Control {
         }
     }
 
+    /// The bus's number, which every segment of it carries.
+    pub(crate) fn bus_number(&self) -> u64 {
+        lock(&self.inner).identity.map_or(0, |identity| identity.bus)
+    }
+
+    /// Takes the topics that have come for a wildcard subscription, and how many have come in all. Never waits: where
+    /// fewer have come than were `announced`, the rest is with the coordinator, to which a broken connection is renewed.
+    pub(crate) fn wildcard_topics(&self, wildcard: u64, announced: u64) -> Result<(Vec<Granted>, u64), ConnectError> {
+        self.check_process()?;
+        let mut inner = lock(&self.inner);
+        inner.receive_all();
+        let (granted, told) = inner.pushed.take(wildcard);
+        let connected = if told < announced { inner.connect() } else { Ok(()) };
+        drop(inner);
+        self.close_given_up();
+        match connected {
+            // What has come counts, whatever became of the coordinator.
+            Err(error) if granted.is_empty() => Err(error),
+            _ => Ok((granted, told)),
+        }
+    }
+
     /// Gives a handle back. Never waits: if the coordinator is away or busy with us, it learns of it later.
     pub(crate) fn release(&self, handle: HandleRef) {
         if self.check_process().is_ok() {
@@ -267,6 +292,7 @@ impl Inner {
             end: None,
             holds: HashSet::new(),
             arenas: HashMap::new(),
+            pushed: Pushed::default(),
             expected: VecDeque::new(),
             answers: VecDeque::new(),
             unsent: Vec::new(),
@@ -305,6 +331,9 @@ impl Inner {
             if let Some(handle) = opened_handle(&answer) {
                 self.holds.remove(&handle);
             }
+        }
+        for handle in self.pushed.drop_ungranted(&self.holds) {
+            self.holds.remove(&handle);
         }
         self.welcomed = false;
         self.expected.clear();
@@ -367,6 +396,10 @@ impl Inner {
     fn close(&mut self, handles: &[HandleRef]) {
         for handle in handles {
             self.holds.remove(handle);
+            match *handle {
+                HandleRef::Wildcard { wildcard } => self.end_wildcard(wildcard),
+                subscriber => self.pushed.forget(subscriber),
+            }
         }
         let holds = &self.holds;
         self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
@@ -378,6 +411,13 @@ impl Inner {
         }
         self.unsent.extend_from_slice(handles);
         self.send_closes();
+    }
+
+    /// A wildcard subscription's subscribers go with it, on the coordinator's side too.
+    fn end_wildcard(&mut self, wildcard: u64) {
+        for handle in self.pushed.end(wildcard) {
+            self.holds.remove(&handle);
+        }
     }
 
     fn send_closes(&mut self) {
@@ -414,6 +454,13 @@ impl Inner {
                     self.arenas.insert((topic, slot), fd);
                 }
             }
+            Answer::WildcardTopic { wildcard, told, ref info, cursor, .. } => {
+                let subscriber = HandleRef::Subscriber { topic: info.id, cursor };
+                if self.pushed.add(&self.holds, wildcard, told, subscriber, (answer, fds)) {
+                    self.holds.insert(subscriber);
+                }
+            }
+            Answer::WildcardTold { wildcard, told } => self.pushed.set_told(wildcard, told),
             Answer::Welcome { protocol, incarnation, bus } if !self.welcomed => {
                 self.receive_welcome(protocol, Identity { incarnation, bus });
             }
@@ -427,12 +474,18 @@ impl Inner {
             }
             answer if self.expected.pop_front() != Some(true) => {
                 // Opened for somebody who had given up waiting.
+                if let Answer::WildcardOpened { wildcard } = answer {
+                    self.end_wildcard(wildcard);
+                }
                 self.unsent.extend(opened_handle(&answer));
                 self.send_closes();
             }
             answer => {
                 // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
                 self.holds.extend(opened_handle(&answer));
+                if let Answer::WildcardOpened { wildcard } = answer {
+                    self.pushed.begin(wildcard);
+                }
                 self.answers.push_back((answer, fds));
             }
         }
@@ -471,6 +524,7 @@ fn opened_handle(answer: &Answer) -> Option<HandleRef> {
         Answer::ConsumerOpened { info, group, consumer, .. } => {
             Some(HandleRef::Consumer { topic: info.id, group: group.id, consumer: *consumer })
         }
+        Answer::WildcardOpened { wildcard } => Some(HandleRef::Wildcard { wildcard: *wildcard }),
         _ => None,
     }
 }
@@ -481,6 +535,7 @@ fn may_read(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
         HandleRef::Publisher { topic, .. }
         | HandleRef::Subscriber { topic, .. }
         | HandleRef::Consumer { topic, .. } => *topic == wanted,
+        HandleRef::Wildcard { .. } => false,
     })
 }
 

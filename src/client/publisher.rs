@@ -14,6 +14,7 @@ use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, W
 use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
 use crate::ring::arena::Span;
+use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
 use crate::ring::sequence::Sequence;
@@ -87,7 +88,12 @@ impl Bus {
     /// # Errors
     /// The topic carries another type, is exclusive and has its publisher, or a limit is reached; see [`OpenError`].
     pub fn publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
-        self.open_publisher(topic, None)
+        self.open_publisher(topic, true, None)
+    }
+
+    /// The same for a topic that somebody else must have created.
+    pub(crate) fn existing_publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
+        self.open_publisher(topic, false, None)
     }
 
     /// Opens a publisher under a name, which goes on where the last publisher of that name ended: see
@@ -101,29 +107,32 @@ impl Bus {
     /// As [`Self::publisher`]; the topic is a channel, has 1,024 names already, or its ring is so full that its present
     /// publisher cannot be fenced.
     pub fn publisher_as<T: Payload + ?Sized>(&self, topic: Topic<T>, name: &str) -> Result<Publisher<T>, OpenError> {
-        self.open_publisher(topic, Some(Identity::Named(name.to_owned())))
+        self.open_publisher(topic, true, Some(Identity::Named(name.to_owned())))
     }
 
     fn open_publisher<T: Payload + ?Sized>(
         &self,
         topic: Topic<T>,
+        create: bool,
         identity: Option<Identity>,
     ) -> Result<Publisher<T>, OpenError> {
-        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), identity)?;
+        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), create, identity)?;
         Ok(Publisher { core, payload: PhantomData })
     }
 }
 
 impl PublisherCore {
-    /// A publisher's place on a topic, which is created with these options where it does not exist.
+    /// A publisher's place on a topic with these options; with `create` the topic is created where it does not exist.
     fn open(
         control: &Arc<Control>,
         topic: &str,
         options: TopicOptions,
+        create: bool,
         identity: Option<Identity>,
     ) -> Result<PublisherCore, OpenError> {
         let schema = options.schema.clone();
-        let request = Request::OpenPublisher { topic: topic.to_owned(), schema, create: Some(options), identity };
+        let create = create.then_some(options);
+        let request = Request::OpenPublisher { topic: topic.to_owned(), schema, create, identity };
         let (answer, fds) = control.request(&request)?;
         let Answer::PublisherOpened { info, slot, publisher, opening, tenancy, last_number, segments } = answer else {
             return Err(unexpected(&answer));
@@ -165,7 +174,7 @@ impl OriginPublisher {
         options: TopicOptions,
         origin: Identity,
     ) -> Result<OriginPublisher, OpenError> {
-        Ok(OriginPublisher { core: PublisherCore::open(control, topic, options, Some(origin))? })
+        Ok(OriginPublisher { core: PublisherCore::open(control, topic, options, true, Some(origin))? })
     }
 
     /// Publishes everything that belongs to the message `input`, all or nothing, waiting for room until `deadline`.
@@ -639,6 +648,22 @@ impl<T: Payload + ?Sized> Publisher<T> {
         self.core.publish_sealed(bytes, envelope, |core, body| core.publish(body, None))
     }
 
+    /// The same, waiting for room until `deadline`.
+    pub(crate) fn publish_with_until(
+        &mut self,
+        payload: &T,
+        envelope: &Envelope,
+        deadline: Option<Instant>,
+    ) -> Result<Sequence, PublishError> {
+        let bytes = self.checked(payload)?;
+        self.core.publish_sealed(bytes, envelope, |core, body| core.publish(body, deadline))
+    }
+
+    /// Rings when a reader has made room, or has left.
+    pub(crate) fn space_bell(&self) -> &Doorbell {
+        self.core.space_bell()
+    }
+
     /// Publishes a message if there is room for it now.
     ///
     /// # Errors
@@ -736,6 +761,12 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// This publisher's number on the bus, as messages carry it; the same for everyone who publishes under one name.
     pub fn id(&self) -> u64 {
         self.core.id
+    }
+
+    /// Who reads the topic now, counted in shared memory without asking anybody. A subscriber whose `open` has returned is
+    /// counted until it is dropped or its death is noticed.
+    pub fn readers(&self) -> Readers {
+        with_port!(&self.core.port, port => port.readers())
     }
 
     /// The options the topic was created with.

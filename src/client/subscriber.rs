@@ -12,6 +12,7 @@ use crate::client::envelope::{EnvelopeView, unix_ns};
 use crate::client::held::Held;
 use crate::client::message::Message;
 use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, Opener, ReadPort, Wanted};
+use crate::client::select::{Parts, Waitable};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError, Refusal};
 use crate::ring::doorbell::Doorbell;
@@ -20,7 +21,7 @@ use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::{self, Arenas, LogSegments, SharedInfo};
 use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
-use crate::wait::{self, Wait};
+use crate::wait::{self, Look, Wait};
 
 /// Where a subscriber starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -336,13 +337,30 @@ impl SubscriberCore {
         }
     }
 
+    /// One topic of a wildcard subscription, which gives the cursor back.
+    pub(crate) fn of_wildcard(
+        info: TopicInfo,
+        control: Arc<Control>,
+        cursor: u32,
+        place: Place,
+        droppable: bool,
+        segments: impl Iterator<Item = (SegmentRef, OwnedFd)>,
+    ) -> Result<Self, AttachError> {
+        let (options, asked) = (info.options.clone(), place.sequence);
+        let info = Arc::new(info);
+        let opener = Opener::new(&info);
+        let port = Opened { info, control, cursor, place, asked, exactly: false, droppable }.attach(segments)?;
+        let (found, wait, opened_by) = (Found::nothing(), Wait::default(), std::process::id());
+        Ok(SubscriberCore { port, found, opener, options, wait, held: None, opened_by })
+    }
+
     pub(crate) fn set_wait(&mut self, wait: Wait) {
         self.wait = wait;
     }
 
     /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
     #[inline(always)]
-    fn poll(&mut self) -> Result<bool, RecvError> {
+    pub(crate) fn poll(&mut self) -> Result<bool, RecvError> {
         if self.opener.is_some() { self.poll_opened() } else { self.poll_ring() }
     }
 
@@ -399,8 +417,13 @@ impl SubscriberCore {
         wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
-    fn bell(&self) -> &Doorbell {
+    pub(crate) fn bell(&self) -> &Doorbell {
         with_port!(&self.port, port => port.bell())
+    }
+
+    /// Whether a receive would return at once.
+    pub(crate) fn is_ready(&mut self) -> bool {
+        with_port!(&mut self.port, port => port.is_ready()) || with_port!(&self.port, port => port.gone()).is_some()
     }
 
     /// The message found last.
@@ -412,6 +435,11 @@ impl SubscriberCore {
     /// The envelope of the message found last, where the topic has them.
     pub(crate) fn envelope(&self) -> Option<EnvelopeView<'_>> {
         self.opener.as_ref().map(Opener::envelope)
+    }
+
+    /// How many messages were skipped because they had expired.
+    pub(crate) fn expired(&self) -> u64 {
+        self.opener.as_ref().map_or(0, Opener::expired)
     }
 
     /// Publisher and its number of the message found last, as far as they are known.
@@ -429,6 +457,22 @@ impl Drop for SubscriberCore {
         with_port!(&mut self.port, port => port.leave());
         // Only now may the coordinator give the cursor away.
         drop(self.held.take());
+    }
+}
+
+impl<T: Payload + ?Sized> Waitable for Subscriber<T> {}
+
+impl<T: Payload + ?Sized> Parts for Subscriber<T> {
+    fn glance(&mut self) -> Look<()> {
+        if self.core.is_ready() { Look::Found(()) } else { Look::Nothing }
+    }
+
+    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+        into.push(self.core.bell());
+    }
+
+    fn generation(&self) -> u64 {
+        0
     }
 }
 
@@ -475,7 +519,7 @@ impl<T: Payload + ?Sized> Subscriber<T> {
 
     /// How many messages this subscriber has skipped because their time-to-live had run out. They count as read.
     pub fn expired(&self) -> u64 {
-        self.core.opener.as_ref().map_or(0, Opener::expired)
+        self.core.expired()
     }
 
     /// The options the topic was created with.

@@ -10,7 +10,7 @@
 
 mod groups;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
+use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
     SubscriberStatus, TopicStatus,
@@ -61,6 +62,21 @@ pub(crate) struct Estate {
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
     announcements: Vec<(u64, u32)>,
+    /// The notices of wildcard subscriptions.
+    notices: Notices,
+    /// Subscribers opened for wildcard subscriptions whose owners have not been told.
+    news: Vec<News>,
+}
+
+/// A subscriber that was opened for a wildcard subscription.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct News {
+    pub(crate) incarnation: u64,
+    pub(crate) wildcard: u64,
+    /// How many the subscription has had, with this one; 0 where the owner learns that in another way.
+    pub(crate) told: u64,
+    topic: u64,
+    cursor: u32,
 }
 
 impl Estate {
@@ -100,6 +116,7 @@ impl Estate {
             }
         }
         estate.finish_fencing();
+        estate.repair_wildcards();
         // What was stored but never logged belongs to nobody.
         store.into_keys().for_each(|name| estate.forget(name));
         if estate.state.ending {
@@ -144,6 +161,8 @@ impl Estate {
             link,
             joined: None,
             announcements: Vec::new(),
+            notices: Notices::default(),
+            news: Vec::new(),
         }
     }
 
@@ -165,7 +184,16 @@ impl Estate {
         for &incarnation in self.state.participants().keys() {
             match store.remove(&participant_name(incarnation)) {
                 Some(pidfd) => drop(self.pidfds.insert(incarnation, pidfd)),
-                None => losses.push(Event::Left { incarnation }),
+                None => losses.extend(self.state.leave(incarnation)),
+            }
+        }
+        for &wildcard in self.state.wildcards().keys() {
+            let fd = store.remove(&notice_name(wildcard));
+            let adopted = fd.is_some_and(|fd| self.notices.adopt(self.state.bus, wildcard, fd).is_ok());
+            if !adopted {
+                let cursors = self.state.cursors_of_wildcard(wildcard).into_iter();
+                let handles = cursors.chain([HandleRef::Wildcard { wildcard }]);
+                losses.extend(handles.map(|handle| Event::Closed { handle }));
             }
         }
         losses
@@ -196,6 +224,7 @@ impl Estate {
     /// Everything a new keeper must hold, but for the listener and the lock.
     pub(crate) fn stored(&self) -> Vec<(String, BorrowedFd<'_>)> {
         let mut items = vec![(link::REGISTRY.to_owned(), self.registry.as_fd())];
+        items.extend(self.notices.stored());
         items.extend(self.pidfds.iter().map(|(incarnation, fd)| (participant_name(*incarnation), fd.as_fd())));
         for (topic, memory) in &self.memories {
             items
@@ -226,6 +255,7 @@ impl Estate {
 
     fn end_topics(&self) {
         self.memories.values().for_each(|memory| memory.end(TopicState::Stopped));
+        self.notices.end();
     }
 
     /// Takes the arenas to be announced to the readers of their topics.
@@ -239,6 +269,74 @@ impl Estate {
         let arenas = |entry: &TopicEntry| entry.arenas.iter().map(|slot| (entry.info.id, *slot)).collect::<Vec<_>>();
         let many = |entry: &&TopicEntry| entry.info.options.mode == Mode::Many;
         self.state.topics().values().filter(many).filter(reads).flat_map(arenas).collect()
+    }
+
+    /// Finishes what a dead coordinator had begun for wildcard subscriptions: a topic whose creation was logged may lack
+    /// their cursors, or have them in the registry only. Nobody was told of such a topic, so nothing has been missed.
+    fn repair_wildcards(&mut self) {
+        for (wildcard, topic) in self.state.missing_cursors() {
+            let event = self.state.cursor_for(wildcard, topic);
+            let opened = event.map_or(Err(broken("no cursor is free for a wildcard")), |event| self.carry_out(event));
+            if let Err(error) = opened {
+                eprintln!("shmbus coordinator: topic {topic} is not in wildcard subscription {wildcard}: {error}");
+            }
+        }
+        for &wildcard in self.state.wildcards().keys() {
+            for handle in self.state.cursors_of_wildcard(wildcard) {
+                self.repair_cursor(handle);
+            }
+        }
+        // Their owners come back for what was opened while they had no connection.
+        self.news.clear();
+        self.state.wildcards().keys().for_each(|wildcard| self.tell(*wildcard));
+    }
+
+    /// Puts a cursor in force that is so in the registry only.
+    fn repair_cursor(&self, handle: HandleRef) {
+        let HandleRef::Subscriber { topic, cursor } = handle else { return };
+        let entry = self.state.topic(topic).and_then(|entry| entry.subscribers.get(&cursor));
+        if let (Some(entry), Ok(memory)) = (entry, self.memory(topic))
+            && !memory.is_in_force(cursor, entry.incarnation)
+            && let Err(error) = memory.join(cursor, entry.incarnation, entry.start, entry.droppable)
+        {
+            eprintln!("shmbus coordinator: cursor {cursor} of topic {topic}: {error}");
+        }
+    }
+
+    /// Takes the subscribers of which the owners of wildcard subscriptions are to be told.
+    pub(crate) fn take_news(&mut self) -> Vec<News> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// What a returning participant's wildcard subscriptions have and it does not name, and how many each has had.
+    pub(crate) fn news_for(&self, incarnation: u64, holds: &[HandleRef]) -> (Vec<News>, Vec<(u64, u64)>) {
+        let named: HashSet<HandleRef> = holds.iter().copied().collect();
+        let unnamed = self.state.handles_of(incarnation).into_iter().filter(|handle| !named.contains(handle));
+        let news = unnamed.filter_map(|handle| {
+            let (wildcard, HandleRef::Subscriber { topic, cursor }) = (self.state.wildcard_of(handle)?, handle) else {
+                return None;
+            };
+            Some(News { incarnation, wildcard, told: 0, topic, cursor })
+        });
+        let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == incarnation);
+        (news.collect(), wildcards.map(|(wildcard, entry)| (*wildcard, entry.opened)).collect())
+    }
+
+    /// A wildcard subscription's new subscriber, for its owner. Its cursor is where it was put in force: nobody reads yet.
+    pub(crate) fn wildcard_topic(&self, news: News) -> Result<Granted, Refusal> {
+        let News { wildcard, told, topic, cursor, .. } = news;
+        let memory = self.memory(topic)?;
+        let place = memory.cursor_place(cursor).ok_or_else(|| broken("a wildcard's cursor is not in force"))?;
+        let (segments, fds) = memory.subscriber_fds()?.into_iter().unzip();
+        let (info, position, sequence) = (self.entry(topic)?.info.clone(), place.position, place.sequence);
+        Ok((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds))
+    }
+
+    /// Wakes a wildcard subscription's owner, after it has been sent what there is.
+    pub(crate) fn tell(&self, wildcard: u64) {
+        if let Some(entry) = self.state.wildcards().get(&wildcard) {
+            self.notices.tell(wildcard, entry.opened);
+        }
     }
 
     /// An arena's descriptor for readers.
@@ -288,7 +386,7 @@ impl Estate {
         if self.state.participant(incarnation).is_none() {
             return Ok(());
         }
-        self.carry_out(Event::Left { incarnation })
+        self.carry_out_all(self.state.leave(incarnation))
     }
 
     /// Grants a participant's request, or declines it. `None`: the bus is to be stopped.
@@ -300,6 +398,7 @@ impl Estate {
             Reply::Publisher { topic, slot } => Some(HandleRef::Publisher { topic, slot }),
             Reply::Subscriber { topic, cursor } => Some(HandleRef::Subscriber { topic, cursor }),
             Reply::Consumer { topic, group, consumer } => Some(HandleRef::Consumer { topic, group, consumer }),
+            Reply::Wildcard { wildcard } => Some(HandleRef::Wildcard { wildcard }),
             _ => None,
         };
         let granted = self.granted(reply);
@@ -343,6 +442,12 @@ impl Estate {
             Event::PublisherOpened { opened, .. } => self.check_origin(opened.identity.as_ref())?,
             // Once it is logged it must succeed.
             Event::Fenced { topic, .. } => self.memory(*topic)?.has_room_for_fence()?,
+            Event::WildcardOpened { wildcard, .. } => {
+                let fd = self.notices.add(self.state.bus, *wildcard).map_err(|e| system("reserving a notice", &e))?;
+                if let Some(link) = &mut self.link {
+                    link.store(&notice_name(*wildcard), fd)?;
+                }
+            }
             Event::Closed { handle } => self.release(*handle)?,
             Event::Left { incarnation } => {
                 let handles = self.state.handles_of(*incarnation);
@@ -364,9 +469,12 @@ impl Estate {
                 }
             }
             Event::Fenced { topic, slot } => self.fence(*topic, *slot)?,
-            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
+            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
-                    Ok(joined) => self.joined = Some(joined),
+                    Ok(joined) => match wildcard {
+                        Some(wildcard) => self.add_news(*incarnation, *wildcard, *topic, *cursor),
+                        None => self.joined = Some(joined),
+                    },
                     Err(refusal) => {
                         let handle = HandleRef::Subscriber { topic: *topic, cursor: *cursor };
                         self.carry_out(Event::Closed { handle })?;
@@ -384,10 +492,24 @@ impl Estate {
                     memory.end(TopicState::Removed);
                 }
             }
-            Event::Left { incarnation } => drop(self.pidfds.remove(incarnation)),
+            Event::Left { incarnation } => {
+                self.pidfds.remove(incarnation);
+                self.give_up_notices();
+            }
+            Event::Closed { handle: HandleRef::Wildcard { .. } } => self.give_up_notices(),
             _ => {}
         }
         Ok(())
+    }
+
+    fn add_news(&mut self, incarnation: u64, wildcard: u64, topic: u64, cursor: u32) {
+        let told = self.state.wildcards().get(&wildcard).map_or(0, |entry| entry.opened);
+        self.news.push(News { incarnation, wildcard, told, topic, cursor });
+    }
+
+    fn give_up_notices(&mut self) {
+        let held = self.state.wildcards();
+        self.notices.retain(|wildcard| held.contains_key(&wildcard));
     }
 
     /// What the keeper need not hold any longer.
@@ -401,7 +523,12 @@ impl Estate {
                 };
                 names.into_iter().map(|name| segment_name(*topic, &name)).collect()
             }
-            Event::Left { incarnation } => vec![participant_name(*incarnation)],
+            Event::Left { incarnation } => {
+                let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == *incarnation);
+                let notices = wildcards.map(|(wildcard, _)| notice_name(*wildcard));
+                notices.chain([participant_name(*incarnation)]).collect()
+            }
+            Event::Closed { handle: HandleRef::Wildcard { wildcard } } => vec![notice_name(*wildcard)],
             _ => Vec::new(),
         }
     }
@@ -491,6 +618,8 @@ impl Estate {
                     memory.leave(cursor, from_oldest);
                 }
             }
+            // Its cursors are handles of their own.
+            HandleRef::Wildcard { .. } => {}
         }
         Ok(())
     }
@@ -551,6 +680,10 @@ impl Estate {
                 Ok((Answer::Done, Vec::new()))
             }
             Reply::Names { topic, after } => Ok((self.names(topic, after.as_deref())?, Vec::new())),
+            Reply::Wildcard { wildcard } => {
+                let notice = self.notices.descriptor(wildcard).map_err(|e| system("duplicating a notice", &e))?;
+                Ok((Answer::WildcardOpened { wildcard }, vec![notice]))
+            }
             Reply::Purge { topic } => Ok((Answer::Purged(self.purge(topic)?), Vec::new())),
             Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
         }

@@ -27,7 +27,9 @@ impl Keeper {
         let pidfd = pidfd::open(std::process::id()).unwrap();
         let us = estate.admit(std::process::id(), 1000, pidfd).unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
-        estate.request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false }).unwrap();
+        estate
+            .request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false, ephemeral: false })
+            .unwrap();
         keeper.listen();
         let handle = Handle::on(&keeper, &estate.entry(0).unwrap().info);
         (keeper, estate, handle)
@@ -164,6 +166,58 @@ fn an_end_is_remembered() {
     assert!(estate.state().snapshot().contains(&Event::Ending));
     drop(estate);
     assert!(keeper.restart().state().ending);
+}
+
+/// A wildcard subscription of `us`, with what it has.
+fn open_wildcard(keeper: &mut Keeper, estate: &mut Estate) -> u64 {
+    let us = *estate.state().participants().keys().next().unwrap();
+    let request =
+        Request::OpenWildcard { pattern: ">".to_owned(), schema: None, start: StartAt::Latest, droppable: false };
+    estate.request(us, &request).unwrap();
+    keeper.listen();
+    us
+}
+
+/// Whoever asks for the topic again finds it there, and publishes: the cursor must be in force before that.
+#[test]
+fn a_creation_that_was_cut_short_is_finished_for_its_wildcards() {
+    for done in 1..=2 {
+        let (mut keeper, mut estate, _) = Keeper::with_topic();
+        let us = open_wildcard(&mut keeper, &mut estate);
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        let request = Request::CreateTopic { topic: "new".to_owned(), options, exist_ok: false, ephemeral: false };
+        let plan = estate.state.request(&estate.limits, FOOTPRINT, us, &request).unwrap();
+        assert_eq!(plan.events.len(), 2);
+        estate.carry_out(plan.events[0].clone()).unwrap();
+        if done == 2 {
+            estate.log(&plan.events[1]).unwrap();
+        }
+        drop(estate);
+        let estate = keeper.restart();
+        assert_eq!(estate.state().topic(1).unwrap().subscribers.len(), 1);
+        assert!(estate.memory(1).unwrap().is_in_force(0, us), "after {done} events");
+        let (news, wildcards) = estate.news_for(us, &[HandleRef::Wildcard { wildcard: 1 }]);
+        assert_eq!((news.len(), wildcards), (2, vec![(1, 2)]), "the owner is told of both topics");
+    }
+}
+
+#[test]
+fn a_wildcard_leaves_nothing_with_the_keeper() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = open_wildcard(&mut keeper, &mut estate);
+    let notices = |keeper: &Keeper| keeper.store.keys().filter(|name| name.starts_with("wildcard-")).count();
+    assert_eq!(notices(&keeper), 1);
+    drop(estate);
+    let mut estate = keeper.restart();
+    assert_eq!(notices(&keeper), 1);
+    estate.request(us, &Request::Close { handles: vec![HandleRef::Wildcard { wildcard: 1 }] }).unwrap();
+    keeper.listen();
+    assert_eq!(notices(&keeper), 0);
+    open_wildcard(&mut keeper, &mut estate);
+    estate.bury(us).unwrap();
+    keeper.listen();
+    assert_eq!(notices(&keeper), 0);
+    assert!(!estate.memory(0).unwrap().is_in_force(0, us));
 }
 
 #[path = "estate/group_tests.rs"]

@@ -42,13 +42,15 @@ pub(crate) struct Limits {
     pub(crate) topics: usize,
     /// Publishers, subscribers and consumers of one process.
     pub(crate) handles: usize,
+    /// Wildcard subscriptions of one process. Their subscribers count as handles.
+    pub(crate) wildcards: usize,
     /// Shared memory of one user.
     pub(crate) budget_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { participants: 1024, topics: 16_384, handles: 16_384, budget_bytes: u64::MAX }
+        Limits { participants: 1024, topics: 16_384, handles: 16_384, wildcards: 16, budget_bytes: u64::MAX }
     }
 }
 

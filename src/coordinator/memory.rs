@@ -485,6 +485,18 @@ impl TopicMemory {
         }
     }
 
+    /// Whether a cursor is in force for this owner.
+    pub(crate) fn is_in_force(&self, cursor: u32, owner: u64) -> bool {
+        let Parts::Log { segments, .. } = &self.parts else { return true };
+        segments.cursor_lines(&self.info).get(cursor as usize).is_some_and(|line| line.is_in_force_for(owner))
+    }
+
+    /// Where a cursor stands; `None` where it is not in force.
+    pub(crate) fn cursor_place(&self, cursor: u32) -> Option<Place> {
+        let Parts::Log { segments, .. } = &self.parts else { return None };
+        segments.cursor_lines(&self.info).get(cursor as usize)?.place()
+    }
+
     /// Marks the topic as removed or its bus as stopped, and wakes everybody.
     pub(crate) fn end(&self, state: TopicState) {
         match &self.parts {

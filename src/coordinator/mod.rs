@@ -9,6 +9,7 @@ pub(crate) mod limits;
 pub(crate) mod link;
 pub(crate) mod memory;
 mod names;
+pub(crate) mod notices;
 pub(crate) mod protocol;
 pub(crate) mod registry;
 pub(crate) mod roles;

@@ -2,7 +2,8 @@
 //!
 //! One packet is one [`Request`] or one [`Answer`], encoded with postcard; descriptors ride along as SCM_RIGHTS in the
 //! order the answer's [`SegmentRef`]s give. A client has at most one request open at a time, so answers need no
-//! number; [`Answer::ArenaAdded`] may come at any time, before the answer that is waited for.
+//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`] and [`Answer::WildcardTold`] may come at any time, before the
+//! answer that is waited for.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,10 +25,12 @@ pub(crate) const MAX_PACKET_FDS: usize = 128;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// First packet of a connection. A returning participant names its incarnation and what it still holds;
-    /// handles it does not name are released.
+    /// handles it does not name are released, but for the cursors of a wildcard subscription that it names: those it is
+    /// told of again.
     Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
-    /// Creates a topic. With `exist_ok` an existing topic with the same options is fine.
-    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool },
+    /// Creates a topic. With `exist_ok` an existing topic with the same options is fine. An `ephemeral` one is removed when
+    /// the participant that created it leaves or dies.
+    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool, ephemeral: bool },
     /// Removes a topic; `force` also while it is in use.
     RemoveTopic { topic: String, force: bool },
     /// Opens a publisher; `create` holds the options to create the topic with where it does not exist.
@@ -45,6 +48,8 @@ pub(crate) enum Request {
     OpenConsumer { topic: String, group: String, schema: Option<Schema>, create: Option<(GroupOptions, StartAt)> },
     /// A consumer of the group holds what is overdue: fence it on its output topics and release what it holds.
     Reclaim { topic: u64, group: u32, consumer: u32 },
+    /// Opens a subscriber on every topic the pattern stands for, those to come included; existing topics from `start` on.
+    OpenWildcard { pattern: String, schema: Option<Schema>, start: StartAt, droppable: bool },
     /// Gives handles back.
     Close { handles: Vec<HandleRef> },
     /// Gives up every message that no gating reader holds.
@@ -87,9 +92,23 @@ pub(crate) enum StartAt {
 /// what they had finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum HandleRef {
-    Consumer { topic: u64, group: u32, consumer: u32 },
-    Publisher { topic: u64, slot: u32 },
-    Subscriber { topic: u64, cursor: u32 },
+    Consumer {
+        topic: u64,
+        group: u32,
+        consumer: u32,
+    },
+    Publisher {
+        topic: u64,
+        slot: u32,
+    },
+    Subscriber {
+        topic: u64,
+        cursor: u32,
+    },
+    /// A wildcard subscription with all its subscribers.
+    Wildcard {
+        wildcard: u64,
+    },
 }
 
 /// A segment whose descriptor rides along.
@@ -177,6 +196,21 @@ pub(crate) enum Answer {
     /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
     /// too): a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
+    /// To `OpenWildcard`, after the `WildcardTopic` of every existing topic. The notice's descriptor rides along.
+    WildcardOpened { wildcard: u64 },
+    /// Unasked, to a wildcard subscription's owner: a subscriber on one more topic, as in `SubscriberOpened`. It is the
+    /// `told`-th topic of the subscription.
+    WildcardTopic {
+        wildcard: u64,
+        told: u64,
+        info: TopicInfo,
+        cursor: u32,
+        position: u64,
+        sequence: u64,
+        segments: Vec<SegmentRef>,
+    },
+    /// Unasked, to a participant that came back: of its wildcard subscription's topics it has the first `told` now.
+    WildcardTold { wildcard: u64, told: u64 },
 }
 
 /// What a purge did.

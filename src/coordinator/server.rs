@@ -1,7 +1,7 @@
 //! The coordinator's loop: it sleeps in epoll until a client asks, a process dies or the keeper speaks. One request a
 //! client and round, and no wait for any of them, so nobody delays the others.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -382,7 +382,7 @@ impl Server {
             }
         };
         match admitted {
-            Ok(incarnation) => self.connect(id, incarnation),
+            Ok(incarnation) => self.connect(id, incarnation, holds),
             Err(refusal) => {
                 self.send(id, &Answer::Refused(refusal), Vec::new())?;
                 self.expel(id);
@@ -410,16 +410,24 @@ impl Server {
         Ok(admitted)
     }
 
-    /// Makes this connection the participant's, and tells it every arena it may have missed.
-    fn connect(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+    /// Makes this connection the participant's, and tells it every topic and arena it may have missed.
+    fn connect(&mut self, id: u64, incarnation: u64, holds: &[HandleRef]) -> io::Result<()> {
         if let Some(earlier) = self.connected.insert(incarnation, id) {
             self.clients.remove(&earlier);
         }
         let welcome = self.estate.welcome(incarnation);
         let arenas = self.estate.arenas_for(incarnation);
+        let (news, wildcards) = self.estate.news_for(incarnation, holds);
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
         client.incarnation = Some(incarnation);
         let mut sent = client.send_unbounded(&welcome, Vec::new());
+        // Topics before their arenas: who does not know the topic has no use for an arena.
+        for (answer, fds) in news.into_iter().filter_map(|news| self.estate.wildcard_topic(news).ok()) {
+            sent = sent.and_then(|()| client.send_unbounded(&answer, fds));
+        }
+        for (wildcard, told) in wildcards {
+            sent = sent.and_then(|()| client.send_unbounded(&Answer::WildcardTold { wildcard, told }, Vec::new()));
+        }
         for (topic, slot) in arenas {
             if let Ok(fd) = self.estate.arena_fd(topic, slot) {
                 sent = sent.and_then(|()| client.send_unbounded(&Answer::ArenaAdded { topic, slot }, vec![fd]));
@@ -437,6 +445,7 @@ impl Server {
     fn grant(&mut self, id: u64, incarnation: u64, request: &Request) -> io::Result<()> {
         let granted = self.estate.request(incarnation, request);
         self.announce()?;
+        self.spread_news()?;
         let (answer, fds): Granted = match granted {
             Ok(Some(granted)) => granted,
             Ok(None) => {
@@ -446,6 +455,22 @@ impl Server {
             Err(refusal) => (Answer::Refused(refusal), Vec::new()),
         };
         self.send(id, &answer, fds)
+    }
+
+    /// Hands new topics to the owners of wildcard subscriptions, before their creator learns that they exist; then wakes
+    /// the owners. One without a connection comes back for them, and so does one that must be disconnected.
+    fn spread_news(&mut self) -> io::Result<()> {
+        let news = self.estate.take_news();
+        for news in &news {
+            let Some(&id) = self.connected.get(&news.incarnation) else { continue };
+            match self.estate.wildcard_topic(*news) {
+                Ok((answer, fds)) => self.send(id, &answer, fds)?,
+                Err(_) => self.expel(id),
+            }
+        }
+        let wildcards: BTreeSet<u64> = news.iter().map(|news| news.wildcard).collect();
+        wildcards.into_iter().for_each(|wildcard| self.estate.tell(wildcard));
+        Ok(())
     }
 
     /// Hands new arenas to their readers, before the publisher that will write them learns that it may.

@@ -5,6 +5,7 @@
 //! event has just happened or is replayed from the registry.
 
 mod groups;
+mod wildcards;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,8 @@ use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
+
+pub(crate) use wildcards::WildcardEntry;
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
 const TENANCIES: u64 = 256;
@@ -36,12 +39,14 @@ pub(crate) enum Event {
     Began { bus: u64, stay: bool },
     /// Ids below these have been given away (part of a compacted registry).
     Given { participants: u64, topics: u64, publishers: u64 },
+    /// The same for wildcard subscriptions.
+    WildcardsGiven { wildcards: u64 },
     /// A process connected.
     Joined { incarnation: u64, pid: u32, uid: u32 },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
-    /// A topic exists. `publishers` of it have been there (0, but for a compacted registry).
-    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool },
+    /// A topic exists. `publishers` of it have been there (0, but for a compacted registry). It goes with its `owner`.
+    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool, owner: Option<u64> },
     /// It is gone, with all its handles.
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
@@ -55,8 +60,15 @@ pub(crate) enum Event {
     Fenced { topic: u64, slot: u32 },
     /// A publisher has lost its identity, whose last number is this: it is fenced, dead, or has left.
     IdentitySettled { topic: u64, slot: u32, last_number: u64 },
-    /// A subscriber holds a cursor.
-    SubscriberOpened { topic: u64, cursor: u32, incarnation: u64, start: StartAt, droppable: bool },
+    /// A subscriber holds a cursor, perhaps for a wildcard subscription.
+    SubscriberOpened {
+        topic: u64,
+        cursor: u32,
+        incarnation: u64,
+        start: StartAt,
+        droppable: bool,
+        wildcard: Option<u64>,
+    },
     /// A group exists, in the place of the one it `replaces` (a rewind), which is retired.
     GroupCreated { topic: u64, info: GroupInfo, start: StartAt, bytes: u64, replaces: Option<u32> },
     /// A group has lost its name: it was removed. It goes with its last consumer.
@@ -65,6 +77,16 @@ pub(crate) enum Event {
     GroupsGiven { topic: u64, groups: u32 },
     /// A consumer holds its number in the group.
     ConsumerOpened { topic: u64, group: u32, consumer: u32, incarnation: u64 },
+    /// A wildcard subscription exists. `opened` cursors were opened for it (0, but for a compacted registry).
+    WildcardOpened {
+        wildcard: u64,
+        incarnation: u64,
+        pattern: String,
+        schema: Option<Schema>,
+        start: StartAt,
+        droppable: bool,
+        opened: u64,
+    },
     /// A handle was given back.
     Closed { handle: HandleRef },
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
@@ -88,6 +110,7 @@ pub(crate) enum Reply {
     Subscriber { topic: u64, cursor: u32 },
     Consumer { topic: u64, group: u32, consumer: u32 },
     Reclaim { topic: u64, group: u32, consumer: u32 },
+    Wildcard { wildcard: u64 },
     Purge { topic: u64 },
     Status { topics: Vec<u64>, more: bool },
     Names { topic: u64, after: Option<String> },
@@ -117,6 +140,8 @@ pub(crate) struct TopicEntry {
     publishers_seen: u64,
     /// Created by request, not by a publisher in passing: it keeps the bus until it is removed, also while it is empty.
     pub(crate) kept: bool,
+    /// The participant it goes with.
+    pub(crate) owner: Option<u64>,
 }
 
 /// Who has a publisher slot.
@@ -139,6 +164,8 @@ pub(crate) struct SubscriberEntry {
     pub(crate) incarnation: u64,
     pub(crate) start: StartAt,
     pub(crate) droppable: bool,
+    /// The wildcard subscription it belongs to.
+    pub(crate) wildcard: Option<u64>,
 }
 
 /// Bytes that segments take; asked of whoever lays them out.
@@ -161,10 +188,12 @@ pub(crate) struct State {
     participants: BTreeMap<u64, Participant>,
     topics: BTreeMap<u64, TopicEntry>,
     names: BTreeMap<String, u64>,
+    wildcards: BTreeMap<u64, WildcardEntry>,
     reserved: BTreeMap<u32, u64>,
     next_incarnation: u64,
     next_topic: u64,
     next_publisher: u64,
+    next_wildcard: u64,
 }
 
 impl State {
@@ -205,13 +234,14 @@ impl State {
             Event::Began { bus, stay } => {
                 (self.bus, self.stay) = (*bus, *stay);
                 // 0 means nobody in shared memory.
-                (self.next_incarnation, self.next_publisher) = (1, 1);
+                (self.next_incarnation, self.next_publisher, self.next_wildcard) = (1, 1, 1);
             }
             Event::Given { participants, topics, publishers } => {
                 self.next_incarnation = self.next_incarnation.max(*participants);
                 self.next_topic = self.next_topic.max(*topics);
                 self.next_publisher = self.next_publisher.max(*publishers);
             }
+            Event::WildcardsGiven { wildcards } => self.next_wildcard = self.next_wildcard.max(*wildcards),
             Event::Joined { incarnation, pid, uid } => {
                 let participant = Participant { pid: *pid, uid: *uid, handles: BTreeSet::new() };
                 self.participants.insert(*incarnation, participant);
@@ -221,8 +251,8 @@ impl State {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
                 self.participants.remove(incarnation);
             }
-            Event::TopicCreated { info, uid, bytes, publishers, kept } => {
-                self.add_topic(info, *uid, *bytes, *publishers, *kept);
+            Event::TopicCreated { info, uid, bytes, publishers, kept, owner } => {
+                self.add_topic(info, *uid, *bytes, *publishers, *kept, *owner);
             }
             Event::TopicRemoved { topic } => self.remove_topic(*topic),
             Event::ArenaAdded { topic, slot, bytes } => {
@@ -255,10 +285,14 @@ impl State {
                 entry.settle_identity(*slot, *last_number);
                 self.forget_origins(*topic);
             }
-            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable } => {
+            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard } => {
                 self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
                 let Some(entry) = self.topics.get_mut(topic) else { return };
-                let new = SubscriberEntry { incarnation: *incarnation, start: *start, droppable: *droppable };
+                let (start, droppable, wildcard) = (*start, *droppable, *wildcard);
+                let new = SubscriberEntry { incarnation: *incarnation, start, droppable, wildcard };
+                if let Some(subscription) = wildcard.and_then(|wildcard| self.wildcards.get_mut(&wildcard)) {
+                    subscription.opened += 1;
+                }
                 entry.subscribers.insert(*cursor, new);
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
             }
@@ -276,6 +310,12 @@ impl State {
             Event::ConsumerOpened { topic, group, consumer, incarnation } => {
                 self.add_consumer(*topic, *group, *consumer, *incarnation);
             }
+            Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened } => {
+                let (incarnation, start, droppable, opened) = (*incarnation, *start, *droppable, *opened);
+                let (pattern, schema) = (pattern.clone(), schema.clone());
+                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened };
+                self.open_wildcard(*wildcard, entry);
+            }
             Event::Closed { handle } => self.close(*handle),
             Event::Ending => self.ending = true,
         }
@@ -287,9 +327,11 @@ impl State {
         for (&incarnation, p) in &self.participants {
             events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid });
         }
+        self.snapshot_wildcards(&mut events);
         for entry in self.topics.values() {
             entry.snapshot(&mut events);
         }
+        events.push(Event::WildcardsGiven { wildcards: self.next_wildcard });
         events.push(Event::Given {
             participants: self.next_incarnation,
             topics: self.next_topic,
@@ -299,7 +341,22 @@ impl State {
         events
     }
 
-    fn add_topic(&mut self, info: &TopicInfo, uid: u32, bytes: u64, publishers_seen: u64, kept: bool) {
+    /// What a participant's end takes: the topics that go with it, then itself.
+    pub(crate) fn leave(&self, incarnation: u64) -> Vec<Event> {
+        let owned = self.topics.iter().filter(|(_, entry)| entry.owner == Some(incarnation));
+        let removed = owned.map(|(&topic, _)| Event::TopicRemoved { topic });
+        removed.chain([Event::Left { incarnation }]).collect()
+    }
+
+    fn add_topic(
+        &mut self,
+        info: &TopicInfo,
+        uid: u32,
+        bytes: u64,
+        publishers_seen: u64,
+        kept: bool,
+        owner: Option<u64>,
+    ) {
         self.next_topic = self.next_topic.max(info.id + 1);
         self.names.insert(info.name.clone(), info.id);
         *self.reserved.entry(uid).or_default() += bytes;
@@ -315,6 +372,7 @@ impl State {
             identities: BTreeMap::new(),
             publishers_seen,
             kept,
+            owner,
         };
         self.topics.insert(info.id, entry);
     }
@@ -351,6 +409,7 @@ impl State {
                 self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
             }
             HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
+            HandleRef::Wildcard { wildcard } => self.close_wildcard(wildcard),
         };
         if let Some(participant) = owner.and_then(|incarnation| self.participants.get_mut(&incarnation)) {
             participant.handles.remove(&handle);
@@ -382,8 +441,9 @@ impl TopicEntry {
         let topic = self.info.id;
         // What the added arenas take is counted in the topic already; the publishers and groups that follow count themselves.
         let publishers = self.publishers_seen - self.publishers.len() as u64;
-        let (info, kept, bytes) = (self.info.clone(), self.kept, self.bytes - self.group_bytes());
-        events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept });
+        let (info, kept, owner) = (self.info.clone(), self.kept, self.owner);
+        let bytes = self.bytes - self.group_bytes();
+        events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept, owner });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
@@ -395,8 +455,8 @@ impl TopicEntry {
             events.push(Event::PublisherOpened { topic, slot, opened: opened.clone() });
         }
         for (&cursor, s) in &self.subscribers {
-            let SubscriberEntry { incarnation, start, droppable } = *s;
-            events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable });
+            let SubscriberEntry { incarnation, start, droppable, wildcard } = *s;
+            events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard });
         }
         self.snapshot_groups(events);
     }
@@ -452,7 +512,10 @@ impl State {
         }
         // A set: both lists may be long, and who comes back may be hostile.
         let kept: BTreeSet<HandleRef> = holds.iter().copied().collect();
-        let given_up = self.handles_of(incarnation).into_iter().filter(|handle| !kept.contains(handle));
+        // A wildcard subscription's topics may have come while their owner was away: it learns of them when it is back.
+        let goes_with = |handle: HandleRef| self.wildcard_of(handle).map(|wildcard| HandleRef::Wildcard { wildcard });
+        let given_up = self.handles_of(incarnation).into_iter();
+        let given_up = given_up.filter(|handle| !kept.contains(&goes_with(*handle).unwrap_or(*handle)));
         let events = given_up.map(|handle| Event::Closed { handle }).collect();
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
@@ -469,7 +532,9 @@ impl State {
         let decider = Decider { state: self, limits, footprint, incarnation, uid: participant.uid };
         match request {
             Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
-            Request::CreateTopic { topic, options, exist_ok } => decider.create_topic(topic, options, *exist_ok),
+            Request::CreateTopic { topic, options, exist_ok, ephemeral } => {
+                decider.create_topic(topic, options, *exist_ok, *ephemeral)
+            }
             Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
             Request::OpenPublisher { topic, schema, create, identity } => {
                 decider.open_publisher(topic, schema.as_ref(), create.as_ref(), identity.as_ref())
@@ -488,6 +553,9 @@ impl State {
                 decider.open_consumer(GroupName { topic, group }, schema.as_ref(), create.as_ref())
             }
             Request::Reclaim { topic, group, consumer } => decider.reclaim(*topic, *group, *consumer),
+            Request::OpenWildcard { pattern, schema, start, droppable } => {
+                decider.open_wildcard(pattern, schema.as_ref(), *start, *droppable)
+            }
             Request::Close { handles } => decider.close(handles),
             Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
@@ -498,10 +566,16 @@ impl State {
 }
 
 impl Decider<'_> {
-    fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<Plan, Refusal> {
+    fn create_topic(
+        &self,
+        name: &str,
+        options: &TopicOptions,
+        exist_ok: bool,
+        ephemeral: bool,
+    ) -> Result<Plan, Refusal> {
         checked(name)?;
         let Some(existing) = self.state.names.get(name).and_then(|id| self.state.topics.get(id)) else {
-            let events = vec![self.new_topic(name, options, true)?.1];
+            let (_, events) = self.new_topic(name, options, !ephemeral, ephemeral.then_some(self.incarnation))?;
             return Ok(Plan { events, reply: Reply::Created { existed: false } });
         };
         if !exist_ok {
@@ -540,8 +614,8 @@ impl Decider<'_> {
         let (info, slot, tenancy) = match (existing, create) {
             (None, None) => return Err(unknown(name)),
             (None, Some(options)) => {
-                let (info, event) = self.new_topic(name, options, false)?;
-                events.push(event);
+                let (info, created) = self.new_topic(name, options, false, None)?;
+                events.extend(created);
                 (info, 0, 0)
             }
             (Some(entry), _) => {
@@ -582,7 +656,7 @@ impl Decider<'_> {
                 _ => too_many("subscribers and groups", entry, entry.max_subscribers()),
             });
         };
-        let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable }];
+        let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard: None }];
         Ok(Plan { events, reply: Reply::Subscriber { topic, cursor } })
     }
 
@@ -591,8 +665,17 @@ impl Decider<'_> {
         // A handle that is held no more went with its topic: closing it is no mistake.
         // Named twice it is closed once.
         let named: BTreeSet<HandleRef> = handles.iter().copied().collect();
-        let mine = named.into_iter().filter(|key| held.is_some_and(|held| held.contains(key)));
-        Ok(Plan { events: mine.map(|handle| Event::Closed { handle }).collect(), reply: Reply::Done })
+        let mine = named.iter().copied().filter(|key| held.is_some_and(|held| held.contains(key)));
+        let closed: Vec<HandleRef> = mine.collect();
+        // A wildcard subscription goes with its cursors.
+        let wildcards = closed.iter().filter_map(|handle| match handle {
+            HandleRef::Wildcard { wildcard } => Some(*wildcard),
+            _ => None,
+        });
+        let cursors = wildcards.flat_map(|wildcard| self.state.cursors_of_wildcard(wildcard));
+        let cursors: Vec<HandleRef> = cursors.filter(|handle| !named.contains(handle)).collect();
+        let events = cursors.into_iter().chain(closed).map(|handle| Event::Closed { handle }).collect();
+        Ok(Plan { events, reply: Reply::Done })
     }
 
     /// Changes memory alone: what is given up is nobody's.
@@ -627,7 +710,15 @@ impl Decider<'_> {
         self.state.names.get(name).and_then(|id| self.state.topics.get(id)).ok_or_else(|| unknown(name))
     }
 
-    fn new_topic(&self, name: &str, options: &TopicOptions, kept: bool) -> Result<(TopicInfo, Event), Refusal> {
+    /// A topic's creation, with the cursors of the wildcard subscriptions that stand for it: they are in force before
+    /// anybody is told that it exists.
+    fn new_topic(
+        &self,
+        name: &str,
+        options: &TopicOptions,
+        kept: bool,
+        owner: Option<u64>,
+    ) -> Result<(TopicInfo, Vec<Event>), Refusal> {
         let topic = name.to_owned();
         if self.state.topics.len() >= self.limits.topics {
             let mend = "remove some with `shmbus rm`".to_owned();
@@ -654,7 +745,9 @@ impl Decider<'_> {
         };
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
-        Ok((info.clone(), Event::TopicCreated { info, uid: self.uid, bytes, publishers: 0, kept }))
+        let cursors = self.wildcard_cursors(&info)?;
+        let created = Event::TopicCreated { info: info.clone(), uid: self.uid, bytes, publishers: 0, kept, owner };
+        Ok((info, [created].into_iter().chain(cursors).collect()))
     }
 
     fn publisher_slot(&self, entry: &TopicEntry) -> Result<u32, Refusal> {
@@ -684,8 +777,13 @@ impl Decider<'_> {
     }
 
     fn check_handles(&self) -> Result<(), Refusal> {
-        let held = self.state.participants.get(&self.incarnation).map_or(0, |p| p.handles.len());
-        if held < self.limits.handles {
+        self.check_handles_of(self.incarnation, 1)
+    }
+
+    /// Whether a participant may hold `more` handles.
+    fn check_handles_of(&self, incarnation: u64, more: usize) -> Result<(), Refusal> {
+        let held = self.state.participants.get(&incarnation).map_or(0, |p| p.handles.len());
+        if held + more <= self.limits.handles {
             return Ok(());
         }
         let what = "publishers, subscribers and consumers of one process".to_owned();

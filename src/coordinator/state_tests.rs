@@ -1,7 +1,7 @@
 use super::*;
 use crate::topic::Full;
 
-const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, budget_bytes: 10_000 };
+const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, wildcards: 2, budget_bytes: 10_000 };
 const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100, group: |_, _| 10 };
 
 fn state() -> State {
@@ -24,7 +24,7 @@ fn ask(state: &mut State, who: u64, request: Request) -> Result<Plan, Refusal> {
 }
 
 fn create(topic: &str, options: TopicOptions) -> Request {
-    Request::CreateTopic { topic: topic.to_owned(), options, exist_ok: true }
+    Request::CreateTopic { topic: topic.to_owned(), options, exist_ok: true, ephemeral: false }
 }
 
 fn publisher(topic: &str) -> Request {
@@ -43,6 +43,87 @@ fn named(topic: &str, name: &str) -> Request {
 
 fn subscriber(topic: &str) -> Request {
     Request::OpenSubscriber { topic: topic.to_owned(), schema: None, start: StartAt::Latest, droppable: false }
+}
+
+fn wildcard(pattern: &str) -> Request {
+    Request::OpenWildcard { pattern: pattern.to_owned(), schema: None, start: StartAt::Latest, droppable: false }
+}
+
+fn ephemeral(topic: &str) -> Request {
+    let (topic, options) = (topic.to_owned(), TopicOptions::default());
+    Request::CreateTopic { topic, options, exist_ok: false, ephemeral: true }
+}
+
+/// The cursors that a plan opens, as (topic, cursor, incarnation, start).
+fn cursors(plan: &Plan) -> Vec<(u64, u32, u64, StartAt)> {
+    let opened = |event: &Event| match event {
+        Event::SubscriberOpened { topic, cursor, incarnation, start, .. } => {
+            Some((*topic, *cursor, *incarnation, *start))
+        }
+        _ => None,
+    };
+    plan.events.iter().filter_map(opened).collect()
+}
+
+#[test]
+fn a_new_topic_comes_with_the_cursors_of_its_wildcards() {
+    let mut state = state();
+    let (a, b) = (join(&mut state), join(&mut state));
+    ask(&mut state, a, create("o.old", TopicOptions::default())).unwrap();
+    let opened = ask(&mut state, a, wildcard("o.*")).unwrap();
+    assert_eq!(opened.reply, Reply::Wildcard { wildcard: 1 });
+    assert_eq!(cursors(&opened), [(0, 0, a, StartAt::Latest)]);
+    ask(&mut state, b, wildcard(">")).unwrap();
+    let created = ask(&mut state, b, publisher("o.new")).unwrap();
+    assert_eq!(cursors(&created), [(1, 0, a, StartAt::Oldest), (1, 1, b, StartAt::Oldest)]);
+    assert!(matches!(created.events.first(), Some(Event::TopicCreated { .. })));
+    assert!(matches!(created.events.last(), Some(Event::PublisherOpened { .. })));
+    let channel = ask(&mut state, b, create("o.channel", mode(Mode::Channel))).unwrap();
+    assert!(cursors(&channel).is_empty());
+    assert_eq!(state.wildcards()[&1].opened, 2);
+    assert_eq!(state.topic(1).unwrap().subscribers.len(), 2);
+    let closed = ask(&mut state, a, Request::Close { handles: vec![HandleRef::Wildcard { wildcard: 1 }] }).unwrap();
+    assert_eq!(closed.events.len(), 3, "its cursors go with it");
+    assert_eq!(state.topic(1).unwrap().subscribers.len(), 1);
+    assert_eq!(state.handles_of(a), []);
+}
+
+#[test]
+fn a_returning_owner_keeps_what_it_could_not_name() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, wildcard(">")).unwrap();
+    ask(&mut state, a, create("t", TopicOptions::default())).unwrap();
+    let named = state.rejoin(a, &[HandleRef::Wildcard { wildcard: 1 }]).unwrap();
+    assert_eq!(named.events, []);
+    let unnamed = state.rejoin(a, &[HandleRef::Subscriber { topic: 0, cursor: 0 }]).unwrap();
+    assert_eq!(unnamed.events.len(), 2, "the subscription was dropped, and its cursor with it");
+}
+
+#[test]
+fn a_topic_whose_creation_was_cut_short_gets_its_cursors() {
+    let mut state = state();
+    let a = join(&mut state);
+    ask(&mut state, a, wildcard(">")).unwrap();
+    let plan = state.request(&LIMITS, FOOTPRINT, a, &create("t", TopicOptions::default())).unwrap();
+    state.apply(&plan.events[0]);
+    assert_eq!(state.missing_cursors(), [(1, 0)]);
+    let event = state.cursor_for(1, 0).unwrap();
+    assert_eq!(event, plan.events[1]);
+    state.apply(&event);
+    assert_eq!(state.missing_cursors(), []);
+}
+
+#[test]
+fn an_ephemeral_topic_goes_before_its_owner() {
+    let mut state = state();
+    let (a, b) = (join(&mut state), join(&mut state));
+    ask(&mut state, a, ephemeral("mine")).unwrap();
+    ask(&mut state, b, subscriber("mine")).unwrap();
+    let events = state.leave(a);
+    assert_eq!(events, [Event::TopicRemoved { topic: 0 }, Event::Left { incarnation: a }]);
+    assert_eq!(state.leave(b), [Event::Left { incarnation: b }]);
+    assert!(!state.topic(0).unwrap().kept);
 }
 
 fn mode(mode: Mode) -> TopicOptions {
@@ -124,7 +205,8 @@ fn creating_again_compares_every_option() {
     let options = TopicOptions::default();
     ask(&mut state, a, create("t", options.clone())).unwrap();
     assert_eq!(ask(&mut state, a, create("t", options.clone())).unwrap().reply, Reply::Created { existed: true });
-    let strict = Request::CreateTopic { topic: "t".to_owned(), options: options.clone(), exist_ok: false };
+    let strict =
+        Request::CreateTopic { topic: "t".to_owned(), options: options.clone(), exist_ok: false, ephemeral: false };
     assert!(matches!(ask(&mut state, a, strict), Err(Refusal::AlreadyExists { .. })));
     let others = [
         TopicOptions { messages: 16, ..options.clone() },
@@ -215,8 +297,8 @@ fn long_lists_of_handles_are_decided_at_once() {
     ask(&mut state, a, create("t", TopicOptions::default())).unwrap();
     let held = |cursor| HandleRef::Subscriber { topic: 0, cursor };
     for cursor in 0..16_384 {
-        let (topic, start) = (0, StartAt::Latest);
-        state.apply(&Event::SubscriberOpened { topic, cursor, incarnation: a, start, droppable: false });
+        let (topic, start, wildcard) = (0, StartAt::Latest, None);
+        state.apply(&Event::SubscriberOpened { topic, cursor, incarnation: a, start, droppable: false, wildcard });
     }
     let strangers: Vec<HandleRef> = (0..40_000).map(|slot| HandleRef::Publisher { topic: 9, slot }).collect();
     let started = std::time::Instant::now();
@@ -268,9 +350,9 @@ fn replay_equals_live() {
         let known: Vec<u64> = live.participants().keys().copied().collect();
         let who = if known.is_empty() { 0 } else { known[next(known.len() as u64) as usize] };
         let topic = ["a", "b", "c"][next(3) as usize].to_owned();
-        let plan = match next(14) {
+        let plan = match next(16) {
             0 => live.join(&LIMITS, 1, next(2) as u32),
-            1 if next(4) == 0 => Ok(Plan { events: vec![Event::Left { incarnation: who }], reply: Reply::Done }),
+            1 if next(4) == 0 => Ok(Plan { events: live.leave(who), reply: Reply::Done }),
             2 => live.rejoin(who, &live.handles_of(who)[..live.handles_of(who).len() / 2]),
             3 => ask_only(
                 &live,
@@ -280,6 +362,8 @@ fn replay_equals_live() {
             4 => ask_only(&live, who, Request::RemoveTopic { topic, force: next(2) == 0 }),
             5 => ask_only(&live, who, publisher(&topic)),
             6 => ask_only(&live, who, named(&topic, ["x", "y"][next(2) as usize])),
+            13 => ask_only(&live, who, wildcard(["*", ">", "t1"][next(3) as usize])),
+            14 => ask_only(&live, who, ephemeral(&topic)),
             7 | 8 => ask_only(&live, who, subscriber(&topic)),
             9 => ask_only(&live, who, groups::consumer_of_new(&topic, ["g", "h"][next(2) as usize])),
             10 => ask_only(&live, who, groups::rewind(&topic, "g", next(2) == 0)),

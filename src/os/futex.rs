@@ -1,7 +1,16 @@
 //! Sleeping on a word that processes share.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
+
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
+
+/// Most words that the kernel takes in one wait on several.
+const MOST_WORDS: usize = libc::FUTEX_WAITV_MAX as usize;
+
+/// How long a sleep on some of the words lasts where the kernel cannot sleep on all of them.
+const SHORT_SLEEP: Duration = Duration::from_millis(2);
 
 /// Sleeps while `word` is `expected`, until woken or `limit` has passed. Wakes early on signals; callers look again.
 pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) {
@@ -27,4 +36,53 @@ pub(crate) fn wake_all(word: &AtomicU32) {
     unsafe {
         libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX);
     }
+}
+
+/// Sleeps while every word is what is expected of it, until one is woken or `limit` has passed. Wakes early for other
+/// reasons too; callers look again. Kernels before 5.16 cannot sleep on several words, and none on more than 128: there
+/// it sleeps on the first ones, for 2 ms at most.
+pub(crate) fn wait_any(words: &[(&AtomicU32, u32)], limit: Duration) {
+    static MISSING: AtomicBool = AtomicBool::new(false);
+    if words.is_empty() {
+        return std::thread::sleep(limit);
+    }
+    // Relaxed: a hint; who misses it finds out by itself.
+    if !MISSING.load(Ordering::Relaxed) {
+        let limit = if words.len() > MOST_WORDS { limit.min(SHORT_SLEEP) } else { limit };
+        match wait_vector(&words[..words.len().min(MOST_WORDS)], limit) {
+            // No such call (or a filter that does not know it).
+            libc::ENOSYS | libc::EPERM => MISSING.store(true, Ordering::Relaxed),
+            _ => return,
+        }
+    }
+    let (word, expected) = words[0];
+    wait(word, expected, limit.min(SHORT_SLEEP));
+}
+
+/// The error number of `futex_waitv`, 0 for a wake.
+fn wait_vector(words: &[(&AtomicU32, u32)], limit: Duration) -> i32 {
+    let entry = |(word, expected): &(&AtomicU32, u32)| {
+        // SAFETY: a structure of plain numbers, for which zeros are valid.
+        let mut entry: libc::futex_waitv = unsafe { std::mem::zeroed() };
+        entry.val = u64::from(*expected);
+        entry.uaddr = word.as_ptr() as u64;
+        entry.flags = libc::FUTEX2_SIZE_U32 as u32;
+        entry
+    };
+    let entries: Vec<libc::futex_waitv> = words.iter().map(entry).collect();
+    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return libc::ENOSYS };
+    let until = now + TimeSpec::from_duration(limit);
+    // SAFETY: the words live for the call, and the kernel only reads them, the entries and the timespec. Every outcome but
+    // a missing call is a return that the caller handles by looking again.
+    let woken = unsafe {
+        libc::syscall(
+            libc::SYS_futex_waitv,
+            entries.as_ptr(),
+            entries.len() as u32,
+            0u32,
+            std::ptr::from_ref(until.as_ref()),
+            libc::CLOCK_MONOTONIC,
+        )
+    };
+    if woken >= 0 { 0 } else { nix::errno::Errno::last_raw() }
 }

@@ -36,6 +36,26 @@ pub struct Cursor {
     consumers: AtomicU64,
 }
 
+/// Who reads a topic, counted from shared memory: true at some moment, stale at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Readers {
+    /// Subscribers whose cursors are in force, those opened by wildcards among them. A channel's receiver counts only where
+    /// it is known to be gone (0) or not (1).
+    pub subscribers: u64,
+    /// Groups, with and without consumers.
+    pub groups: u64,
+    /// Connected consumers of all groups together.
+    pub consumers: u64,
+}
+
+impl Readers {
+    /// Whether somebody is there to take a message now: a subscriber, or a consumer of a group.
+    pub fn any(&self) -> bool {
+        self.subscribers > 0 || self.consumers > 0
+    }
+}
+
 /// The lowest gating cursor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lowest {
@@ -119,7 +139,7 @@ impl Cursor {
         // Relaxed: published by `propose`.
         self.owner.store(owner, Ordering::Relaxed);
         self.consumers.store(0, Ordering::Relaxed);
-        // Release: R-MODE pairs with A-MODE (lowest), as in `vacate`.
+        // Release: R-MODE pairs with A-MODE (lowest, readers), as in `vacate`.
         self.mode.store(mode, Ordering::Release);
     }
 
@@ -148,6 +168,13 @@ impl Cursor {
         // Relaxed: whoever counts has seen the mode go, or counts what was true a moment ago.
         self.consumers.store(0, Ordering::Relaxed);
         self.owner.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether the cursor is in force, and for this owner.
+    #[cfg(not(loom))]
+    pub(crate) fn is_in_force_for(&self, owner: u64) -> bool {
+        // Acquire: A-CURSOR pairs with R-CURSOR (propose): the owner is visible with the position.
+        self.position.load(Ordering::Acquire) != NOT_IN_FORCE && self.owner.load(Ordering::Relaxed) == owner
     }
 
     /// Where a cursor stands whose reader has not begun; `None` where it is not in force.
@@ -179,6 +206,29 @@ pub(crate) fn in_force(header: &CursorsHeader, cursors: &[Cursor]) -> usize {
     // Relaxed: a hint.
     let used = (header.used.0.load(Ordering::Relaxed) as usize).min(cursors.len());
     cursors[..used].iter().filter(|cursor| cursor.position.load(Ordering::Relaxed) != NOT_IN_FORCE).count()
+}
+
+/// Who reads. Stale the moment it is counted.
+#[cfg(not(loom))]
+pub(crate) fn readers(header: &CursorsHeader, cursors: &[Cursor]) -> Readers {
+    // Relaxed: whoever was granted a cursor before we were asked is counted, because the grant, which we cannot have
+    // heard of otherwise, came after the store.
+    let used = (header.used.0.load(Ordering::Relaxed) as usize).min(cursors.len());
+    let mut counted = Readers::default();
+    for cursor in &cursors[..used] {
+        // Acquire: A-CURSOR pairs with R-CURSOR (propose): the mode is that of whoever stored the position, or newer.
+        if cursor.position.load(Ordering::Acquire) == NOT_IN_FORCE {
+            continue;
+        }
+        // Acquire: A-MODE pairs with R-MODE (occupy_as): a group's count is not that of the line's owner before.
+        if cursor.mode.load(Ordering::Acquire) == GROUP {
+            counted.groups += 1;
+            counted.consumers = counted.consumers.saturating_add(cursor.consumers.load(Ordering::Relaxed));
+        } else {
+            counted.subscribers += 1;
+        }
+    }
+    counted
 }
 
 /// The lowest gating cursor. Positions only grow while a cursor is in force, so an old answer is a careful one.

@@ -14,10 +14,16 @@
 //!
 //! The barriers make it impossible that both miss the other's store (I-7). A sleeper that dies leaves WAITING set:
 //! the next ringer clears it with one needless wake.
+//!
+//! One sleeper may wait at several doorbells: it sets WAITING on all of them, needs one barrier behind the last, looks
+//! again at everything, and sleeps on all words at once. For each of the ringers that is the protocol above: between the
+//! setting of *its* bit and the look at *its* store lies a full barrier. The kernel compares every word before the sleep,
+//! so a ring at any of them after the arming prevents it. Where WAITING stays set at the bells that did not wake the
+//! sleeper, their next ringers clear it with one needless wake each.
 
 use std::time::Duration;
 
-use crate::sync::{FutexWord, Ordering, heavy_barrier, light_barrier};
+use crate::sync::{FutexWord, Ordering, heavy_barrier, light_barrier, wait_any};
 
 const WAITING: u32 = 1;
 const ATTENTION: u32 = 2;
@@ -39,6 +45,29 @@ pub struct Doorbell {
 pub struct Armed {
     value: u32,
     longest: Duration,
+}
+
+/// The same for several doorbells.
+pub struct ArmedAll {
+    values: Vec<u32>,
+    longest: Duration,
+}
+
+/// Announces a sleeper at all of `bells`. Look again at everything after this, then [`sleep_any`].
+pub fn arm_all(bells: &[&Doorbell]) -> ArmedAll {
+    let values = bells.iter().map(|bell| bell.announce()).collect();
+    let longest = longest_sleep(heavy_barrier());
+    ArmedAll { values, longest }
+}
+
+/// Sleeps until one of `bells`, which must be those that were armed, is rung, for at most `limit`. May return for no reason.
+pub fn sleep_any(bells: &[&Doorbell], armed: ArmedAll, limit: Option<Duration>) {
+    let words: Vec<(&FutexWord, u32)> = bells.iter().map(|bell| &bell.futex).zip(armed.values).collect();
+    wait_any(&words, limit.map_or(armed.longest, |limit| limit.min(armed.longest)));
+}
+
+fn longest_sleep(sure: bool) -> Duration {
+    if sure { LONGEST_SLEEP } else { LONGEST_SLEEP_UNSURE }
 }
 
 impl Doorbell {
@@ -93,9 +122,13 @@ impl Doorbell {
 
     /// Announces a sleeper. Look again after this, then [`Self::sleep`].
     pub fn arm(&self) -> Armed {
-        let value = self.futex.word().fetch_or(WAITING, Ordering::Relaxed) | WAITING;
-        let longest = if heavy_barrier() { LONGEST_SLEEP } else { LONGEST_SLEEP_UNSURE };
-        Armed { value, longest }
+        let value = self.announce();
+        Armed { value, longest: longest_sleep(heavy_barrier()) }
+    }
+
+    /// Sets WAITING; says what to sleep on. A heavy barrier must follow.
+    fn announce(&self) -> u32 {
+        self.futex.word().fetch_or(WAITING, Ordering::Relaxed) | WAITING
     }
 
     /// Sleeps until rung, for at most `limit`. May return for no reason.

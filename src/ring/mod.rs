@@ -14,6 +14,8 @@ pub(crate) mod ledger;
 pub(crate) mod log;
 pub(crate) mod many;
 pub(crate) mod notes;
+#[cfg(not(loom))]
+pub(crate) mod notice;
 pub(crate) mod sequence;
 pub(crate) mod slot;
 pub(crate) mod spsc;

@@ -2,6 +2,8 @@
 
 pub(crate) mod layout;
 #[cfg(not(loom))]
+pub(crate) mod notice;
+#[cfg(not(loom))]
 pub(crate) mod segment;
 pub(crate) mod shared;
 #[cfg(not(loom))]

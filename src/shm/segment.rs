@@ -25,6 +25,7 @@ pub(crate) enum Kind {
     Arena = 4,
     Channel = 5,
     Ledger = 6,
+    Notice = 7,
 }
 
 /// What a segment promises; written at creation, compared at attach.

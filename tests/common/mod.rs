@@ -57,6 +57,14 @@ impl Scene {
         Process::new(command)
     }
 
+    /// The command line, on this bus.
+    pub(crate) fn shmbus(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap().with_file_name("../shmbus"));
+        command.args(args).env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
     /// The living processes that serve this bus in a role (`None`: all of them).
     pub(crate) fn servers(&self, role: Option<&str>) -> Vec<Pid> {
         let numbers =

@@ -10,6 +10,8 @@ mod peek;
 mod publish;
 mod purge;
 mod remove;
+mod request;
+mod respond;
 mod sandbox;
 mod serve;
 mod show;
@@ -91,6 +93,8 @@ enum Command {
     Stop(stop::Args),
     Pub(publish::Args),
     Sub(subscribe::Args),
+    Request(request::Args),
+    Respond(respond::Args),
     Ls(ls::Args),
     Show(show::Args),
     Create(create::Args),
@@ -133,6 +137,8 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Stop(args) => stop::run(globals, args),
         Command::Pub(args) => publish::run(globals, args),
         Command::Sub(args) => subscribe::run(globals, args),
+        Command::Request(args) => request::run(globals, args),
+        Command::Respond(args) => respond::run(globals, args),
         Command::Ls(args) => ls::run(globals, args),
         Command::Show(args) => show::run(globals, args),
         Command::Create(args) => create::run(globals, args),

@@ -5,7 +5,10 @@ pub(crate) mod writer;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use shmbus::{GoneReason, RecvError, Start, Subscriber, Topic};
+use shmbus::{
+    Bus, GoneReason, Message, OpenError, RecvError, Sequence, Start, Subscriber, Topic, WildcardError, WildcardMessage,
+    WildcardSubscriber, is_pattern,
+};
 
 use crate::{Ended, Globals, signals, values};
 use writer::{Format, Writer};
@@ -25,8 +28,8 @@ const LOOK: Duration = Duration::from_millis(100);
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus sub logs --from oldest --idle-exit 1000 >copy.log")]
 pub(crate) struct Args {
-    /// The topic
-    #[arg(value_parser = values::topic_name)]
+    /// The topic, or a pattern: orders.* (any one token), 'orders.>' (one or more), also of topics to come
+    #[arg(value_parser = values::topic_or_pattern)]
     topic: String,
     /// Where to start: latest, oldest, last:N, a sequence number; on topics with envelopes also last-per-key, time:SECONDS
     /// (since 1970) or time:-10m (so long ago)
@@ -41,21 +44,21 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let topic = Topic::<[u8]>::named(args.topic.as_str());
-    let mut subscriber = globals.open_bus()?.subscriber(topic).start(args.from).open()?;
+    let mut source = Source::open(&globals.open_bus()?, &args.topic, args.from)?;
     // The main thread looks every 100 ms; it can hang only in a write that its reader does not take.
     let stuck = || "ended by a signal while the reader of standard output took nothing".to_owned();
     signals::install(Duration::from_secs(1), Box::new(stuck))?;
     let format = if globals.json { Format::Json } else { Format::Payload };
     let mut writer = Writer::new(args.topic.as_str(), format);
-    let ended = pump(&mut subscriber, &mut writer, &args);
-    writer.expired(subscriber.expired())?;
+    let ended = pump(&mut source, &mut writer, &args);
+    writer.set_topic(&args.topic);
+    writer.expired(source.expired())?;
     writer.flush()?;
     let ended = ended?;
     Ok(ended)
 }
 
-fn pump(subscriber: &mut Subscriber<[u8]>, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
+fn pump(source: &mut Source, writer: &mut Writer, args: &Args) -> anyhow::Result<Ended> {
     let idle_exit = args.idle_exit.map(Duration::from_millis);
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut quiet_since = None;
@@ -63,7 +66,7 @@ fn pump(subscriber: &mut Subscriber<[u8]>, writer: &mut Writer, args: &Args) -> 
         if let Some(signal) = signals::caught() {
             return Ok(Ended::BySignal(signal));
         }
-        match take_one(subscriber, writer, idle_exit)? {
+        match take_one(source, writer, idle_exit)? {
             Taken::Message => {
                 left -= 1;
                 quiet_since = None;
@@ -91,41 +94,105 @@ enum Taken {
 }
 
 /// Takes and writes one message. Everything written so far is flushed before waiting for it.
-fn take_one(subscriber: &mut Subscriber<[u8]>, writer: &mut Writer, idle: Option<Duration>) -> anyhow::Result<Taken> {
-    let mut received = match subscriber.try_recv() {
-        Ok(Some(message)) => return writer.message(&message).map(|()| Taken::Message).map_err(Into::into),
-        Ok(None) => Err(RecvError::TimedOut),
-        Err(e) => Err(e),
-    };
-    if received == Err(RecvError::TimedOut) {
-        writer.flush()?;
-        received = match subscriber.recv_timeout(idle.unwrap_or(LOOK).min(LOOK)) {
-            Ok(message) => Ok(writer.message(&message)?),
-            Err(e) => Err(e),
-        };
+fn take_one(source: &mut Source, writer: &mut Writer, idle: Option<Duration>) -> anyhow::Result<Taken> {
+    match source.take(Duration::ZERO, writer)? {
+        Taken::Nothing => {
+            writer.flush()?;
+            source.take(idle.unwrap_or(LOOK).min(LOOK), writer)
+        }
+        taken => Ok(taken),
     }
-    match received {
-        Ok(()) => Ok(Taken::Message),
-        Err(RecvError::TimedOut) => Ok(Taken::Nothing),
-        Err(e) => {
-            writer.flush()?; // what was received comes before the bad news
-            trouble(e, writer)
+}
+
+/// One topic, or all that a pattern stands for.
+enum Source {
+    Topic(String, Box<Subscriber<[u8]>>),
+    Pattern(String, Box<WildcardSubscriber<[u8]>>),
+}
+
+impl Source {
+    fn open(bus: &Bus, topic: &str, start: Start) -> Result<Source, OpenError> {
+        let name = topic.to_owned();
+        Ok(if is_pattern(topic) {
+            Source::Pattern(name, Box::new(bus.wildcard(topic).start(start).open()?))
+        } else {
+            Source::Topic(name, Box::new(bus.subscriber(Topic::named(topic)).start(start).open()?))
+        })
+    }
+
+    /// How many messages had expired before they were read.
+    fn expired(&self) -> u64 {
+        match self {
+            Source::Topic(_, subscriber) => subscriber.expired(),
+            Source::Pattern(_, subscriber) => subscriber.expired(),
+        }
+    }
+
+    /// Takes and writes the next message if one comes within `limit`. Loss is reported and survived; an end is well or not,
+    /// depending on who brought it about. What was received is flushed before bad news.
+    fn take(&mut self, limit: Duration, writer: &mut Writer) -> anyhow::Result<Taken> {
+        match self {
+            Source::Topic(name, subscriber) => match receive(subscriber, limit) {
+                Ok(Some(message)) => Ok(writer.message(&message).map(|()| Taken::Message)?),
+                Ok(None) => Ok(Taken::Nothing),
+                Err(RecvError::Lagged { from, to }) => lost(writer, name, from, to),
+                Err(RecvError::Gone(GoneReason::Closed)) => Ok(Taken::Ended),
+                Err(RecvError::Gone(GoneReason::Stopped)) => stopped(writer, name),
+                Err(other) => fail(writer, anyhow!("topic {name:?}: {other}")),
+            },
+            Source::Pattern(pattern, subscriber) => match receive_any(subscriber, limit) {
+                Ok(Some(message)) => {
+                    writer.set_topic(message.topic());
+                    Ok(writer.message(&message).map(|()| Taken::Message)?)
+                }
+                Ok(None) => Ok(Taken::Nothing),
+                Err(WildcardError::Lagged { topic, from, to }) => lost(writer, &topic, from, to),
+                Err(WildcardError::Gone(GoneReason::Stopped)) => stopped(writer, pattern),
+                Err(other) => fail(writer, anyhow!(other)),
+            },
         }
     }
 }
 
-/// Loss is reported and survived; an end is well or not, depending on who brought it about.
-fn trouble(error: RecvError, writer: &mut Writer) -> anyhow::Result<Taken> {
-    match error {
-        RecvError::Lagged { from, to } => {
-            writer.loss(from, to)?;
-            Ok(Taken::Lost)
-        }
-        RecvError::Gone(GoneReason::Closed) => Ok(Taken::Ended),
-        RecvError::Gone(GoneReason::Stopped) => {
-            eprintln!("shmbus: topic {:?} has ended: the bus was stopped", writer.topic());
-            Ok(Taken::Ended)
-        }
-        other => Err(anyhow!("topic {:?}: {other}", writer.topic())),
+/// `None`: nothing came in time. Without a wait nothing but a look is taken.
+fn receive(subscriber: &mut Subscriber<[u8]>, limit: Duration) -> Result<Option<Message<'_, [u8]>>, RecvError> {
+    match limit {
+        Duration::ZERO => subscriber.try_recv(),
+        _ => match subscriber.recv_timeout(limit) {
+            Err(RecvError::TimedOut) => Ok(None),
+            other => other.map(Some),
+        },
     }
+}
+
+/// The same for a pattern.
+fn receive_any(
+    subscriber: &mut WildcardSubscriber<[u8]>,
+    limit: Duration,
+) -> Result<Option<WildcardMessage<'_, [u8]>>, WildcardError> {
+    match limit {
+        Duration::ZERO => subscriber.try_recv(),
+        _ => match subscriber.recv_timeout(limit) {
+            Err(WildcardError::TimedOut) => Ok(None),
+            other => other.map(Some),
+        },
+    }
+}
+
+fn lost(writer: &mut Writer, topic: &str, from: Sequence, to: Sequence) -> anyhow::Result<Taken> {
+    writer.flush()?;
+    writer.set_topic(topic);
+    writer.loss(from, to)?;
+    Ok(Taken::Lost)
+}
+
+fn stopped(writer: &mut Writer, topic: &str) -> anyhow::Result<Taken> {
+    writer.flush()?;
+    eprintln!("shmbus: topic {topic:?} has ended: the bus was stopped");
+    Ok(Taken::Ended)
+}
+
+fn fail(writer: &mut Writer, error: anyhow::Error) -> anyhow::Result<Taken> {
+    writer.flush()?;
+    Err(error)
 }

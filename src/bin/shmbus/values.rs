@@ -4,7 +4,7 @@ use std::num::ParseIntError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
-use shmbus::{Full, Mode, Sequence, Start, check_name};
+use shmbus::{Full, Mode, Sequence, Start, check_name, check_pattern};
 
 /// A number with an optional suffix K, M or G (powers of 1,024).
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -30,6 +30,11 @@ pub(crate) fn positive_size(text: &str) -> Result<u64, String> {
 /// A topic name that could exist.
 pub(crate) fn topic_name(text: &str) -> Result<String, String> {
     check_name(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
+}
+
+/// A topic name, or a pattern of them.
+pub(crate) fn topic_or_pattern(text: &str) -> Result<String, String> {
+    check_pattern(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
 }
 
 /// A duration with its unit: ms, s, m, h or d.

@@ -61,6 +61,11 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
         Ok(true)
     }
 
+    fn is_ready(&mut self) -> bool {
+        self.receiver.free();
+        self.receiver.poll().is_some()
+    }
+
     fn bell(&self) -> &Doorbell {
         &self.receiver.channel().header.readers
     }

@@ -183,6 +183,20 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
         }
     }
 
+    fn is_ready(&mut self) -> bool {
+        let position = self.reader.next();
+        self.give_back(position);
+        if self.lost_from.is_some() || self.reader.poll() != exclusive::Poll::Empty {
+            return true;
+        }
+        // See `poll`: an empty slot may be one that a reader which holds nothing back has missed.
+        let missed = !self.gating && !still_retained(&self.reader.log().header, position);
+        if !missed {
+            self.idle();
+        }
+        missed
+    }
+
     fn bell(&self) -> &Doorbell {
         &self.keeper.readers.readers
     }

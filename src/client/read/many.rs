@@ -263,6 +263,15 @@ impl ReadPort for ManyPort {
         }
     }
 
+    fn is_ready(&mut self) -> bool {
+        self.finish_batch();
+        if self.lost_from.is_some() || self.batch.is_some() || self.reader.poll() != many::Poll::Empty {
+            return true;
+        }
+        self.idle();
+        false
+    }
+
     fn bell(&self) -> &Doorbell {
         &self.keeper.readers.readers
     }

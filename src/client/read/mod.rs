@@ -30,6 +30,10 @@ pub(crate) trait ReadPort: Send {
     /// Finds the next message, if it is there, after everything handed out before has been given back.
     fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError>;
 
+    /// Gives back what was handed out and says whether a poll would find something: a message, a loss, garbage. At worst
+    /// it says so of something that a poll then skips.
+    fn is_ready(&mut self) -> bool;
+
     /// The bell to wait on for messages.
     fn bell(&self) -> &Doorbell;
 

@@ -4,7 +4,7 @@ use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
 use crate::ring::slot::Body;
@@ -103,6 +103,12 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
     fn runs_of(&self, _publisher: u64) -> Vec<Run> {
         // A channel keeps no record of who published.
         Vec::new()
+    }
+
+    /// A channel has no cursors: its receiver counts until it is known to be gone.
+    fn readers(&self) -> Readers {
+        let gone = self.sender.channel().header.is_closed(spsc::End::Receiver);
+        Readers { subscribers: u64::from(!gone), ..Readers::default() }
     }
 
     fn leave(&mut self) {

@@ -5,7 +5,7 @@ use super::runs::Run;
 use super::slots::{SlotEnd, SlotPort};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers, readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive;
 use crate::ring::gate::Stop;
@@ -91,6 +91,10 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
             (owner == publisher).then_some(Run { number, sequence: position, count: 1 })
         };
         (oldest..self.next()).filter_map(number).collect()
+    }
+
+    fn readers(&self) -> Readers {
+        readers(&self.log().readers, &self.log().cursors)
     }
 
     fn oldest(&self) -> u64 {

@@ -11,7 +11,7 @@ use crate::client::control::Control;
 use crate::client::envelope::{ID_WITHIN_BYTES, id_in};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers, readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Stop, still_retained};
 use crate::ring::many::{self, EntryWord, ManyLog, Record};
@@ -252,6 +252,11 @@ impl WritePort for ManyPort {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         if self.writer.log().readers.readers.wants_attention() { self.writer.log().header.gone() } else { None }
+    }
+
+    fn readers(&self) -> Readers {
+        let log = self.writer.log();
+        readers(&log.readers, &log.cursors)
     }
 
     fn inline_bytes(&self) -> usize {

@@ -9,7 +9,7 @@ mod slots;
 
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Span};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 
@@ -57,6 +57,9 @@ pub(crate) trait WritePort: Send {
 
     /// Whether the topic is gone. Cheap while it is not.
     fn gone(&self) -> Option<GoneReason>;
+
+    /// Who reads; stale at once.
+    fn readers(&self) -> Readers;
 
     /// Longest payload that travels in the slot.
     fn inline_bytes(&self) -> usize;

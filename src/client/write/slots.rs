@@ -6,7 +6,7 @@ use super::runs::Run;
 use crate::client::envelope::{ID_WITHIN_BYTES, id_in};
 use crate::error::GoneReason;
 use crate::ring::arena::{Allocator, Arena, Live, Span};
-use crate::ring::cursor::Cursor;
+use crate::ring::cursor::{Cursor, Readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 use crate::ring::slot::{Body, Slot};
@@ -36,6 +36,8 @@ pub(crate) trait SlotEnd: Send {
     fn gone(&self) -> Option<GoneReason>;
     /// Where the retained messages of a publisher are.
     fn runs_of(&self, publisher: u64) -> Vec<Run>;
+    /// Who reads; stale at once.
+    fn readers(&self) -> Readers;
     /// Messages from this position on are retained.
     fn oldest(&self) -> u64 {
         self.next()
@@ -201,6 +203,10 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
     #[inline]
     fn gone(&self) -> Option<GoneReason> {
         self.end.gone()
+    }
+
+    fn readers(&self) -> Readers {
+        self.end.readers()
     }
 
     fn inline_bytes(&self) -> usize {

@@ -321,7 +321,8 @@ fn the_overdue_is_fenced_on_its_outputs_before_another_gets_its_leases() {
 fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let options = TopicOptions { mode: Mode::Exclusive, ..TopicOptions::default() };
-    ask(&mut estate, Request::CreateTopic { topic: "out".to_owned(), options, exist_ok: false }).unwrap();
+    ask(&mut estate, Request::CreateTopic { topic: "out".to_owned(), options, exist_ok: false, ephemeral: false })
+        .unwrap();
     let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
     ask(&mut estate, reclaim(0)).unwrap();
     assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);

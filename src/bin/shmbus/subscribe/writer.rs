@@ -76,8 +76,11 @@ impl Writer {
         Writer { topic: topic.to_owned(), format, buffer: Vec::with_capacity(BUFFER_BYTES + DIRECT_BYTES), out }
     }
 
-    pub(crate) fn topic(&self) -> &str {
-        &self.topic
+    /// The topic of what is written next.
+    pub(crate) fn set_topic(&mut self, topic: &str) {
+        if self.topic != topic {
+            topic.clone_into(&mut self.topic);
+        }
     }
 
     pub(crate) fn message(&mut self, message: &Message<'_, [u8]>) -> io::Result<()> {

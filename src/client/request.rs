@@ -1,0 +1,353 @@
+//! Request and reply: a request is a message with three headers, its reply a message to the requester's inbox.
+//!
+//! | header | value |
+//! |---|---|
+//! | `reply-to` | the inbox, an ephemeral topic of the requester |
+//! | `correlation-id` | a number that the reply repeats, in decimal |
+//! | `deadline-ns` | when the requester gives up, in nanoseconds since 1970, in decimal |
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::client::bus::Bus;
+use crate::client::envelope::{Envelope, unix_ns};
+use crate::client::message::Message;
+use crate::client::publisher::Publisher;
+use crate::client::select::Parts;
+use crate::client::subscriber::Subscriber;
+use crate::error::{OpenError, PublishError, RecvError, Refusal, ReplyError, RequestError};
+use crate::topic::{Full, Mode, Topic, TopicOptions};
+use crate::wait::{self, Look, Wait};
+
+const REPLY_TO: &str = "reply-to";
+const CORRELATION_ID: &str = "correlation-id";
+const DEADLINE: &str = "deadline-ns";
+
+/// Every inbox's name begins with it; replies go nowhere else, whatever a request says.
+const INBOX: &str = "_inbox.";
+
+/// Replies that an inbox holds.
+const INBOX_MESSAGES: u64 = 64;
+
+/// The largest reply where nothing else is asked for.
+const REPLY_BYTES: u64 = 256 << 10;
+
+/// Publishers to inboxes that a responder keeps open.
+const KEPT_INBOXES: usize = 64;
+
+/// Sends requests to a topic and waits for their replies, one at a time; see [`Bus::requester`].
+pub struct Requester {
+    topic: String,
+    requests: Publisher<[u8]>,
+    replies: Subscriber<[u8]>,
+    inbox: String,
+    /// The id of the next request.
+    next_id: u64,
+    wait: Wait,
+    bus: Bus,
+}
+
+/// A reply; dereferences to its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    bytes: Vec<u8>,
+}
+
+/// Takes requests from a topic and replies to them; see [`Bus::responder`].
+pub struct Responder {
+    requests: Subscriber<[u8]>,
+    replies: Replies,
+}
+
+/// A request to be replied to. Dropping it replies nothing: the requester waits until its deadline, or for another
+/// responder.
+pub struct Incoming<'a> {
+    message: Message<'a, [u8]>,
+    replies: &'a mut Replies,
+}
+
+impl Bus {
+    /// Opens the requesting end of a topic. A topic that does not exist is created, with envelopes. Replies have up to
+    /// 256 KiB.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use shmbus::{Bus, RequestError, Topic};
+    /// # let bus = Bus::open_default()?;
+    /// let mut requester = bus.requester(Topic::new("greetings"))?;
+    /// match requester.request(b"world", Duration::from_secs(1)) {
+    ///     Ok(reply) => println!("{} bytes", reply.len()),
+    ///     Err(RequestError::NoResponder { .. }) => println!("nobody is there"),
+    ///     Err(error) => return Err(error.into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The topic has no envelopes or is a channel; otherwise as [`Bus::publisher`].
+    pub fn requester(&self, topic: Topic<[u8]>) -> Result<Requester, OpenError> {
+        self.requester_for(topic, REPLY_BYTES)
+    }
+
+    /// The same for replies of up to `reply_bytes`: so much memory is reserved for each responder that replies.
+    ///
+    /// # Errors
+    /// As [`Self::requester`].
+    pub fn requester_for(&self, topic: Topic<[u8]>, reply_bytes: u64) -> Result<Requester, OpenError> {
+        let name = topic.name().to_owned();
+        let requests = self.publisher(topic.envelope())?;
+        check_options(&name, requests.topic_options())?;
+        let inbox = format!("{INBOX}{:016x}", crate::coordinator::random_u64());
+        let declared = Topic::<[u8]>::named(inbox.as_str()).messages(INBOX_MESSAGES).bytes(reply_bytes);
+        let options = TopicOptions { max_subscribers: 8, ..declared.full(Full::Reject).envelope().options() };
+        self.create_ephemeral(&inbox, &options)?;
+        let replies = self.subscriber(Topic::named(inbox.as_str())).open()?;
+        let next_id = crate::coordinator::random_u64();
+        Ok(Requester { topic: name, requests, replies, inbox, next_id, wait: Wait::default(), bus: self.clone() })
+    }
+
+    /// Opens a responding end of a topic, which takes the requests published from now on. A topic that does not exist is
+    /// created, with envelopes. Each of several responders gets every request, and the first reply counts.
+    ///
+    /// ```no_run
+    /// # use shmbus::{Bus, Topic};
+    /// # let bus = Bus::open_default()?;
+    /// let mut responder = bus.responder(Topic::new("greetings"))?;
+    /// loop {
+    ///     let request = responder.recv()?;
+    ///     let greeting = [b"Hello, ", request.payload()].concat();
+    ///     // A requester that has given up is no reason to stop.
+    ///     let _ = request.reply(&greeting);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The topic has no envelopes or is a channel; otherwise as [`Subscriber`]s.
+    pub fn responder(&self, topic: Topic<[u8]>) -> Result<Responder, OpenError> {
+        let topic = topic.envelope();
+        let open = || self.subscriber(topic.clone()).open();
+        let requests = match open() {
+            Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => {
+                // Held until the subscriber is open, so that the topic stays.
+                let _creator = self.publisher(topic.clone())?;
+                open()?
+            }
+            other => other?,
+        };
+        check_options(topic.name(), requests.topic_options())?;
+        Ok(Responder { requests, replies: Replies::new(self) })
+    }
+}
+
+/// Requests need headers, and to know who reads.
+fn check_options(topic: &str, options: &TopicOptions) -> Result<(), OpenError> {
+    let problem = match (options.envelope, options.mode) {
+        (_, Mode::Channel) => "requests do not go over a channel; create the topic for many",
+        (false, _) => "requests need headers, and it was created without envelopes; create it with --envelope",
+        (true, _) => return Ok(()),
+    };
+    Err(Refusal::Options { topic: topic.to_owned(), problem: problem.to_owned() }.into())
+}
+
+impl Requester {
+    /// Chooses how to wait for replies (default [`Wait::Adaptive`]).
+    pub fn set_wait(&mut self, wait: Wait) {
+        self.wait = wait;
+    }
+
+    /// Sends a request and waits for the first reply to it, for at most `limit`. Replies to earlier requests are passed
+    /// over.
+    ///
+    /// # Errors
+    /// [`RequestError::NoResponder`] at once where nobody reads the topic, and as soon as the last reader has left without
+    /// a reply. Whoever subscribes to the topic counts as a reader, whether or not it replies.
+    pub fn request(&mut self, payload: &[u8], limit: Duration) -> Result<Reply, RequestError> {
+        let (started, now) = (Instant::now(), SystemTime::now());
+        // What came too late takes room that the next reply needs.
+        while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some() {}
+        if !self.requests.readers().any() {
+            return Err(RequestError::NoResponder { topic: self.topic.clone() });
+        }
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        let gives_up = now.checked_add(limit).map_or(u64::MAX, unix_ns);
+        let envelope = Envelope::new().header(REPLY_TO, self.inbox.as_bytes());
+        let envelope = envelope.header(CORRELATION_ID, id.to_string().as_bytes());
+        let envelope = envelope.header(DEADLINE, gives_up.to_string().as_bytes()).ttl(limit);
+        let deadline = started.checked_add(limit);
+        self.requests.publish_with_until(payload, &envelope, deadline)?;
+        self.await_reply(id, deadline, limit)
+    }
+
+    fn await_reply(&mut self, id: u64, deadline: Option<Instant>, limit: Duration) -> Result<Reply, RequestError> {
+        // A reader that leaves rings for publishers that wait for room: so the last one's end wakes us, too.
+        let outcome = wait::until_any(
+            self,
+            self.wait,
+            deadline,
+            |requester, into| {
+                requester.replies.bells(into);
+                into.push(requester.requests.space_bell());
+            },
+            |requester| requester.look_for(id),
+        );
+        outcome.unwrap_or_else(|| Err(RequestError::DeadlineExceeded { topic: self.topic.clone(), limit }))
+    }
+
+    fn look_for(&mut self, id: u64) -> Look<Result<Reply, RequestError>> {
+        // Asked before the look: who replied and left has replied.
+        let alone = !self.requests.readers().any();
+        loop {
+            match self.replies.try_recv() {
+                Ok(Some(message)) if number(&message, CORRELATION_ID) == Some(id) => {
+                    return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) if alone => {
+                    return Look::Found(Err(RequestError::NoResponder { topic: self.topic.clone() }));
+                }
+                Ok(None) => return Look::Nothing,
+                Err(error) => return Look::Found(Err(RequestError::Inbox(error))),
+            }
+        }
+    }
+}
+
+impl Drop for Requester {
+    fn drop(&mut self) {
+        // If it fails, the inbox goes with the connection.
+        let _ = self.bus.remove_topic(&self.inbox, true);
+    }
+}
+
+impl std::ops::Deref for Reply {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl From<Reply> for Vec<u8> {
+    fn from(reply: Reply) -> Vec<u8> {
+        reply.bytes
+    }
+}
+
+impl Responder {
+    /// The next request, waiting for it.
+    ///
+    /// # Errors
+    /// As [`Subscriber::recv`].
+    pub fn recv(&mut self) -> Result<Incoming<'_>, RecvError> {
+        Ok(Incoming { message: self.requests.recv()?, replies: &mut self.replies })
+    }
+
+    /// The next request, waiting for it for at most `limit`.
+    ///
+    /// # Errors
+    /// As [`Subscriber::recv_timeout`].
+    pub fn recv_timeout(&mut self, limit: Duration) -> Result<Incoming<'_>, RecvError> {
+        Ok(Incoming { message: self.requests.recv_timeout(limit)?, replies: &mut self.replies })
+    }
+
+    /// The next request, if one is there.
+    ///
+    /// # Errors
+    /// As [`Subscriber::try_recv`].
+    pub fn try_recv(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
+        let message = self.requests.try_recv()?;
+        Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
+    }
+
+    /// Chooses how to wait from now on.
+    pub fn set_wait(&mut self, wait: Wait) {
+        self.requests.set_wait(wait);
+    }
+}
+
+impl Incoming<'_> {
+    /// The request's bytes.
+    pub fn payload(&self) -> &[u8] {
+        self.message.as_bytes()
+    }
+
+    /// When the requester gives up; `None` where it does not say so.
+    pub fn deadline(&self) -> Option<SystemTime> {
+        UNIX_EPOCH.checked_add(Duration::from_nanos(number(&self.message, DEADLINE)?))
+    }
+
+    /// Replies. Never waits for the requester: an inbox that is full refuses.
+    ///
+    /// # Errors
+    /// [`ReplyError`]; the requester will not see the reply.
+    pub fn reply(self, payload: &[u8]) -> Result<(), ReplyError> {
+        let address = ReplyAddress::of(&self.message).ok_or(ReplyError::NoAddress)?;
+        self.replies.send(&address, payload)
+    }
+}
+
+/// Where a reply goes.
+pub(crate) struct ReplyAddress {
+    inbox: String,
+    id: u64,
+}
+
+impl ReplyAddress {
+    /// What a request says; `None` where it is none, or names what is no inbox.
+    pub(crate) fn of(message: &Message<'_, [u8]>) -> Option<ReplyAddress> {
+        let (_, inbox) = message.headers().find(|(name, _)| *name == REPLY_TO)?;
+        let inbox = std::str::from_utf8(inbox).ok().filter(|inbox| inbox.starts_with(INBOX))?.to_owned();
+        Some(ReplyAddress { inbox, id: number(message, CORRELATION_ID)? })
+    }
+}
+
+/// Sends replies, and keeps the publishers to the inboxes used last.
+pub(crate) struct Replies {
+    bus: Bus,
+    /// The one used last is the last one.
+    inboxes: VecDeque<(String, Publisher<[u8]>)>,
+}
+
+impl Replies {
+    pub(crate) fn new(bus: &Bus) -> Replies {
+        Replies { bus: bus.clone(), inboxes: VecDeque::new() }
+    }
+
+    /// Sends a reply.
+    pub(crate) fn send(&mut self, address: &ReplyAddress, payload: &[u8]) -> Result<(), ReplyError> {
+        let (name, mut publisher) = match self.inboxes.iter().position(|(name, _)| *name == address.inbox) {
+            Some(known) => self.inboxes.remove(known).expect("just found"),
+            None => (address.inbox.clone(), self.open(&address.inbox)?),
+        };
+        let envelope = Envelope::new().header(CORRELATION_ID, address.id.to_string().as_bytes());
+        match publisher.publish_with(payload, &envelope) {
+            Err(PublishError::Gone(_)) => Err(ReplyError::Gone),
+            other => {
+                self.inboxes.push_back((name, publisher));
+                other.map(drop).map_err(ReplyError::Publish)
+            }
+        }
+    }
+
+    /// A publisher to an inbox that exists; nobody creates another's inbox.
+    fn open(&mut self, inbox: &str) -> Result<Publisher<[u8]>, ReplyError> {
+        // Those whose requesters are gone first, then the one that was not used for longest.
+        self.inboxes.retain(|(_, publisher)| publisher.readers().any());
+        if self.inboxes.len() >= KEPT_INBOXES {
+            self.inboxes.pop_front();
+        }
+        match self.bus.existing_publisher(Topic::named(inbox)) {
+            Ok(publisher) => Ok(publisher),
+            Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => Err(ReplyError::Gone),
+            Err(error) => Err(ReplyError::Open(error)),
+        }
+    }
+}
+
+/// A header that is a number.
+fn number(message: &Message<'_, [u8]>, header: &str) -> Option<u64> {
+    let (_, value) = message.headers().find(|(name, _)| *name == header)?;
+    std::str::from_utf8(value).ok()?.parse().ok()
+}

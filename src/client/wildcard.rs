@@ -1,0 +1,386 @@
+//! [`WildcardSubscriber`]: many topics read as one, each in its own order.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::client::bus::{Bus, unexpected};
+use crate::client::control::{Control, Granted};
+use crate::client::held::Held;
+use crate::client::message::Message;
+use crate::client::select::{Parts, Waitable};
+use crate::client::subscriber::{Start, SubscriberCore};
+use crate::coordinator::protocol::{Answer, HandleRef, Request};
+use crate::error::{AttachError, GoneReason, OpenError, RecvError, WildcardError};
+use crate::ring::doorbell::Doorbell;
+use crate::ring::log::Place;
+use crate::ring::notice::Notice;
+use crate::shm::notice;
+use crate::shm::shared::Shared;
+use crate::topic::Payload;
+use crate::wait::{self, Look, Wait};
+
+/// Reads every topic that a pattern stands for, those to come included: `*` in the place of a token stands for any
+/// one token, `>` at the end for one or more.
+///
+/// The cursor on a new topic is in force before its creator can publish, so nothing of it is missed. Messages of one topic
+/// come in its order; among topics with messages the handle takes turns. Channels are passed over, and so are, by a typed
+/// handle, topics of another type. Topics whose names begin with `_` (reply inboxes) are meant only by patterns that
+/// begin with it. A removed topic drops out when everything of it has been read.
+///
+/// On `block` and `reject` topics it holds each ring back until it has read, like any subscriber, unless it is droppable.
+pub struct WildcardSubscriber<T: ?Sized> {
+    core: WildcardCore,
+    payload: PhantomData<fn() -> Box<T>>,
+}
+
+/// What does not depend on the payload's type.
+struct WildcardCore {
+    // Dropped in this order: the topics' cursors are left before the subscription is given back.
+    topics: Vec<Member>,
+    /// Whose turn it is.
+    next: usize,
+    /// Whose message was found last.
+    found: usize,
+    notice: Shared<Notice>,
+    /// How many topics have come.
+    told: u64,
+    /// What a glance met and a receive must tell.
+    trouble: Option<WildcardError>,
+    /// Messages that had expired, of topics that are gone.
+    expired: u64,
+    /// Changes with `topics`.
+    generation: u64,
+    wildcard: u64,
+    droppable: bool,
+    wait: Wait,
+    control: Arc<Control>,
+    _held: Held,
+}
+
+/// A topic of the subscription.
+struct Member {
+    name: String,
+    handle: HandleRef,
+    core: SubscriberCore,
+}
+
+/// A received message and the topic it comes from; dereferences to [`Message`], and that to the payload.
+pub struct WildcardMessage<'a, T: ?Sized> {
+    topic: &'a str,
+    message: Message<'a, T>,
+}
+
+/// How a wildcard subscriber is to be opened; ends with [`WildcardBuilder::open`].
+#[must_use]
+pub struct WildcardBuilder<T: ?Sized> {
+    bus: Bus,
+    pattern: String,
+    start: Start,
+    droppable: bool,
+    wait: Wait,
+    payload: PhantomData<fn() -> Box<T>>,
+}
+
+impl Bus {
+    /// A subscriber of every topic that `pattern` stands for (`orders.*`, `orders.>`), to be opened with `.open()`.
+    ///
+    /// ```no_run
+    /// # let bus = shmbus::Bus::open_default()?;
+    /// let mut orders = bus.wildcard::<[u8]>("orders.>").open()?;
+    /// let order = orders.recv()?;
+    /// println!("{} {}: {} bytes", order.topic(), order.sequence(), order.len());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn wildcard<T: Payload + ?Sized>(&self, pattern: &str) -> WildcardBuilder<T> {
+        let (bus, pattern, start, wait) = (self.clone(), pattern.to_owned(), Start::default(), Wait::default());
+        WildcardBuilder { bus, pattern, start, droppable: false, wait, payload: PhantomData }
+    }
+}
+
+impl<T: Payload + ?Sized> WildcardBuilder<T> {
+    /// Where to start on topics that exist already (default [`Start::Latest`]); new ones are read from their first message
+    /// on. [`Start::Sequence`] (each topic counts its own), [`Start::Time`] and [`Start::LastPerKey`] are refused. On topics with many publishers [`Start::Last`] begins
+    /// with the whole batch.
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// Never holds publishers back; see [`SubscriberBuilder::droppable`](crate::SubscriberBuilder::droppable).
+    pub fn droppable(mut self) -> Self {
+        self.droppable = true;
+        self
+    }
+
+    /// How to wait for messages (default [`Wait::Adaptive`]).
+    pub fn wait(mut self, wait: Wait) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// Opens it. When this returns, the cursors on all matching topics are in force.
+    ///
+    /// # Errors
+    /// The pattern is none, or a limit is reached: 16 wildcard subscribers a process, the topics' subscribers; see
+    /// [`OpenError`].
+    pub fn open(self) -> Result<WildcardSubscriber<T>, OpenError> {
+        let control = self.bus.control();
+        let (start, droppable) = (self.start.at(), self.droppable);
+        let request = Request::OpenWildcard { pattern: self.pattern, schema: T::schema(), start, droppable };
+        let (answer, fds) = control.request(&request)?;
+        let Answer::WildcardOpened { wildcard } = answer else { return Err(unexpected(&answer)) };
+        let _held = Held::new(control.clone(), HandleRef::Wildcard { wildcard });
+        let missing = AttachError::Field { field: "number of descriptors", found: 0, expected: 1 };
+        let notice = notice::attach(fds.first().ok_or(missing)?, control.bus_number(), wildcard)?;
+        let mut core = WildcardCore {
+            topics: Vec::new(),
+            next: 0,
+            found: 0,
+            notice,
+            told: 0,
+            trouble: None,
+            expired: 0,
+            generation: 0,
+            wildcard,
+            droppable,
+            wait: self.wait,
+            control: control.clone(),
+            _held,
+        };
+        // Those that existed have come before the answer.
+        if let Err(WildcardError::Attach { source, .. }) = core.take_new_topics() {
+            return Err(OpenError::Attach(source));
+        }
+        Ok(WildcardSubscriber { core, payload: PhantomData })
+    }
+}
+
+/// Whether the topics that were announced have all come.
+#[derive(PartialEq, Eq)]
+enum News {
+    AllHere,
+    /// The coordinator has them yet, or is away.
+    OnTheirWay,
+}
+
+impl WildcardCore {
+    /// Takes the topics that came since, if any were announced.
+    #[inline]
+    fn look_for_topics(&mut self) -> Result<News, WildcardError> {
+        if self.notice.opened() == self.told { Ok(News::AllHere) } else { self.take_new_topics() }
+    }
+
+    #[cold]
+    fn take_new_topics(&mut self) -> Result<News, WildcardError> {
+        let announced = self.notice.opened();
+        let (granted, told) = self.control.wildcard_topics(self.wildcard, announced)?;
+        // What goes wrong with one of them is that one's affair: the others are taken all the same.
+        let mut outcome = Ok(());
+        for granted in granted {
+            outcome = outcome.and(self.add(granted));
+        }
+        self.told = told.min(announced).max(self.told);
+        outcome?;
+        Ok(if told >= announced { News::AllHere } else { News::OnTheirWay })
+    }
+
+    fn add(&mut self, (answer, fds): Granted) -> Result<(), WildcardError> {
+        let Answer::WildcardTopic { info, cursor, position, sequence, segments, .. } = answer else { return Ok(()) };
+        let (name, handle) = (info.name.clone(), HandleRef::Subscriber { topic: info.id, cursor });
+        let place = Place { position, sequence };
+        let segments = segments.into_iter().zip(fds);
+        let opened = SubscriberCore::of_wildcard(info, self.control.clone(), cursor, place, self.droppable, segments);
+        match opened {
+            Ok(core) => {
+                self.topics.push(Member { name, handle, core });
+                self.generation += 1;
+                Ok(())
+            }
+            Err(source) => {
+                self.control.release(handle);
+                Err(WildcardError::Attach { topic: name, source })
+            }
+        }
+    }
+
+    /// Finds the next message, beginning with the topic whose turn it is.
+    fn look(&mut self) -> Look<Result<(), WildcardError>> {
+        if let Some(trouble) = self.trouble.take() {
+            return Look::Found(Err(trouble));
+        }
+        let before = self.generation;
+        // Without its coordinator the subscription goes on with the topics it has, and says so when they have nothing.
+        let (news, cut_off) = match self.look_for_topics() {
+            Ok(news) => (news, None),
+            Err(error @ WildcardError::Connect(_)) => (News::OnTheirWay, Some(error)),
+            Err(error) => return Look::Found(Err(error)),
+        };
+        let mut unvisited = self.topics.len();
+        while unvisited > 0 {
+            unvisited -= 1;
+            let turn = if self.next < self.topics.len() { self.next } else { 0 };
+            match self.topics[turn].core.poll() {
+                Ok(true) => {
+                    (self.found, self.next) = (turn, turn + 1);
+                    return Look::Found(Ok(()));
+                }
+                Ok(false) => self.next = turn + 1,
+                Err(RecvError::Gone(GoneReason::Removed)) => drop(self.remove(turn)),
+                Err(RecvError::Gone(reason)) => return Look::Found(Err(WildcardError::Gone(reason))),
+                Err(RecvError::Lagged { from, to }) => {
+                    self.next = turn + 1;
+                    let topic = self.topics[turn].name.clone();
+                    return Look::Found(Err(WildcardError::Lagged { topic, from, to }));
+                }
+                Err(RecvError::Corrupt(problem)) => {
+                    let topic = self.remove(turn);
+                    return Look::Found(Err(WildcardError::Corrupt { topic, problem }));
+                }
+                // The last two are for consumers alone.
+                Err(RecvError::TimedOut | RecvError::Fenced | RecvError::Forked) => self.next = turn + 1,
+            }
+        }
+        match cut_off {
+            Some(error) => Look::Found(Err(error)),
+            None => self.nothing(before, &news),
+        }
+    }
+
+    fn nothing<R>(&self, before: u64, news: &News) -> Look<Result<R, WildcardError>> {
+        if self.notice.has_ended() {
+            Look::Found(Err(WildcardError::Gone(GoneReason::Stopped)))
+        } else if before != self.generation {
+            Look::OtherBells
+        } else if *news == News::OnTheirWay {
+            Look::Soon
+        } else {
+            Look::Nothing
+        }
+    }
+
+    /// Takes a topic out of the subscription; its name.
+    fn remove(&mut self, index: usize) -> String {
+        let member = self.topics.swap_remove(index);
+        self.generation += 1;
+        self.expired += member.core.expired();
+        drop(member.core);
+        self.control.release(member.handle);
+        member.name
+    }
+
+    fn wait(&mut self, limit: Option<Duration>) -> Result<(), WildcardError> {
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let found = wait::until_any(self, self.wait, deadline, |core, into| core.bells(into), Self::look);
+        found.unwrap_or(Err(WildcardError::TimedOut))
+    }
+
+    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+        // First: where the kernel can sleep on a part of them only, new topics should not be in the other.
+        into.push(&self.notice.bell);
+        into.extend(self.topics.iter().map(|member| member.core.bell()));
+    }
+
+    fn glance(&mut self) -> Look<()> {
+        let news = self.look_for_topics();
+        let ready = |member: &mut Member| member.core.is_ready();
+        match news {
+            _ if self.notice.has_ended() || self.topics.iter_mut().any(ready) => Look::Found(()),
+            Ok(News::AllHere) => Look::Nothing,
+            Ok(News::OnTheirWay) => Look::Soon,
+            // Being cut off is found again by the receive, what is wrong with a topic is not.
+            Err(WildcardError::Connect(_)) => Look::Found(()),
+            Err(error) => {
+                self.trouble = Some(error);
+                Look::Found(())
+            }
+        }
+    }
+}
+
+impl<T: Payload + ?Sized> Waitable for WildcardSubscriber<T> {}
+
+impl<T: Payload + ?Sized> Parts for WildcardSubscriber<T> {
+    fn glance(&mut self) -> Look<()> {
+        self.core.glance()
+    }
+
+    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+        self.core.bells(into);
+    }
+
+    fn generation(&self) -> u64 {
+        self.core.generation
+    }
+}
+
+impl<T: Payload + ?Sized> WildcardSubscriber<T> {
+    /// Receives the next message of any of its topics if one is there. Never waits.
+    ///
+    /// # Errors
+    /// [`WildcardError`]; what concerns one topic names it, and the next call goes on with the others.
+    #[inline]
+    pub fn try_recv(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        match self.core.look() {
+            Look::Found(found) => found.map(|()| Some(self.message())),
+            Look::Nothing | Look::OtherBells | Look::Soon => Ok(None),
+        }
+    }
+
+    /// Receives the next message of any of its topics, waiting for it as chosen by [`WildcardBuilder::wait`].
+    ///
+    /// # Errors
+    /// As [`Self::try_recv`].
+    pub fn recv(&mut self) -> Result<WildcardMessage<'_, T>, WildcardError> {
+        self.core.wait(None)?;
+        Ok(self.message())
+    }
+
+    /// Receives the next message of any of its topics, waiting for at most `limit`.
+    ///
+    /// # Errors
+    /// [`WildcardError::TimedOut`] when nothing came; otherwise as [`Self::try_recv`].
+    pub fn recv_timeout(&mut self, limit: Duration) -> Result<WildcardMessage<'_, T>, WildcardError> {
+        self.core.wait(Some(limit))?;
+        Ok(self.message())
+    }
+
+    /// How many messages it has skipped because they had expired.
+    pub fn expired(&self) -> u64 {
+        self.core.expired + self.core.topics.iter().map(|member| member.core.expired()).sum::<u64>()
+    }
+
+    /// The topics it reads now.
+    pub fn topics(&self) -> impl Iterator<Item = &str> {
+        self.core.topics.iter().map(|member| member.name.as_str())
+    }
+
+    /// What was found last.
+    fn message(&self) -> WildcardMessage<'_, T> {
+        let member = &self.core.topics[self.core.found];
+        WildcardMessage { topic: &member.name, message: Message::new(&member.core) }
+    }
+}
+
+impl<T: ?Sized> WildcardMessage<'_, T> {
+    /// The topic it comes from.
+    pub fn topic(&self) -> &str {
+        self.topic
+    }
+}
+
+impl<'a, T: ?Sized> Deref for WildcardMessage<'a, T> {
+    type Target = Message<'a, T>;
+
+    fn deref(&self) -> &Message<'a, T> {
+        &self.message
+    }
+}
+
+impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for WildcardMessage<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WildcardMessage").field("topic", &self.topic).field("message", &self.message).finish()
+    }
+}
