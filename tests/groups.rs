@@ -406,6 +406,23 @@ fn what_the_killed_held_is_delivered_again() {
 }
 
 #[test]
+fn what_the_last_consumer_had_settled_holds_nobody_up() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 10);
+        let mut last = stage.start("obey", "g");
+        for expected in ["0 1", "1 1", "2 1"] {
+            last.tell("take");
+            last.expect(expected);
+            last.tell("ack");
+            last.expect("Ok(())");
+        }
+        last.kill();
+        stage.publisher.wait_settled("g", Sequence::new(2), LIMIT).unwrap();
+    }
+}
+
+#[test]
 fn at_most_once_never_delivers_again() {
     for mode in RINGS {
         let mut stage = Stage::new(mode, GroupOptions::new().at_most_once());

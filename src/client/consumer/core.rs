@@ -28,8 +28,8 @@ use crate::shm::topic::SharedInfo;
 use crate::sync::Ordering;
 use crate::wait::{self, Wait};
 
-/// Acks between two looks at the floor.
-const ACKS_PER_FLUSH: u32 = 64;
+/// Acks between two looks at the floor, at most.
+const ACKS_PER_FLUSH: u64 = 64;
 
 /// A message in hand.
 pub(super) struct Item {
@@ -83,6 +83,8 @@ pub(crate) struct Core {
 #[derive(Default)]
 pub(super) struct Flush {
     settled: u32,
+    /// Acks between two looks: a sixteenth of a small ring, so that a publisher does not wait for much that is settled.
+    period: u32,
     at_ms: u64,
     floor: u64,
 }
@@ -112,6 +114,7 @@ impl Core {
         static TOKENS: AtomicU64 = AtomicU64::new(0);
         fork::watch();
         let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
+        let period = (info.options.messages / 16).clamp(1, ACKS_PER_FLUSH) as u32;
         let (moves, lengths) = (Moves::new(&info, &group), Lengths::of_payload(&info.options));
         Core {
             log,
@@ -135,7 +138,7 @@ impl Core {
             lengths,
             copies: Copies::default(),
             items: Vec::new(),
-            flush: Flush::default(),
+            flush: Flush { period, ..Flush::default() },
             held: Some(held),
             forks: fork::generation(),
         }
@@ -260,7 +263,7 @@ impl Core {
     pub(super) fn has_settled(&mut self) {
         self.in_flight = self.in_flight.saturating_sub(1);
         self.flush.settled += 1;
-        if self.flush.settled >= ACKS_PER_FLUSH || self.readers.writers.is_waited_on() {
+        if self.flush.settled >= self.flush.period || self.readers.writers.is_waited_on() {
             self.raise_floor();
         }
         if self.group.options.max_in_flight > 0 || self.group.options.ordered_by_key {

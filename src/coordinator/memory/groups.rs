@@ -13,6 +13,7 @@ use crate::ring::log::Place;
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic;
 use crate::sync::Ordering;
+use crate::topic::Mode;
 
 /// Looks at a group's cursor that its consumers keep moving on; the limit is for garbage.
 const CURSOR_LOOKS: usize = 1000;
@@ -137,7 +138,25 @@ impl TopicMemory {
         let ledger = memory.ledger(&self.info);
         ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
         ledger.deactivate(consumer);
+        self.raise_floor(memory);
         self.wake_readers();
+    }
+
+    /// Moves a group's floor over what is settled: its consumers do so now and then, and the last of them may have gone
+    /// before it did.
+    fn raise_floor(&self, memory: &GroupMemory) {
+        let Parts::Log { segments, .. } = &self.parts else { return };
+        let floor = memory.ledger(&self.info).advance_floor();
+        let Ok(tail) = self.tail() else { return };
+        let place = match (self.info.options.mode, self.group_place(memory.info.cursor)) {
+            (Mode::Exclusive, _) => Some(Place { position: floor.min(tail.position), sequence: floor }),
+            (_, Ok(oldest)) => self.place_of(floor, oldest.position, tail).filter(|place| place.sequence <= floor),
+            (_, Err(_)) => None,
+        };
+        if let Some(place) = place {
+            self.with_line(memory.info.cursor, |line| line.raise(place.position, floor));
+            wake(&segments.readers().writers);
+        }
     }
 
     /// Fences a consumer: it takes nothing any more.
