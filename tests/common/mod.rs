@@ -24,7 +24,7 @@ const ROLE: &str = "SHMBUS_TEST_ROLE";
 const ARGUMENTS: &str = "SHMBUS_TEST_ARGUMENTS";
 
 /// Starts every line that a role has for its test; everything else on standard output is libtest's.
-const MARK: &str = "@@";
+pub(crate) const MARK: &str = "@@";
 
 /// A bus of its own in a directory of its own; nothing of it survives the test.
 pub(crate) struct Scene {
@@ -50,11 +50,16 @@ impl Scene {
 
     /// Starts this test binary again as another process, which runs the test `role` and nothing else.
     pub(crate) fn start(&self, role: &str, arguments: &str) -> Process {
+        Process::new(self.command(role, arguments))
+    }
+
+    /// What [`Self::start`] runs.
+    pub(crate) fn command(&self, role: &str, arguments: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
-        Process::new(command)
+        command
     }
 
     /// The living processes that serve this bus in a role (`None`: all of them).

@@ -1,0 +1,85 @@
+//! The kill harness: a victim is stepped through one operation and killed behind each instruction, and its survivors look
+//! whether the contract holds (SPEC §4.1, §4.6).
+//!
+//! A short run kills at every instruction of the fast paths, and elsewhere wherever others could tell the difference and
+//! at a sample of the rest, which `SHMBUS_TEST_SEED` repeats. `SHMBUS_KILL_LONG=1` covers everything.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod checker;
+#[path = "../common/mod.rs"]
+mod common;
+mod mutant;
+mod runner;
+mod scenarios;
+mod shared_access;
+mod tracer;
+
+use common::seed;
+use shmbus::Bus;
+
+/// Not a test: what the victims do.
+#[test]
+fn role() {
+    let Some((role, arguments)) = common::role() else { return };
+    let bus = Bus::open_default().unwrap();
+    match (role.as_str(), arguments.split_once(' ')) {
+        ("victim", Some((life, name))) => (scenarios::named(name).victim)(&bus, life.parse().unwrap()),
+        _ => panic!("no role {role} {arguments}"),
+    }
+}
+
+/// Whether processes may be traced here; says so if not.
+fn is_permitted() -> bool {
+    let forbidden = tracer::forbidden();
+    if let Some(reason) = &forbidden {
+        println!("skipped: {reason}");
+    }
+    forbidden.is_none()
+}
+
+/// Runs the scenarios whose names begin so and demands that none finds a violation.
+fn survive(prefix: &str) {
+    if !is_permitted() {
+        return;
+    }
+    let seed = seed();
+    let mut violations = 0;
+    for scenario in scenarios::all().iter().filter(|scenario| scenario.name.starts_with(prefix)) {
+        let began = std::time::Instant::now();
+        let report = runner::run(scenario, seed).unwrap_or_else(|error| panic!("{}: {error}", scenario.name));
+        println!("{report} {:.1?}", began.elapsed());
+        violations += report.violations.len();
+    }
+    assert_eq!(violations, 0, "the contract was broken; see above");
+}
+
+#[test]
+fn a_publisher_killed_at_any_instruction_exclusive() {
+    survive("publish exclusive");
+}
+
+#[test]
+fn a_publisher_killed_at_any_instruction_many() {
+    survive("publish many");
+}
+
+#[test]
+fn a_publisher_killed_at_any_instruction_channel() {
+    survive("publish channel");
+}
+
+#[test]
+fn a_subscriber_killed_at_any_instruction() {
+    survive("receive");
+}
+
+/// A harness that has never found anything proves nothing.
+#[test]
+fn the_harness_finds_a_publisher_that_claims_before_it_writes() {
+    if !is_permitted() {
+        return;
+    }
+    let report = runner::run(&scenarios::named(mutant::NAME), seed()).unwrap();
+    println!("{report}");
+    assert!(report.violations.iter().any(|violation| violation.contains("torn")), "the planted fault was not found");
+}
