@@ -28,7 +28,7 @@ fn published(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
 pub(crate) fn scenario() -> Scenario {
     Scenario {
         name: NAME,
-        every: false,
+        stride: 128,
         victim,
         survivors: |bus| Ok(Box::new(Readers::new(bus, topic(Mode::Exclusive), false, published)?)),
     }

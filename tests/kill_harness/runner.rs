@@ -12,9 +12,6 @@ use crate::tracer::{Stop, Tracee};
 /// Set: everything is covered, however long it takes.
 const LONG: &str = "SHMBUS_KILL_LONG";
 
-/// Of the instructions that nobody could notice, a short run takes so many.
-const SAMPLE: usize = 60;
-
 /// After so many violations a scenario has failed clearly enough.
 const MAX_VIOLATIONS: usize = 5;
 
@@ -77,13 +74,13 @@ pub(crate) fn run(scenario: &Scenario, seed: u64) -> io::Result<Report> {
 /// How many instructions to execute before each kill.
 fn points(scenario: &Scenario, effects: &[Effect], random: &mut Random) -> Vec<usize> {
     let last = effects.len();
-    if is_long() || scenario.every {
+    if is_long() {
         return (0..=last).collect();
     }
     // Others can tell apart only what a write or a system call separates: before each is after the one before it.
     let notable = |at: &usize| matches!(effects[*at], Effect::Write | Effect::SystemCall);
     let mut points: Vec<usize> = (0..last).filter(notable).chain([0, last]).collect();
-    points.extend((0..SAMPLE).map(|_| random.below(last as u64) as usize));
+    points.extend((random.below(scenario.stride as u64) as usize..last).step_by(scenario.stride));
     points.sort_unstable();
     points.dedup();
     points
