@@ -8,6 +8,7 @@
 mod checker;
 #[path = "../common/mod.rs"]
 mod common;
+mod coordinator;
 mod mutant;
 mod runner;
 mod scenarios;
@@ -24,6 +25,7 @@ fn role() {
     let bus = Bus::open_default().unwrap();
     match (role.as_str(), arguments.split_once(' ')) {
         ("victim", Some((life, name))) => (scenarios::named(name).victim)(&bus, life.parse().unwrap()),
+        ("hold", _) => coordinator::hold(&bus),
         _ => panic!("no role {role} {arguments}"),
     }
 }
@@ -71,6 +73,32 @@ fn a_publisher_killed_at_any_instruction_channel() {
 #[test]
 fn a_subscriber_killed_at_any_instruction() {
     survive("receive");
+}
+
+/// Kills coordinators in the deeds of these numbers and demands that nothing is broken or leaked.
+fn succeed(deeds: std::ops::Range<usize>) {
+    if !is_permitted() {
+        return;
+    }
+    let seed = seed();
+    let mut violations = 0;
+    for deed in &coordinator::all()[deeds] {
+        let began = std::time::Instant::now();
+        let report = coordinator::run(deed, seed).unwrap_or_else(|error| panic!("{}: {error}", deed.name));
+        println!("{report} {:.1?}", began.elapsed());
+        violations += report.violations.len();
+    }
+    assert_eq!(violations, 0, "the contract was broken; see above");
+}
+
+#[test]
+fn a_coordinator_killed_in_a_request_is_succeeded() {
+    succeed(0..6);
+}
+
+#[test]
+fn a_coordinator_killed_over_a_burial_is_succeeded() {
+    succeed(6..7);
 }
 
 /// A harness that has never found anything proves nothing.
