@@ -226,12 +226,7 @@ pub(crate) struct Readers {
 pub(crate) type Published = fn(u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>);
 
 impl Readers {
-    pub(crate) fn new(
-        bus: &Bus,
-        topic: Topic<[u8]>,
-        asleep: bool,
-        published: Published,
-    ) -> Result<Readers, Violation> {
+    pub(crate) fn new(bus: &Bus, topic: Topic<[u8]>, asleep: bool, published: Published) -> Result<Readers, Violation> {
         let created = bus.create(&topic).map_err(|error| error.to_string())?;
         assert!(!created, "each scene has its topic to itself");
         let reader = Reader::open(bus, &topic, asleep)?;
@@ -341,8 +336,7 @@ impl Writers {
         bus.create(&topic).map_err(|error| error.to_string())?;
         let publisher = Some(publisher(bus, &topic)?.wait(Wait::Park));
         let many_read = topic.options().mode != Mode::Channel;
-        let reader =
-            if many_read { Some(subscriber(bus, &topic, Start::Oldest, Wait::Adaptive)?) } else { None };
+        let reader = if many_read { Some(subscriber(bus, &topic, Start::Oldest, Wait::Adaptive)?) } else { None };
         Ok(Writers { bus: bus.clone(), topic, publisher, reader, waiting: None, waits, next: 0 })
     }
 

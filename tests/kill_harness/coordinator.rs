@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
-use shmbus::{Bus, BusOptions, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
+use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 
 use crate::checker::{Violation, message};
 use crate::common::{Process, Random, Scene};
@@ -21,7 +21,7 @@ use crate::tracer::{Place, Stop, Tracee};
 const KILLS_A_BUS: usize = 6;
 
 /// Kills of a short run, for each deed.
-const SHORT_KILLS: usize = 14;
+const SHORT_KILLS: usize = 6;
 
 /// The coordinator sleeps for longer than this when it has nothing left to do.
 const IDLE: Duration = Duration::from_millis(30);
@@ -37,22 +37,22 @@ pub(crate) struct Deed {
     pub(crate) name: &'static str,
     /// What must be there before: done anew for each kill.
     prepare: fn(&Scene, &Bus) -> Result<Option<Process>, Violation>,
-    /// The client's part.
-    act: fn(&BusOptions, &Bus) -> Result<(), OpenError>,
-    /// Instead of a client's part: the process that `prepare` started is killed.
+    /// The client's part, beside that of the process that `prepare` started.
+    act: fn(&Bus) -> Result<(), OpenError>,
+    /// That process is killed; otherwise it is told to go on.
     buries: bool,
 }
 
 /// All deeds.
 pub(crate) fn all() -> Vec<Deed> {
     vec![
-        Deed { name: "join", prepare: nothing, act: join, buries: false },
+        Deed { name: "join", prepare: prepare_newcomer, act: |_| Ok(()), buries: false },
         Deed { name: "create a topic", prepare: nothing, act: create, buries: false },
         Deed { name: "open a publisher", prepare: prepare_topic, act: open_publisher, buries: false },
         Deed { name: "open one of many publishers", prepare: prepare_many, act: open_publisher_of_many, buries: false },
         Deed { name: "open a subscriber", prepare: prepare_topic, act: open_subscriber, buries: false },
         Deed { name: "remove a topic", prepare: prepare_topic, act: remove, buries: false },
-        Deed { name: "bury a participant", prepare: prepare_participant, act: |_, _| Ok(()), buries: true },
+        Deed { name: "bury a participant", prepare: prepare_participant, act: |_| Ok(()), buries: true },
     ]
 }
 
@@ -93,6 +93,23 @@ fn prepare_participant(scene: &Scene, bus: &Bus) -> Result<Option<Process>, Viol
     Ok(Some(process))
 }
 
+fn prepare_newcomer(scene: &Scene, _: &Bus) -> Result<Option<Process>, Violation> {
+    let mut process = scene.start("join", "all");
+    process.expect("here");
+    Ok(Some(process))
+}
+
+/// Role: joins the bus when it is told to. A process of its own: while a process lives, the coordinator keeps a place for
+/// each Hello of its that was written down and not answered (ARCHITECTURE.md §9).
+pub(crate) fn join() {
+    crate::common::say("here");
+    crate::common::hear();
+    let bus = Bus::open_default().unwrap();
+    crate::common::say("joined");
+    crate::common::hear();
+    drop(bus);
+}
+
 /// Role: holds a publisher and a subscriber until it is killed.
 pub(crate) fn hold(bus: &Bus) {
     let mut publisher = bus.publisher(subject()).unwrap();
@@ -103,19 +120,15 @@ pub(crate) fn hold(bus: &Bus) {
     drop((publisher, subscriber));
 }
 
-fn join(options: &BusOptions, _: &Bus) -> Result<(), OpenError> {
-    Ok(options.clone().open().map(drop)?)
-}
-
-fn create(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
+fn create(bus: &Bus) -> Result<(), OpenError> {
     bus.create(&subject()).map(drop)
 }
 
-fn open_publisher(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
+fn open_publisher(bus: &Bus) -> Result<(), OpenError> {
     bus.publisher(subject()).map(drop)
 }
 
-fn open_publisher_of_many(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
+fn open_publisher_of_many(bus: &Bus) -> Result<(), OpenError> {
     let mut reader = bus.subscriber(subject_of_many()).open()?;
     let mut first = bus.publisher(subject_of_many())?;
     let mut second = bus.publisher(subject_of_many())?;
@@ -126,13 +139,13 @@ fn open_publisher_of_many(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn open_subscriber(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
+fn open_subscriber(bus: &Bus) -> Result<(), OpenError> {
     let mut subscriber = bus.subscriber(subject()).start(Start::Oldest).open()?;
     assert_eq!(&subscriber.recv_timeout(DEADLINE).expect("it is retained")[..], b"retained");
     Ok(())
 }
 
-fn remove(_: &BusOptions, bus: &Bus) -> Result<(), OpenError> {
+fn remove(bus: &Bus) -> Result<(), OpenError> {
     bus.remove_topic(subject().name(), true)
 }
 
@@ -242,13 +255,18 @@ struct Begun {
 fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>) -> io::Result<Begun> {
     let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
     let (done, outcome) = channel();
-    if deed.buries {
-        process.into_iter().for_each(Process::kill);
-        let _ = done.send(Ok(()));
-    } else {
-        let (options, bus, act) = (stage.scene.options(), stage.bus.clone(), deed.act);
-        thread::spawn(move || done.send(act(&options, &bus)));
-    }
+    let (bus, act, buries) = (stage.bus.clone(), deed.act, deed.buries);
+    thread::spawn(move || {
+        match process {
+            Some(process) if buries => process.kill(),
+            Some(mut process) => {
+                process.tell("join");
+                process.expect("joined");
+            }
+            None => {}
+        }
+        done.send(act(&bus))
+    });
     Ok(Begun { tracee, outcome })
 }
 

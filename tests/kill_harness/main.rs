@@ -22,6 +22,9 @@ use shmbus::Bus;
 #[test]
 fn role() {
     let Some((role, arguments)) = common::role() else { return };
+    if role == "join" {
+        return coordinator::join();
+    }
     let bus = Bus::open_default().unwrap();
     match (role.as_str(), arguments.split_once(' ')) {
         ("victim", Some((life, name))) => (scenarios::named(name).victim)(&bus, life.parse().unwrap()),
