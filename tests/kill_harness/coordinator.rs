@@ -13,7 +13,7 @@ use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 
 use crate::checker::{Violation, message};
 use crate::common::{Process, Random, Scene};
-use crate::runner::{Report, is_long};
+use crate::runner::{MAX_STEPS, Report, is_long};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Place, Stop, Tracee};
 
@@ -21,10 +21,10 @@ use crate::tracer::{Place, Stop, Tracee};
 const KILLS_A_BUS: usize = 6;
 
 /// Kills of a short run, for each deed.
-const SHORT_KILLS: usize = 6;
+const SHORT_KILLS: usize = 10;
 
 /// The coordinator sleeps for longer than this when it has nothing left to do.
-const IDLE: Duration = Duration::from_millis(30);
+const IDLE: Duration = Duration::from_millis(50);
 
 /// How long a place may take to be reached; a coordinator that does not come there this time is killed all the same.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -275,9 +275,9 @@ fn count(deed: &Deed) -> io::Result<(usize, Vec<(Place, u64, Effect)>)> {
     let scene = Scene::new("count");
     let stage = Stage::new(&scene).map_err(io::Error::other)?;
     let process = (deed.prepare)(&scene, &stage.bus).map_err(io::Error::other)?;
-    let Begun { mut tracee, outcome: _outcome } = begin(&stage, deed, process)?;
+    let Begun { mut tracee, outcome } = begin(&stage, deed, process)?;
     let (mut lens, mut points, mut visits, mut instructions) = (Lens::new(), Vec::new(), BTreeMap::new(), 0);
-    let mut last = 0;
+    let (mut last, mut done) = (0, false);
     loop {
         let registers = tracee.registers()?;
         let effect = lens.look(&tracee, &registers)?;
@@ -292,10 +292,22 @@ fn count(deed: &Deed) -> io::Result<(usize, Vec<(Place, u64, Effect)>)> {
         }
         last = registers.rip;
         instructions += 1;
-        match tracee.step_patiently(if effect == Effect::SystemCall { IDLE } else { DEADLINE })? {
+        let mut stop = match effect {
+            Effect::SystemCall => tracee.step_patiently(IDLE)?,
+            _ => Some(tracee.step()?),
+        };
+        // It sleeps: the deed is done, or the client busy with its part.
+        while stop.is_none() && !done {
+            done = outcome.try_recv().is_ok();
+            stop = tracee.step_on(IDLE)?;
+        }
+        match stop {
             Some(Stop::Trap) => {}
             Some(stop) => return Err(io::Error::other(format!("the coordinator met {stop:?}"))),
             None => return Ok((instructions, points)),
+        }
+        if instructions > MAX_STEPS {
+            return Err(io::Error::other(format!("the deed did not end in {instructions} instructions")));
         }
     }
 }

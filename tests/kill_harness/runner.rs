@@ -16,7 +16,7 @@ const LONG: &str = "SHMBUS_KILL_LONG";
 const MAX_VIOLATIONS: usize = 5;
 
 /// An operation that takes more than this many instructions waits for something.
-const MAX_STEPS: usize = 2_000_000;
+pub(crate) const MAX_STEPS: usize = 5_000_000;
 
 /// What came of a scenario.
 #[derive(Debug, Default)]

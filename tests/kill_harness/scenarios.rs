@@ -111,7 +111,7 @@ macro_rules! publishing {
 
 fn publishing() -> Vec<Scenario> {
     vec![
-        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 16, asleep: false),
+        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 6, asleep: false),
         publishing!("publish exclusive first", publish, Exclusive, first, stride: 400, asleep: false),
         publishing!("publish exclusive arena", publish, Exclusive, large, stride: 400, asleep: false),
         publishing!("publish exclusive batch", publish, Exclusive, batch, stride: 2048, asleep: false),
@@ -163,7 +163,7 @@ macro_rules! receiving {
 
 fn receiving() -> Vec<Scenario> {
     vec![
-        receiving!("receive exclusive", receive, Exclusive, stride: 16, waits: false),
+        receiving!("receive exclusive", receive, Exclusive, stride: 40, waits: false),
         receiving!("receive exclusive, publisher waits", receive_all, Exclusive, stride: 400, waits: true),
         receiving!("receive many", receive, Many, stride: 400, waits: false),
         receiving!("receive many, publisher waits", receive_all, Many, stride: 400, waits: true),

@@ -158,6 +158,11 @@ impl Tracee {
         self.wait_for(patience)
     }
 
+    /// Waits for the instruction that [`Self::step_patiently`] left asleep.
+    pub(crate) fn step_on(&mut self, patience: Duration) -> io::Result<Option<Stop>> {
+        self.wait_for(patience)
+    }
+
     /// Runs until it is about to execute the instruction at `place` for the `visit`-th time (from 1); false: it did not
     /// within `patience`. Then it runs on.
     pub(crate) fn run_to(&mut self, place: &Place, visit: u64, patience: Duration) -> io::Result<bool> {
