@@ -23,6 +23,12 @@ const SURVIVOR: u64 = u64::MAX;
 /// What the contract does not allow.
 pub(crate) type Violation = String;
 
+/// The messages of a life: those before its operation, and those in it.
+pub(crate) type Messages = (Vec<Vec<u8>>, Vec<Vec<u8>>);
+
+/// A scenario's messages.
+pub(crate) type Published = fn(u64) -> Messages;
+
 /// One kill, as far as survivors need to know.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kill {
@@ -137,7 +143,7 @@ type Received = (u64, Vec<u8>);
 /// A subscriber that lives through it all.
 enum Reader {
     /// Polls when asked.
-    Awake(Subscriber<[u8]>),
+    Awake(Box<Subscriber<[u8]>>),
     /// Sleeps on a thread of its own until a message wakes it.
     Asleep { thread: Pid, messages: Receiver<Result<Received, Violation>> },
 }
@@ -147,7 +153,7 @@ impl Reader {
         let wait = if asleep { Wait::Park } else { Wait::Adaptive };
         let mut subscriber = subscriber(bus, topic, Start::Oldest, wait)?;
         if !asleep {
-            return Ok(Reader::Awake(subscriber));
+            return Ok(Reader::Awake(Box::new(subscriber)));
         }
         let ((sender, messages), (tell, told)) = (channel(), channel());
         thread::spawn(move || {
@@ -214,16 +220,13 @@ pub(crate) struct Readers {
     bus: Bus,
     topic: Topic<[u8]>,
     /// What a victim has published before its operation, and what it publishes in it, all or nothing.
-    published: fn(u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>),
+    published: Published,
     reader: Reader,
     publisher: Option<Publisher<[u8]>>,
     next: u64,
     memory_bytes: Option<u64>,
     number: u64,
 }
-
-/// A scenario's messages for a life: before, and in, the operation.
-pub(crate) type Published = fn(u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>);
 
 impl Readers {
     pub(crate) fn new(bus: &Bus, topic: Topic<[u8]>, asleep: bool, published: Published) -> Result<Readers, Violation> {
@@ -327,8 +330,11 @@ pub(crate) struct Writers {
 }
 
 struct Waiting {
-    outcome: Receiver<(Publisher<[u8]>, Result<u64, Violation>)>,
+    outcome: Receiver<Waited>,
 }
+
+/// The publisher, when it has done waiting, and what it published.
+type Waited = (Publisher<[u8]>, Result<u64, Violation>);
 
 impl Writers {
     /// `waits`: the ring is full and a publisher waits while the victim receives.

@@ -270,8 +270,11 @@ fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>) -> io::Result
     Ok(Begun { tracee, outcome })
 }
 
+/// A place, the how-manieth visit of it, and what is done there.
+type Point = (Place, u64, Effect);
+
 /// Every place of the deed where a kill could make a difference: with the how-manieth visit it is.
-fn count(deed: &Deed) -> io::Result<(usize, Vec<(Place, u64, Effect)>)> {
+fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
     let scene = Scene::new("count");
     let stage = Stage::new(&scene).map_err(io::Error::other)?;
     let process = (deed.prepare)(&scene, &stage.bus).map_err(io::Error::other)?;
@@ -332,7 +335,9 @@ pub(crate) fn run(deed: &Deed, seed: u64) -> io::Result<Report> {
         let mut stage = Stage::new(&scene).map_err(io::Error::other)?;
         for (place, visit, effect) in points {
             report.kills += 1;
-            if let Err(violation) = kill_at(&mut stage, deed, place, *visit)? {
+            let (reached, survived) = kill_at(&mut stage, deed, place, *visit)?;
+            report.missed += usize::from(!reached);
+            if let Err(violation) = survived {
                 report.violations.push(format!("killed before visit {visit} of {place:?} ({effect:?}): {violation}"));
                 break;
             }
@@ -341,16 +346,17 @@ pub(crate) fn run(deed: &Deed, seed: u64) -> io::Result<Report> {
     Ok(report)
 }
 
-fn kill_at(stage: &mut Stage<'_>, deed: &Deed, place: &Place, visit: u64) -> io::Result<Result<(), Violation>> {
+/// Whether the place was reached, and whether the kill was survived.
+fn kill_at(stage: &mut Stage<'_>, deed: &Deed, place: &Place, visit: u64) -> io::Result<(bool, Result<(), Violation>)> {
     let process = match (deed.prepare)(stage.scene, &stage.bus) {
         Ok(process) => process,
-        Err(violation) => return Ok(Err(violation)),
+        Err(violation) => return Ok((false, Err(violation))),
     };
     let Begun { mut tracee, outcome } = begin(stage, deed, process)?;
-    tracee.run_to(place, visit, PATIENCE)?;
+    let reached = tracee.run_to(place, visit, PATIENCE)?;
     let pid = tracee.pid();
     tracee.kill();
-    Ok(check(stage, pid, &outcome))
+    Ok((reached, check(stage, pid, &outcome)))
 }
 
 fn check(stage: &mut Stage<'_>, dead: Pid, outcome: &Receiver<Result<(), OpenError>>) -> Result<(), Violation> {

@@ -1,8 +1,11 @@
 //! The kill harness: a victim is stepped through one operation and killed behind each instruction, and its survivors look
 //! whether the contract holds (SPEC §4.1, §4.6).
 //!
-//! A short run kills at every instruction of the fast paths, and elsewhere wherever others could tell the difference and
-//! at a sample of the rest, which `SHMBUS_TEST_SEED` repeats. `SHMBUS_KILL_LONG=1` covers everything.
+//! A short run kills before each write to shared memory and each system call, since nothing else can be told apart from
+//! outside, and at one in so many of the other instructions, densest on the fast paths; of what the coordinator does it takes a
+//! sample. `SHMBUS_TEST_SEED` repeats it. `SHMBUS_KILL_LONG=1` covers every instruction of the operations (hours in a debug
+//! build; name a test) and every shared access and system call of the coordinator (a minute). Where processes must not be
+//! traced the tests say so and pass.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod checker;

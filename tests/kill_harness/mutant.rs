@@ -5,7 +5,7 @@ use std::fs;
 
 use shmbus::{Bus, Mode, Publisher};
 
-use crate::checker::{Readers, message};
+use crate::checker::{Messages, Readers, message};
 use crate::scenarios::{Scenario, topic};
 use crate::tracer::between_markers;
 
@@ -21,7 +21,7 @@ const SLOT_BYTES: usize = 64;
 const INLINE: u64 = 1 << 6;
 const LEN: usize = 48;
 
-fn published(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn published(life: u64) -> Messages {
     (vec![message(life, 0, LEN)], vec![message(life, 1, LEN)])
 }
 

@@ -26,14 +26,16 @@ pub(crate) struct Report {
     pub(crate) writes: usize,
     pub(crate) system_calls: usize,
     pub(crate) kills: usize,
+    /// Kills elsewhere than intended: the victim did not come to the place this time.
+    pub(crate) missed: usize,
     pub(crate) violations: Vec<Violation>,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { name, instructions, writes, system_calls, kills, violations } = self;
+        let Report { name, instructions, writes, system_calls, kills, missed, violations } = self;
         write!(f, "{name:42} {instructions:7} instructions {writes:5} writes {system_calls:4} calls ")?;
-        write!(f, "{kills:6} kills {:3} violations", violations.len())?;
+        write!(f, "{kills:6} kills {missed:3} missed {:3} violations", violations.len())?;
         violations.iter().try_for_each(|violation| write!(f, "\n    {violation}"))
     }
 }

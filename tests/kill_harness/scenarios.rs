@@ -3,7 +3,7 @@
 
 use shmbus::{Bus, Mode, Start, Topic};
 
-use crate::checker::{Published, Readers, Survivors, TO_RECEIVE, Violation, message};
+use crate::checker::{Messages, Published, Readers, Survivors, TO_RECEIVE, Violation, Writers, message};
 use crate::common::of_mode;
 use crate::mutant;
 use crate::tracer::between_markers;
@@ -43,24 +43,24 @@ const SMALL: usize = 48;
 const LARGE: usize = 150;
 
 /// One message before the operation, one in it.
-fn one(life: u64, len: usize) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn one(life: u64, len: usize) -> Messages {
     (vec![message(life, 0, len)], vec![message(life, 1, len)])
 }
 
-fn small(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn small(life: u64) -> Messages {
     one(life, SMALL)
 }
 
-fn large(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn large(life: u64) -> Messages {
     one(life, LARGE)
 }
 
 /// Nothing before the operation, so that the handle is as it was opened.
-fn first(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn first(life: u64) -> Messages {
     (Vec::new(), vec![message(life, 0, SMALL)])
 }
 
-fn batch(life: u64) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+fn batch(life: u64) -> Messages {
     let lens = [SMALL, LARGE, 16, SMALL];
     (vec![message(life, 0, SMALL)], (1..).zip(lens).map(|(number, len)| message(life, number, len)).collect())
 }
@@ -156,7 +156,7 @@ macro_rules! receiving {
             name: $name,
             stride: $stride,
             victim: |bus, _| $how(bus, Mode::$mode),
-            survivors: |bus| Ok(Box::new(crate::checker::Writers::new(bus, topic(Mode::$mode), $waits)?)),
+            survivors: |bus| Ok(Box::new(Writers::new(bus, topic(Mode::$mode), $waits)?)),
         }
     };
 }
