@@ -294,8 +294,18 @@ impl TopicMemory {
         }
     }
 
-    /// Repairs what a dead (or leaves tidy what a departed) publisher left. Idempotent.
+    /// Repairs what a dead (or leaves tidy what a departed) publisher left, and wakes the readers that it may have died over
+    /// waking. Idempotent.
     pub(crate) fn end_publisher(&self, _slot: u32) -> Result<(), Refusal> {
+        let repaired = self.clear_after_publisher();
+        match &self.parts {
+            Parts::Channel { segment, .. } => topic::channel_header(segment).readers.ring_again(),
+            Parts::Log { segments, .. } => segments.readers().readers.ring_again(),
+        }
+        repaired
+    }
+
+    fn clear_after_publisher(&self) -> Result<(), Refusal> {
         match (&self.parts, self.info.options.mode, self.info.small_slots()) {
             (Parts::Channel { segment, .. }, _, true) => clear_channel::<1>(segment, &self.info),
             (Parts::Channel { segment, .. }, _, false) => clear_channel::<7>(segment, &self.info),
@@ -430,10 +440,13 @@ impl TopicMemory {
         sound.then_some(Place { position, sequence: record.first_sequence }).and_then(back)
     }
 
-    /// Takes a cursor out of force and wakes publishers that it held. Idempotent. `from_oldest`: its reader began with the
+    /// Takes a cursor out of force and wakes publishers that it held, or died over waking. Idempotent. `from_oldest`: its reader began with the
     /// oldest message, so that on a topic that holds nothing below the cursor is unread.
     pub(crate) fn leave(&self, cursor: u32, from_oldest: bool) {
-        let Parts::Log { segments, .. } = &self.parts else { return };
+        let segments = match &self.parts {
+            Parts::Channel { segment, .. } => return topic::channel_header(segment).writers.ring_again(),
+            Parts::Log { segments, .. } => segments,
+        };
         let (header, readers, lines) = (segments.header(), segments.readers(), segments.cursor_lines(&self.info));
         let Some(line) = lines.get(cursor as usize) else { return };
         if self.info.options.hold
@@ -443,7 +456,7 @@ impl TopicMemory {
             Gate { header: &header, readers: &readers, cursors: &lines }.release_read(tail.position);
         }
         line.vacate();
-        wake(&readers.writers);
+        readers.writers.ring_again();
     }
 
     /// Oldest retained and next sequence.

@@ -113,6 +113,16 @@ impl Doorbell {
         }
     }
 
+    /// Wakes all sleepers, also those whom nobody would ring for any more: a ringer that died between clearing WAITING and
+    /// waking has left them asleep with a word that says nobody is. For the coordinator, after a death.
+    #[cfg(not(loom))]
+    pub(crate) fn ring_again(&self) {
+        // Relaxed: what the dead one stored came before its death was proven; the epoch only has to change, for who is
+        // about to sleep.
+        self.futex.word().fetch_add(EPOCH, Ordering::Relaxed);
+        self.futex.wake_all();
+    }
+
     /// Asks the other side to look sooner than it otherwise would, without sleeping.
     #[cfg(not(loom))]
     pub(crate) fn urge(&self) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shmbus::{Bus, Mode, Publisher, Subscriber, Topic};
+use shmbus::{Bus, BusOptions, Mode, Publisher, Subscriber, Topic};
 
 /// Everything here happens within milliseconds; this is for a machine that is very busy.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ const ROLE: &str = "SHMBUS_TEST_ROLE";
 const ARGUMENTS: &str = "SHMBUS_TEST_ARGUMENTS";
 
 /// Starts every line that a role has for its test; everything else on standard output is libtest's.
-const MARK: &str = "@@";
+pub(crate) const MARK: &str = "@@";
 
 /// A bus of its own in a directory of its own; nothing of it survives the test.
 pub(crate) struct Scene {
@@ -45,16 +45,26 @@ impl Scene {
 
     /// A connection, as another program would have one.
     pub(crate) fn open(&self) -> Bus {
-        Bus::options().name(&self.name).directory(self.directory().to_owned()).open().unwrap()
+        self.options().open().unwrap()
+    }
+
+    /// How to open this bus.
+    pub(crate) fn options(&self) -> BusOptions {
+        Bus::options().name(&self.name).directory(self.directory().to_owned())
     }
 
     /// Starts this test binary again as another process, which runs the test `role` and nothing else.
     pub(crate) fn start(&self, role: &str, arguments: &str) -> Process {
+        Process::new(self.command(role, arguments))
+    }
+
+    /// What [`Self::start`] runs.
+    pub(crate) fn command(&self, role: &str, arguments: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
-        Process::new(command)
+        command
     }
 
     /// The command line, on this bus.

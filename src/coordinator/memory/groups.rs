@@ -155,7 +155,7 @@ impl TopicMemory {
         };
         if let Some(place) = place {
             self.with_line(memory.info.cursor, |line| line.raise(place.position, floor));
-            wake(&segments.readers().writers);
+            segments.readers().writers.ring_again();
         }
     }
 
@@ -277,9 +277,10 @@ impl TopicMemory {
         segments.cursor_lines(&self.info).get(cursor as usize).map(use_it)
     }
 
+    /// Also those whom somebody died over waking.
     fn wake_readers(&self) {
         if let Parts::Log { segments, .. } = &self.parts {
-            wake(&segments.readers().readers);
+            segments.readers().readers.ring_again();
         }
     }
 }

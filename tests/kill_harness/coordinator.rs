@@ -1,0 +1,376 @@
+//! The coordinator as the victim: killed before each write to shared memory and each system call of a request, it must leave
+//! behind what its successor can finish or undo.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
+
+use crate::checker::{Violation, message};
+use crate::common::{Process, Random, Scene};
+use crate::runner::{MAX_STEPS, Report, is_long};
+use crate::shared_access::{Effect, Lens};
+use crate::tracer::{Place, Stop, Tracee};
+
+/// Kills on one bus: a keeper restarts so many short-lived coordinators at once, and delays those after them.
+const KILLS_A_BUS: usize = 6;
+
+/// Kills of a short run, for each deed.
+const SHORT_KILLS: usize = 10;
+
+/// The coordinator sleeps for longer than this when it has nothing left to do.
+const IDLE: Duration = Duration::from_millis(50);
+
+/// How long a place may take to be reached; a coordinator that does not come there this time is killed all the same.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// How long recovery and what a client asks for may take; for a machine that is very busy.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Something that a coordinator does for a client.
+pub(crate) struct Deed {
+    pub(crate) name: &'static str,
+    /// What must be there before: done anew for each kill.
+    prepare: fn(&Scene, &Bus) -> Result<Option<Process>, Violation>,
+    /// The client's part, beside that of the process that `prepare` started.
+    act: fn(&Bus) -> Result<(), OpenError>,
+    /// That process is killed; otherwise it is told to go on.
+    buries: bool,
+}
+
+/// All deeds.
+pub(crate) fn all() -> Vec<Deed> {
+    vec![
+        Deed { name: "join", prepare: prepare_newcomer, act: |_| Ok(()), buries: false },
+        Deed { name: "create a topic", prepare: nothing, act: create, buries: false },
+        Deed { name: "open a publisher", prepare: prepare_topic, act: open_publisher, buries: false },
+        Deed { name: "open one of many publishers", prepare: prepare_many, act: open_publisher_of_many, buries: false },
+        Deed { name: "open a subscriber", prepare: prepare_topic, act: open_subscriber, buries: false },
+        Deed { name: "remove a topic", prepare: prepare_topic, act: remove, buries: false },
+        Deed { name: "bury a participant", prepare: prepare_participant, act: |_| Ok(()), buries: true },
+    ]
+}
+
+fn traffic() -> Topic<[u8]> {
+    Topic::new("traffic").messages(64).bytes(64 << 10)
+}
+
+/// The topic of the deed; not there between two kills.
+fn subject() -> Topic<[u8]> {
+    Topic::new("subject").exclusive().messages(64).bytes(64 << 10)
+}
+
+fn subject_of_many() -> Topic<[u8]> {
+    Topic::new("subject.many").messages(64).bytes(64 << 10)
+}
+
+fn nothing(_: &Scene, _: &Bus) -> Result<Option<Process>, Violation> {
+    Ok(None)
+}
+
+fn prepare_topic(_: &Scene, bus: &Bus) -> Result<Option<Process>, Violation> {
+    let publish = || -> Result<(), Box<dyn std::error::Error>> {
+        bus.create(&subject())?;
+        Ok(bus.publisher(subject())?.publish(b"retained").map(drop)?)
+    };
+    publish().map(|()| None).map_err(|error| format!("preparing: {error}"))
+}
+
+/// Its next publisher will need an arena that its reader does not know.
+fn prepare_many(_: &Scene, bus: &Bus) -> Result<Option<Process>, Violation> {
+    bus.create(&subject_of_many()).map(|_| None).map_err(|error| format!("preparing: {error}"))
+}
+
+fn prepare_participant(scene: &Scene, bus: &Bus) -> Result<Option<Process>, Violation> {
+    prepare_topic(scene, bus)?;
+    let mut process = scene.start("hold", "all");
+    process.expect("holding");
+    Ok(Some(process))
+}
+
+fn prepare_newcomer(scene: &Scene, _: &Bus) -> Result<Option<Process>, Violation> {
+    let mut process = scene.start("join", "all");
+    process.expect("here");
+    Ok(Some(process))
+}
+
+/// Role: joins the bus when it is told to. A process of its own: while a process lives, the coordinator keeps a place for
+/// each Hello of its that was written down and not answered (ARCHITECTURE.md §9).
+pub(crate) fn join() {
+    crate::common::say("here");
+    crate::common::hear();
+    let bus = Bus::open_default().unwrap();
+    crate::common::say("joined");
+    crate::common::hear();
+    drop(bus);
+}
+
+/// Role: holds a publisher and a subscriber until it is killed.
+pub(crate) fn hold(bus: &Bus) {
+    let mut publisher = bus.publisher(subject()).unwrap();
+    let subscriber = bus.subscriber(subject()).start(Start::Oldest).open().unwrap();
+    publisher.publish(b"held").unwrap();
+    crate::common::say("holding");
+    crate::common::hear();
+    drop((publisher, subscriber));
+}
+
+fn create(bus: &Bus) -> Result<(), OpenError> {
+    bus.create(&subject()).map(drop)
+}
+
+fn open_publisher(bus: &Bus) -> Result<(), OpenError> {
+    bus.publisher(subject()).map(drop)
+}
+
+fn open_publisher_of_many(bus: &Bus) -> Result<(), OpenError> {
+    let mut reader = bus.subscriber(subject_of_many()).open()?;
+    let mut first = bus.publisher(subject_of_many())?;
+    let mut second = bus.publisher(subject_of_many())?;
+    for publisher in [&mut first, &mut second] {
+        publisher.publish(b"in its own arena").expect("nothing holds the ring");
+        reader.recv_timeout(DEADLINE).expect("its arena is announced");
+    }
+    Ok(())
+}
+
+fn open_subscriber(bus: &Bus) -> Result<(), OpenError> {
+    let mut subscriber = bus.subscriber(subject()).start(Start::Oldest).open()?;
+    assert_eq!(&subscriber.recv_timeout(DEADLINE).expect("it is retained")[..], b"retained");
+    Ok(())
+}
+
+fn remove(bus: &Bus) -> Result<(), OpenError> {
+    bus.remove_topic(subject().name(), true)
+}
+
+/// A bus with traffic on it, and what it looks like while nothing is going on.
+struct Stage<'a> {
+    scene: &'a Scene,
+    bus: Bus,
+    publisher: Publisher<[u8]>,
+    subscriber: Subscriber<[u8]>,
+    next: u64,
+    before: Picture,
+}
+
+/// What `show`, and the kernel, say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Picture {
+    topics: BTreeMap<String, (u64, usize, usize)>,
+    keeper_fds: usize,
+    coordinator_fds: usize,
+}
+
+impl<'a> Stage<'a> {
+    fn new(scene: &'a Scene) -> Result<Stage<'a>, Violation> {
+        let open = || -> Result<_, OpenError> {
+            let bus = scene.open();
+            let publisher = bus.publisher(traffic())?;
+            let subscriber = bus.subscriber(traffic()).open()?;
+            Ok((bus, publisher, subscriber))
+        };
+        let (bus, publisher, subscriber) = open().map_err(|error| error.to_string())?;
+        // The first coordinator may hold what its successors do not, so the picture is taken of the second.
+        let coordinator = Tracee::seize(scene.server("coordinator")).map_err(|error| error.to_string())?;
+        coordinator.kill();
+        let before = Picture::take(scene, &bus)?;
+        Ok(Stage { scene, bus, publisher, subscriber, next: 0, before })
+    }
+
+    /// The survivors' traffic has no gap, also while nobody coordinates.
+    fn exchange(&mut self) -> Result<(), Violation> {
+        for _ in 0..20 {
+            let sent = message(1, self.next, 40);
+            let published = self.publisher.publish_timeout(&sent, DEADLINE).map_err(|error| error.to_string())?;
+            let found = self.subscriber.recv_timeout(DEADLINE).map_err(|error| error.to_string())?;
+            if (published.get(), found.sequence().get()) != (self.next, self.next) || found[..] != sent[..] {
+                return Err(format!("message {} of the traffic came as {}", self.next, found.sequence().get()));
+            }
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    /// A newcomer can do everything.
+    fn check_newcomer(&self) -> Result<(), Violation> {
+        let topic = Topic::<[u8]>::new("newcomer").exclusive().messages(64).bytes(64 << 10);
+        let work = || -> Result<(), Box<dyn std::error::Error>> {
+            let bus = self.scene.options().open()?;
+            let mut publisher = bus.publisher(topic.clone())?;
+            let mut subscriber = bus.subscriber(topic.clone()).open()?;
+            publisher.publish(b"new")?;
+            subscriber.recv_timeout(DEADLINE)?;
+            drop((publisher, subscriber));
+            Ok(bus.remove_topic(topic.name(), false)?)
+        };
+        work().map_err(|error| format!("a newcomer: {error}"))
+    }
+
+    /// After the topics of the deed are removed everything is as it was.
+    fn check_nothing_leaked(&self) -> Result<(), Violation> {
+        for topic in [subject(), subject_of_many()] {
+            match self.bus.remove_topic(topic.name(), true) {
+                Ok(()) | Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => {}
+                Err(error) => return Err(format!("removing the topic of the deed: {error}")),
+            }
+        }
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let picture = Picture::take(self.scene, &self.bus)?;
+            if picture == self.before {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(format!("something leaked: {picture:?}, before it was {:?}", self.before));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Picture {
+    fn take(scene: &Scene, bus: &Bus) -> Result<Picture, Violation> {
+        let topics = bus.topics().map_err(|error| format!("listing the topics: {error}"))?;
+        let view = |topic: shmbus::TopicStatus| {
+            (topic.name, (topic.memory_bytes, topic.publishers.len(), topic.subscribers.len()))
+        };
+        let fds = |role: &str| fs::read_dir(format!("/proc/{}/fd", scene.server(role))).map_or(0, Iterator::count);
+        let topics = topics.into_iter().map(view).collect();
+        Ok(Picture { topics, keeper_fds: fds("keeper"), coordinator_fds: fds("coordinator") })
+    }
+}
+
+/// The coordinator stopped, and the deed asked for.
+struct Begun {
+    tracee: Tracee,
+    outcome: Receiver<Result<(), OpenError>>,
+}
+
+fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>) -> io::Result<Begun> {
+    let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
+    let (done, outcome) = channel();
+    let (bus, act, buries) = (stage.bus.clone(), deed.act, deed.buries);
+    thread::spawn(move || {
+        match process {
+            Some(process) if buries => process.kill(),
+            Some(mut process) => {
+                process.tell("join");
+                process.expect("joined");
+            }
+            None => {}
+        }
+        done.send(act(&bus))
+    });
+    Ok(Begun { tracee, outcome })
+}
+
+/// A place, the how-manieth visit of it, and what is done there.
+type Point = (Place, u64, Effect);
+
+/// Every place of the deed where a kill could make a difference: with the how-manieth visit it is.
+fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
+    let scene = Scene::new("count");
+    let stage = Stage::new(&scene).map_err(io::Error::other)?;
+    let process = (deed.prepare)(&scene, &stage.bus).map_err(io::Error::other)?;
+    let Begun { mut tracee, outcome } = begin(&stage, deed, process)?;
+    let (mut lens, mut points, mut visits, mut instructions) = (Lens::new(), Vec::new(), BTreeMap::new(), 0);
+    let (mut last, mut done) = (0, false);
+    loop {
+        let registers = tracee.registers()?;
+        let effect = lens.look(&tracee, &registers)?;
+        let notable = matches!(effect, Effect::Write | Effect::SystemCall) || (is_long() && effect == Effect::Read);
+        // A string instruction stays where it is; a breakpoint there is met once.
+        if notable && registers.rip != last {
+            let visit = visits.entry(registers.rip).or_insert(0);
+            *visit += 1;
+            if let Some(place) = tracee.place_of(registers.rip) {
+                points.push((place, *visit, effect));
+            }
+        }
+        last = registers.rip;
+        instructions += 1;
+        let mut stop = match effect {
+            Effect::SystemCall => tracee.step_patiently(IDLE)?,
+            _ => Some(tracee.step()?),
+        };
+        // It sleeps: the deed is done, or the client busy with its part.
+        while stop.is_none() && !done {
+            done = outcome.try_recv().is_ok();
+            stop = tracee.step_on(IDLE)?;
+        }
+        match stop {
+            Some(Stop::Trap) => {}
+            Some(stop) => return Err(io::Error::other(format!("the coordinator met {stop:?}"))),
+            None => return Ok((instructions, points)),
+        }
+        if instructions > MAX_STEPS {
+            return Err(io::Error::other(format!("the deed did not end in {instructions} instructions")));
+        }
+    }
+}
+
+/// Kills the coordinator at each place of a deed, or at a sample of them.
+pub(crate) fn run(deed: &Deed, seed: u64) -> io::Result<Report> {
+    let (instructions, mut points) = count(deed)?;
+    let of = |wanted: Effect| points.iter().filter(|(.., effect)| *effect == wanted).count();
+    let mut report = Report {
+        name: format!("coordinator: {}", deed.name),
+        instructions,
+        writes: of(Effect::Write),
+        system_calls: of(Effect::SystemCall),
+        ..Report::default()
+    };
+    let mut random = Random::new(seed);
+    while !is_long() && points.len() > SHORT_KILLS {
+        points.remove(random.below(points.len() as u64) as usize);
+    }
+    for points in points.chunks(KILLS_A_BUS) {
+        let scene = Scene::new("coordinator");
+        let mut stage = Stage::new(&scene).map_err(io::Error::other)?;
+        for (place, visit, effect) in points {
+            report.kills += 1;
+            let (reached, survived) = kill_at(&mut stage, deed, place, *visit)?;
+            report.missed += usize::from(!reached);
+            if let Err(violation) = survived {
+                report.violations.push(format!("killed before visit {visit} of {place:?} ({effect:?}): {violation}"));
+                break;
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// Whether the place was reached, and whether the kill was survived.
+fn kill_at(stage: &mut Stage<'_>, deed: &Deed, place: &Place, visit: u64) -> io::Result<(bool, Result<(), Violation>)> {
+    let process = match (deed.prepare)(stage.scene, &stage.bus) {
+        Ok(process) => process,
+        Err(violation) => return Ok((false, Err(violation))),
+    };
+    let Begun { mut tracee, outcome } = begin(stage, deed, process)?;
+    let reached = tracee.run_to(place, visit, PATIENCE)?;
+    let pid = tracee.pid();
+    tracee.kill();
+    Ok((reached, check(stage, pid, &outcome)))
+}
+
+fn check(stage: &mut Stage<'_>, dead: Pid, outcome: &Receiver<Result<(), OpenError>>) -> Result<(), Violation> {
+    stage.exchange()?;
+    match outcome.recv_timeout(DEADLINE) {
+        // A removal that was finished by the successor is not there to be asked for again.
+        Ok(Ok(()) | Err(OpenError::Refused(Refusal::UnknownTopic { .. }))) => {}
+        Ok(Err(error)) => return Err(format!("the client's request failed: {error}")),
+        Err(error) => return Err(format!("the client's request did not end well: {error}")),
+    }
+    if stage.scene.server("coordinator") == dead {
+        return Err("the dead coordinator is still there".to_owned());
+    }
+    stage.check_newcomer()?;
+    stage.exchange()?;
+    stage.check_nothing_leaked()
+}

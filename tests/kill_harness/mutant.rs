@@ -1,0 +1,70 @@
+//! A publisher with a planted fault, which the harness must find: it claims a slot with the final word and writes the
+//! payload afterwards, straight into the mapping of the log.
+
+use std::fs;
+
+use shmbus::{Bus, Mode, Publisher};
+
+use crate::checker::{Messages, Readers, message};
+use crate::scenarios::{Scenario, topic};
+use crate::tracer::between_markers;
+
+pub(crate) const NAME: &str = "mutant: claims first, writes later";
+
+/// Where a log's ring starts: a page of header, then the log's own (ARCHITECTURE.md §3).
+const RING_OFFSET: usize = 4096 + 16_384;
+
+/// Where the header says how long the ring is.
+const SLOTS_OFFSET: usize = 48;
+
+const SLOT_BYTES: usize = 64;
+const INLINE: u64 = 1 << 6;
+const LEN: usize = 48;
+
+fn published(life: u64) -> Messages {
+    (vec![message(life, 0, LEN)], vec![message(life, 1, LEN)])
+}
+
+pub(crate) fn scenario() -> Scenario {
+    Scenario {
+        name: NAME,
+        stride: 128,
+        victim,
+        survivors: |bus| Ok(Box::new(Readers::new(bus, topic(Mode::Exclusive), false, published)?)),
+    }
+}
+
+fn victim(bus: &Bus, life: u64) {
+    let mut publisher: Publisher<[u8]> = bus.publisher(topic(Mode::Exclusive)).unwrap();
+    let (before, operation) = published(life);
+    let last = publisher.publish(&before[0]).unwrap().get();
+    let log = mapping_of("log") as *mut u8;
+    // SAFETY: the header lies at the start of the mapping, which lives as long as the publisher.
+    let slots = unsafe { log.add(SLOTS_OFFSET).cast::<u64>().read_volatile() };
+    let slot = |position: u64| {
+        // SAFETY: the slot lies in the ring, which the header measures.
+        unsafe { log.add(RING_OFFSET + (position % slots) as usize * SLOT_BYTES) }
+    };
+    // SAFETY: the slot's first word, aligned; the tenancy in it is this publisher's.
+    let tenancy = unsafe { slot(last).cast::<u64>().read_volatile() } & 0xff00;
+    let word = (last + 1) << 16 | tenancy | INLINE | LEN as u64;
+    let (next, payload) = (slot(last + 1), &operation[0]);
+    between_markers(|| {
+        // SAFETY: the slot is the next one of the only publisher; the readers below it expect nothing of it yet.
+        unsafe {
+            next.cast::<u64>().write_volatile(word);
+            for (at, byte) in payload.iter().enumerate() {
+                next.add(8 + at).write_volatile(*byte);
+            }
+        }
+    })
+}
+
+/// The start of the segment whose name ends so.
+fn mapping_of(part: &str) -> usize {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let ending = format!(":{part} (deleted)");
+    let line = maps.lines().find(|line| line.contains("/memfd:shmbus:") && line.ends_with(&ending));
+    let line = line.unwrap_or_else(|| panic!("no segment {part} is mapped:\n{maps}"));
+    usize::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap()
+}

@@ -1,0 +1,311 @@
+//! A traced process: run it to its marker, step it, run it to the n-th visit of a place, kill it.
+//!
+//! ptrace obeys only the thread that began it, so a [`Tracee`] stays on its thread. Whatever becomes of the test, the
+//! kernel kills the tracee with its tracer.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::personality::{self, Persona};
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// The marker: one byte, a trap that is delivered to the tracer.
+pub(crate) const MARKER: u8 = 0xcc;
+
+/// Runs an operation between two markers. In the victim, and never to return: it is killed before or behind the second.
+pub(crate) fn between_markers<R>(operation: impl FnOnce() -> R) -> ! {
+    // SAFETY: a trap changes nothing; without a tracer it ends the process, which is only a victim.
+    unsafe { std::arch::asm!("int3") };
+    let outcome = operation();
+    // SAFETY: as above.
+    unsafe { std::arch::asm!("int3") };
+    // Nothing is dropped and no system call made: the kernel is to find the process as the operation left it.
+    let _kept = std::hint::black_box(outcome);
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+/// A process of which one thread is stopped or run by this one.
+pub(crate) struct Tracee {
+    process: Pid,
+    thread: Pid,
+    memory: File,
+    gone: bool,
+}
+
+/// Why a tracee is not running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// A step was made or a trap met.
+    Trap,
+    /// It started another thread.
+    Thread(Pid),
+    /// Another signal, which is to be delivered when it goes on.
+    Signal(Signal),
+    /// It has ended.
+    Ended,
+}
+
+/// A place in a program that is the same in each process that runs it, wherever it was loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Place {
+    file: String,
+    offset: u64,
+}
+
+impl Tracee {
+    /// Starts a program that stops before its first instruction; addresses are the same in every run.
+    pub(crate) fn spawn(mut command: Command) -> io::Result<Tracee> {
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        // SAFETY: between fork and exec only two system calls are made.
+        unsafe {
+            command.pre_exec(|| {
+                personality::set(Persona::ADDR_NO_RANDOMIZE)?;
+                Ok(ptrace::traceme()?)
+            });
+        }
+        // It is waited for here, not by way of its `Child`.
+        let pid = Pid::from_raw(command.spawn()?.id() as i32);
+        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, gone: false };
+        tracee.wait()?;
+        ptrace::setoptions(pid, Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACECLONE)?;
+        Ok(tracee)
+    }
+
+    /// Takes hold of a running process (its main thread) and stops it.
+    pub(crate) fn seize(pid: Pid) -> io::Result<Tracee> {
+        ptrace::seize(pid, Options::PTRACE_O_EXITKILL)?;
+        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, gone: false };
+        ptrace::interrupt(pid)?;
+        tracee.wait()?;
+        Ok(tracee)
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.process
+    }
+
+    pub(crate) fn registers(&self) -> io::Result<libc::user_regs_struct> {
+        Ok(ptrace::getregs(self.thread)?)
+    }
+
+    /// The bytes at an address, as many as there are.
+    pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> usize {
+        self.memory.read_at(bytes, address).unwrap_or(0)
+    }
+
+    /// Its mappings: range, offset in the file, file.
+    pub(crate) fn mappings(&self) -> Vec<(std::ops::Range<u64>, u64, String)> {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.thread)).unwrap_or_default();
+        maps.lines().filter_map(mapping).collect()
+    }
+
+    /// Lets it run.
+    pub(crate) fn resume(&self) -> io::Result<()> {
+        Ok(ptrace::cont(self.thread, None)?)
+    }
+
+    /// Runs it until it stands behind a marker, which its set-up leads to: in the thread that libtest starts for it.
+    pub(crate) fn run_to_marker(&mut self) -> io::Result<()> {
+        loop {
+            self.resume()?;
+            match self.wait()? {
+                Stop::Trap => {
+                    let mut byte = [0];
+                    self.read(self.registers()?.rip.wrapping_sub(1), &mut byte);
+                    if byte == [MARKER] {
+                        return Ok(());
+                    }
+                }
+                Stop::Thread(thread) => {
+                    // The main thread only waits for it, with nothing to stop for.
+                    self.resume()?;
+                    self.thread = thread;
+                    self.wait()?;
+                }
+                // A new thread under trace begins with this one.
+                Stop::Signal(Signal::SIGSTOP) => {}
+                Stop::Signal(signal) => return Err(io::Error::other(format!("the victim got {signal} in its set-up"))),
+                Stop::Ended => return Err(io::Error::other("the victim ended before its operation began")),
+            }
+        }
+    }
+
+    /// Executes one instruction.
+    pub(crate) fn step(&mut self) -> io::Result<Stop> {
+        ptrace::step(self.thread, None)?;
+        loop {
+            match self.wait()? {
+                Stop::Signal(signal) => ptrace::step(self.thread, signal)?,
+                stop => return Ok(stop),
+            }
+        }
+    }
+
+    /// Executes one instruction that may sleep; `None`: it sleeps for longer than `patience`, and goes on doing so.
+    pub(crate) fn step_patiently(&mut self, patience: Duration) -> io::Result<Option<Stop>> {
+        ptrace::step(self.thread, None)?;
+        self.wait_for(patience)
+    }
+
+    /// Waits for the instruction that [`Self::step_patiently`] left asleep.
+    pub(crate) fn step_on(&mut self, patience: Duration) -> io::Result<Option<Stop>> {
+        self.wait_for(patience)
+    }
+
+    /// Runs until it is about to execute the instruction at `place` for the `visit`-th time (from 1); false: it did not
+    /// within `patience`. Then it runs on.
+    pub(crate) fn run_to(&mut self, place: &Place, visit: u64, patience: Duration) -> io::Result<bool> {
+        let address = self.address_of(place).ok_or_else(|| io::Error::other(format!("{place:?} is not mapped")))?;
+        let mut original = [0];
+        self.read(address, &mut original);
+        let deadline = Instant::now() + patience;
+        for _ in 1..visit {
+            if !self.run_to_address(address, deadline)? {
+                return Ok(false);
+            }
+            self.memory.write_all_at(&original, address)?;
+            if self.step_patiently(deadline.saturating_duration_since(Instant::now()))? != Some(Stop::Trap) {
+                return Ok(false);
+            }
+        }
+        self.run_to_address(address, deadline)
+    }
+
+    fn run_to_address(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
+        self.memory.write_all_at(&[MARKER], address)?;
+        self.resume()?;
+        while let Some(stop) = self.wait_for(deadline.saturating_duration_since(Instant::now()))? {
+            match stop {
+                Stop::Trap => {
+                    let mut registers = self.registers()?;
+                    if registers.rip == address + 1 {
+                        registers.rip = address;
+                        ptrace::setregs(self.thread, registers)?;
+                        return Ok(true);
+                    }
+                    self.resume()?;
+                }
+                Stop::Signal(signal) => ptrace::cont(self.thread, signal)?,
+                Stop::Thread(_) | Stop::Ended => return Ok(false),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Where the instruction at an address comes from.
+    pub(crate) fn place_of(&self, address: u64) -> Option<Place> {
+        let (range, offset, file) = self.mappings().into_iter().find(|(range, ..)| range.contains(&address))?;
+        Some(Place { file, offset: address - range.start + offset })
+    }
+
+    fn address_of(&self, place: &Place) -> Option<u64> {
+        let inside = |(range, offset, file): &(std::ops::Range<u64>, u64, String)| {
+            *file == place.file && (*offset..*offset + (range.end - range.start)).contains(&place.offset)
+        };
+        self.mappings().into_iter().find(inside).map(|(range, offset, _)| range.start + place.offset - offset)
+    }
+
+    /// Kills it and waits until it is dead.
+    pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if !self.gone {
+            let _ = kill(self.process, Signal::SIGKILL);
+            while !self.gone && self.wait().is_ok() {}
+        }
+        // With its last thread goes the process.
+        if self.thread != self.process {
+            self.thread = self.process;
+            self.gone = false;
+            while !self.gone && self.wait().is_ok() {}
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<Stop> {
+        let status = waitpid(self.thread, Some(WaitPidFlag::__WALL));
+        Ok(self.note(status)?.unwrap_or(Stop::Trap))
+    }
+
+    fn wait_for(&mut self, patience: Duration) -> io::Result<Option<Stop>> {
+        let deadline = Instant::now() + patience;
+        for look in 0u32.. {
+            let status = waitpid(self.thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+            if let Some(stop) = self.note(status)? {
+                return Ok(Some(stop));
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            // Most waits are those of a single instruction.
+            if look > 100 {
+                thread::sleep(Duration::from_micros(50));
+            }
+        }
+        Ok(None)
+    }
+
+    fn note(&mut self, status: nix::Result<WaitStatus>) -> io::Result<Option<Stop>> {
+        match status {
+            Ok(WaitStatus::StillAlive) => Ok(None),
+            Ok(WaitStatus::PtraceEvent(pid, _, libc::PTRACE_EVENT_CLONE)) => {
+                Ok(Some(Stop::Thread(Pid::from_raw(ptrace::getevent(pid)? as i32))))
+            }
+            Ok(WaitStatus::Stopped(_, Signal::SIGTRAP) | WaitStatus::PtraceEvent(..)) => Ok(Some(Stop::Trap)),
+            Ok(WaitStatus::Stopped(_, signal)) => Ok(Some(Stop::Signal(signal))),
+            Err(Errno::EINTR) => Ok(None),
+            Ok(_) => {
+                self.gone = true;
+                Ok(Some(Stop::Ended))
+            }
+            Err(error) => {
+                self.gone = true;
+                Err(error.into())
+            }
+        }
+    }
+}
+
+impl Drop for Tracee {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Why processes cannot be traced here, if so.
+pub(crate) fn forbidden() -> Option<String> {
+    let tried = Tracee::spawn(Command::new("true"));
+    if let Err(error) = tried {
+        return Some(format!("a child cannot be traced: {error}"));
+    }
+    let mut other = Command::new("sleep").arg("60").spawn().ok()?;
+    let tried = Tracee::seize(Pid::from_raw(other.id() as i32));
+    let _ = other.kill();
+    let forbidden = tried.err().map(|error| format!("a running process cannot be traced: {error}"));
+    let _ = other.wait();
+    forbidden
+}
+
+fn memory_of(pid: Pid) -> io::Result<File> {
+    File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))
+}
+
+fn mapping(line: &str) -> Option<(std::ops::Range<u64>, u64, String)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let offset = number(fields.nth(1)?)?;
+    Some((number(start)?..number(end)?, offset, fields.skip(2).collect::<Vec<_>>().join(" ")))
+}
