@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system, wake};
+use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system};
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Refusal};
 use crate::os::clock;
