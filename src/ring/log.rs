@@ -174,6 +174,11 @@ impl LogHeader {
         pair.position.store(place.position, Ordering::Release);
     }
 
+    /// The newest checkpoint of one slot's owner. All below it is committed.
+    pub(crate) fn checkpoint(&self, slot: u32) -> Option<Place> {
+        self.checkpoints[slot as usize % CHECKPOINTS].newest()
+    }
+
     /// The newest checkpoint of any publisher: never below the floor as it was before the call (I-5).
     pub fn newest_checkpoint(&self) -> Option<Place> {
         let all = self.checkpoints.iter().chain([&self.own_checkpoint]);

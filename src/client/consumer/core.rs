@@ -12,6 +12,7 @@ use super::fetch::{Log, Origin};
 use super::moves::Moves;
 use super::ordered::Ordered;
 use super::scan::Scan;
+use super::take::Stride;
 use crate::client::control::Control;
 use crate::client::envelope::{self, EnvelopeView};
 use crate::client::held::Held;
@@ -28,8 +29,8 @@ use crate::shm::topic::SharedInfo;
 use crate::sync::Ordering;
 use crate::wait::{self, Wait};
 
-/// Acks between two looks at the floor, at most.
-const ACKS_PER_FLUSH: u64 = 64;
+/// Acks between two looks at the floor, at most: each look brings words that others have settled to this core.
+const ACKS_PER_FLUSH: u64 = 1024;
 
 /// A message in hand.
 pub(super) struct Item {
@@ -63,6 +64,7 @@ pub(crate) struct Core {
     pub(super) in_flight: u64,
     /// Sequences reserved for us and not tried yet.
     pub(super) reserved: Range<u64>,
+    pub(super) stride: Stride,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
     /// Whether we were the one at work of an exclusive group when last looked at.
@@ -83,7 +85,7 @@ pub(crate) struct Core {
 #[derive(Default)]
 pub(super) struct Flush {
     settled: u32,
-    /// Acks between two looks: a sixteenth of a small ring, so that a publisher does not wait for much that is settled.
+    /// Acks between two looks: a sixteenth of ring or window, so that nobody waits for much that is settled.
     period: u32,
     at_ms: u64,
     floor: u64,
@@ -114,7 +116,7 @@ impl Core {
         static TOKENS: AtomicU64 = AtomicU64::new(0);
         fork::watch();
         let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
-        let period = (info.options.messages / 16).clamp(1, ACKS_PER_FLUSH) as u32;
+        let period = (info.options.messages.min(ledger.window()) / 16).clamp(1, ACKS_PER_FLUSH) as u32;
         let (moves, lengths) = (Moves::new(&info, &group), Lengths::of_payload(&info.options));
         Core {
             log,
@@ -130,6 +132,7 @@ impl Core {
             max_in_flight,
             in_flight: 0,
             reserved: 0..0,
+            stride: Stride::default(),
             candidates: VecDeque::new(),
             at_work: false,
             scan: Scan::default(),

@@ -10,6 +10,7 @@ use super::copies::{Copies, Copy};
 use crate::client::control::Control;
 use crate::client::read::Lengths;
 use crate::coordinator::protocol::TopicInfo;
+use crate::os::cache::prefetch_line;
 use crate::ring::arena::{Arena, Span};
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::still_retained;
@@ -62,6 +63,17 @@ impl Log {
         with_log!(self, log => log.committed_end(from, to))
     }
 
+    /// Asks for the memory of a message that will be read soon.
+    #[inline]
+    pub(super) fn prefetch(&self, sequence: u64) {
+        match self {
+            Log::Exclusive(log) => prefetch_line(log.log.ring.at(sequence).pointer()),
+            Log::ExclusiveSmall(log) => prefetch_line(log.log.ring.at(sequence).pointer()),
+            // Its record is known only from the entry, and entries are read in order.
+            Log::Many(_) => {}
+        }
+    }
+
     /// Copies the message's body out: envelope, where the topic has them, and payload. `sequence` is below the tail.
     #[inline]
     pub(super) fn read(&mut self, sequence: u64, copies: &mut Copies) -> Got {
@@ -99,15 +111,24 @@ pub(super) struct SlotLog<const W: usize> {
     log: ExclusiveLog<W>,
     arena: Arena,
     lengths: Lengths,
+    /// Everything below is committed: the publisher's checkpoint as last seen.
+    known_end: u64,
 }
 
 impl<const W: usize> SlotLog<W> {
     pub(super) fn new(log: ExclusiveLog<W>, arena: Arena, info: &TopicInfo) -> Self {
-        SlotLog { log, arena, lengths: Lengths::of(info) }
+        SlotLog { log, arena, lengths: Lengths::of(info), known_end: 0 }
     }
 
     #[inline]
     fn committed_end(&mut self, from: u64, to: u64) -> u64 {
+        if from >= self.known_end {
+            // A line a chunk of messages instead of a line each.
+            self.known_end = self.log.header.checkpoint(0).map_or(0, |place| place.position);
+        }
+        if from < self.known_end {
+            return to.min(self.known_end);
+        }
         let mut end = from;
         while end < to && self.log.committed(end).is_some() {
             end += 1;

@@ -12,14 +12,41 @@ use crate::os::clock;
 use crate::ring::ledger::{MoveReason, Seen, State};
 use crate::sync::{Ordering, fence};
 
-/// Sequences reserved at a time, at least: two lines of the ledger.
-const STRIDE: u64 = 16;
+/// Fewest and most sequences reserved at a time: two lines of the ledger, and what takes well below a step of the clock.
+const STRIDES: std::ops::RangeInclusive<u64> = 16..=256;
+
+/// How many messages ahead a payload is asked for: taking a message is a locked operation, which waits for every load before
+/// it but not for prefetches.
+const AHEAD: u64 = 8;
 
 /// Attempts to reserve, each lost to another consumer that went on.
 const RESERVE_ATTEMPTS: usize = 16;
 
 /// Copying more than this takes long enough for the clock to move on.
 const LONG_COPY_BYTES: usize = 1024;
+
+/// How many sequences to reserve at a time. Each reservation is a transfer of the hint's line, so who is fast takes longer
+/// strides; who is slow must not keep messages from others, who take over what is left only after a step of the clock.
+pub(super) struct Stride {
+    length: u64,
+    at_ms: u64,
+}
+
+impl Default for Stride {
+    fn default() -> Self {
+        Stride { length: *STRIDES.start(), at_ms: 0 }
+    }
+}
+
+impl Stride {
+    /// Twice the last one if that is used up within the same step of the clock.
+    fn next(&mut self, now: u64) -> u64 {
+        let doubled = (self.length * 2).min(*STRIDES.end());
+        self.length = if now == self.at_ms { doubled } else { *STRIDES.start() };
+        self.at_ms = now;
+        self.length
+    }
+}
 
 impl Core {
     /// Takes up to `count` messages into `items`, as many as are there. Never waits.
@@ -60,7 +87,7 @@ impl Core {
     #[inline]
     fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
         while self.items.len() < count {
-            let Some(sequence) = self.next_sequence(count - self.items.len()) else { break };
+            let Some(sequence) = self.next_sequence(count - self.items.len(), now) else { break };
             if let Err(error) = self.try_take(sequence, now) {
                 if self.items.is_empty() {
                     return Err(error);
@@ -87,22 +114,28 @@ impl Core {
 
     /// The next sequence worth trying: what comes back goes before what is new.
     #[inline]
-    fn next_sequence(&mut self, wanted: usize) -> Option<u64> {
+    fn next_sequence(&mut self, wanted: usize, now: u64) -> Option<u64> {
         if !self.candidates.is_empty() {
             return self.candidates.pop_front();
         }
-        if self.reserved.is_empty() && !self.reserve(wanted as u64) {
+        if self.reserved.is_empty() && !self.reserve(wanted as u64, now) {
             return None;
         }
-        self.reserved.next()
+        let sequence = self.reserved.next()?;
+        let ahead = sequence + AHEAD;
+        if ahead < self.reserved.end {
+            self.log.prefetch(ahead);
+        }
+        Some(sequence)
     }
 
     /// Reserves messages that nobody has been handed yet.
-    fn reserve(&mut self, wanted: u64) -> bool {
+    fn reserve(&mut self, wanted: u64, now: u64) -> bool {
+        let stride = self.stride.next(now);
         for _ in 0..RESERVE_ATTEMPTS {
             let hint = self.ledger.hint();
             let window_end = self.ledger.floor().saturating_add(self.ledger.window());
-            let to = (hint + wanted.max(STRIDE)).min(window_end);
+            let to = (hint + wanted.max(stride)).min(window_end);
             if to <= hint {
                 return false;
             }
@@ -112,6 +145,7 @@ impl Core {
             }
             if self.ledger.reserve(hint, end - hint) {
                 self.reserved = hint..end;
+                (hint..end.min(hint + AHEAD)).for_each(|sequence| self.log.prefetch(sequence));
                 return true;
             }
         }
