@@ -560,6 +560,8 @@ pub enum PipelineError {
 pub enum Holder {
     /// A subscriber: its cursor's number on the topic (as `shmbus show` prints it).
     Subscriber(u32),
+    /// A group that has not settled it: its number on the topic (as `shmbus show` prints it, with who holds the lease).
+    Group(u32),
     /// Nobody reads, and the topic was created with `hold`.
     Hold,
     /// A channel's receiver has not read on.
@@ -570,6 +572,7 @@ impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Holder::Subscriber(n) => write!(f, "subscriber {n}"),
+            Holder::Group(n) => write!(f, "group {n}"),
             Holder::Hold => f.write_str("the topic's hold option"),
             Holder::Receiver => f.write_str("the channel's receiver"),
         }

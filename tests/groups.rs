@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
 use nix::sys::signal::Signal;
 use shmbus::{
-    AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, Publisher, RecvError, Sequence, SettleError,
-    Start, Topic,
+    AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
+    SettleError, Start, Topic,
 };
 
 const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
@@ -135,6 +135,15 @@ impl Stage {
 
     fn topic(&self) -> Topic<[u8]> {
         topic(&self.mode.to_string())
+    }
+
+    /// A process that has taken the first message and does nothing more.
+    fn start_stuck(&mut self, group: &str) -> Process {
+        let mut stuck = self.start("obey", group);
+        self.publish(0, 1);
+        stuck.tell("take");
+        stuck.expect("0 1");
+        stuck
     }
 
     fn create_group(&self, name: &str, options: &GroupOptions) -> bool {
@@ -508,6 +517,39 @@ fn rewinding_fences_and_starts_anew() {
         assert_eq!(seen(&take(&mut anew)), (2, 1));
         stage.bus.remove_group(&name, "g", true).unwrap();
         assert_eq!(anew.recv().unwrap_err(), RecvError::Fenced);
+    }
+}
+
+#[test]
+fn a_stuck_consumer_delays_other_groups_by_the_full_policy_only_and_is_named() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        let stuck = stage.start_stuck("g");
+        stage.create_group("free", &at_least_once());
+        let mut free = stage.bus.consumer(stage.topic(), "free").existing().open().unwrap();
+        // As long as there is room nobody notices; then the publisher is told who holds it up.
+        let mut published = 1;
+        let refused = loop {
+            match stage.publisher.try_publish(&payload(published)) {
+                Ok(sequence) => {
+                    assert_eq!(sequence.get(), published);
+                    published += 1;
+                }
+                Err(error) => break error,
+            }
+            let message = take(&mut free);
+            message.ack().unwrap();
+        };
+        assert!(published >= 256, "the ring holds 256, and was full at {published}");
+        let status = stage.bus.topic(stage.topic().name()).unwrap();
+        let [first, second] = &status.groups[..] else { panic!("{status:?}") };
+        let holder = shmbus::Holder::Group(second.id);
+        assert_eq!((first.name.as_str(), second.name.as_str()), ("free", "g"));
+        assert!(matches!(refused, PublishError::Full { holder: found, .. } if found == holder), "{refused:?}");
+        let lease = second.oldest_lease.as_ref().unwrap();
+        assert_eq!((lease.sequence, lease.pid), (0, stuck.pid().as_raw() as u32));
+        assert_eq!((second.floor, second.in_flight), (0, 1));
+        assert!(first.floor > 200 && first.oldest_lease.is_none(), "{first:?}");
     }
 }
 

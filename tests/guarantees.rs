@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, say, seed};
 use memmap2::MmapRaw;
 use nix::sys::signal::Signal;
-use shmbus::{Bus, GroupOptions, GroupStatus, RecvError, Start, Topic};
+use shmbus::{Bus, Envelope, GroupOptions, GroupStatus, RecvError, Start, Topic};
 
 const INPUT: Topic<[u64; 4]> = Topic::new("guarantees.in").messages(16_384);
 const OUTPUT: Topic<[u64; 4]> = Topic::new("guarantees.out").messages(16_384);
@@ -28,6 +28,9 @@ const LEASE: Duration = Duration::from_secs(60);
 
 /// Time between two kills.
 const KILL_EVERY: Duration = Duration::from_millis(50);
+
+/// Keys of the test by key, and the messages of each.
+const KEYS: u64 = 64;
 
 /// Lives that a book can tell apart.
 const LIVES: usize = 1024;
@@ -54,6 +57,8 @@ fn role() {
         "publish" => publish(&bus, arguments.parse().unwrap()),
         "consume" => consume(&bus, &Shift::parse(&arguments)),
         "pipe" => pipe(&bus, &Shift::parse(&arguments)),
+        "publish with keys" => publish_with_keys(&bus),
+        "consume by key" => consume_by_key(&bus, &Shift::parse(&arguments)),
         _ => panic!("no role {role}"),
     }
 }
@@ -96,6 +101,9 @@ struct Head {
     /// Whether a life has been, or is just being, killed.
     killed: [AtomicU32; LIVES],
     acks_of: [AtomicU32; LIVES],
+    /// For each key: who works on it (life plus one; 0: nobody), and which of its messages was given out last, plus one.
+    worker: [AtomicU32; KEYS as usize],
+    given_of: [AtomicU32; KEYS as usize],
 }
 
 struct Book(MmapRaw);
@@ -139,6 +147,24 @@ impl Book {
     fn acked(&self, sequence: u64, life: u32) {
         self.line(sequence).acked.fetch_add(1, Ordering::SeqCst);
         self.head().acks_of[life as usize].fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Notes that `life` begins to work on the message of this key with this index among them: the one that was given out last
+    /// again, or the next one, and nobody else works on the key.
+    fn begins(&self, key: u64, index: u32, life: u32) {
+        let head = self.head();
+        let before = head.worker[key as usize].swap(life + 1, Ordering::SeqCst);
+        let alone = before == 0 || head.killed[before as usize - 1].load(Ordering::SeqCst) == 1;
+        let last = head.given_of[key as usize].swap(index + 1, Ordering::SeqCst);
+        if !alone || (index + 1 != last && index != last) {
+            eprintln!("key {key}: message {index} after {last}, worker {before} before {life}");
+            head.wrong.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Notes that the work on this key is over, before the message is settled or given back.
+    fn ends(&self, key: u64) {
+        self.head().worker[key as usize].store(0, Ordering::SeqCst);
     }
 
     fn is_over(&self) -> bool {
@@ -202,6 +228,47 @@ fn pipe(bus: &Bus, shift: &Shift) {
     }
 }
 
+fn keyed() -> Topic<[u64; 4]> {
+    INPUT.envelope()
+}
+
+fn keyed_messages() -> u64 {
+    messages() / 10
+}
+
+/// Role: publishes messages of 64 keys in turn; each says its key and which of the key's messages it is.
+fn publish_with_keys(bus: &Bus) {
+    let mut publisher = bus.publisher(keyed()).unwrap();
+    for number in 0..keyed_messages() {
+        let (key, index) = (number % KEYS, number / KEYS);
+        let envelope = Envelope::new().key(&key.to_le_bytes());
+        publisher.publish_with(&[number, key, index, 0], &envelope).unwrap();
+    }
+    say("published");
+    common::hear();
+}
+
+/// Role: works on messages by key, and gives one in eight back.
+fn consume_by_key(bus: &Bus, shift: &Shift) {
+    let book = Book::open(&shift.book);
+    let mut random = Random::new(u64::from(shift.life) + 1);
+    let mut consumer = bus.consumer(keyed(), GROUP).open().unwrap();
+    say("consuming");
+    while !book.is_over() {
+        match consumer.recv_timeout(Duration::from_millis(20)) {
+            Ok(delivery) => {
+                let [_, key, index, _] = *delivery;
+                book.begins(key, index as u32, shift.life);
+                work(shift.work);
+                book.ends(key);
+                if random.below(8) == 0 { delivery.nack().unwrap() } else { delivery.ack().unwrap() }
+            }
+            Err(RecvError::TimedOut) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 fn work(time: Duration) {
     let started = Instant::now();
     while started.elapsed() < time {
@@ -254,8 +321,12 @@ impl<'a> Crew<'a> {
 
     /// Waits until the group has settled everything; ends the workers.
     fn finish(&mut self, bus: &Bus) -> Book {
+        self.finish_at(bus, messages())
+    }
+
+    fn finish_at(&mut self, bus: &Bus, end: u64) -> Book {
         let deadline = Instant::now() + 4 * LIMIT;
-        while group(bus).floor < messages() {
+        while group(bus).floor < end {
             assert!(Instant::now() < deadline, "the group settled only {:?}", group(bus));
             thread::sleep(Duration::from_millis(10));
         }
@@ -361,4 +432,22 @@ fn each_input_of_an_effectively_once_pipeline_has_its_output_once() {
     let [_, once, again] = book.count();
     println!("{} kills: {once} inputs transformed once, {again} again, all committed once", kills());
     publisher.signal(Signal::SIGKILL);
+}
+
+#[test]
+fn each_keys_messages_are_worked_on_in_order_and_one_at_a_time() {
+    let scene = Scene::new("by-key");
+    let bus = scene.open();
+    bus.create(&keyed()).unwrap();
+    let options = GroupOptions::new().ordered_by_key().lease(LEASE);
+    bus.create_group(INPUT.name(), GROUP, &options, Start::Oldest, false).unwrap();
+    let mut crew = Crew::new(&scene, "consume by key");
+    let _publisher = scene.start("publish with keys", "");
+    crew.kill_many();
+    let book = crew.finish_at(&bus, keyed_messages());
+    assert_eq!(book.head().wrong.load(Ordering::SeqCst), 0, "out of order, skipped, or two at a time");
+    let per_key = |key: u64| keyed_messages() / KEYS + u64::from(key < keyed_messages() % KEYS);
+    for key in 0..KEYS {
+        assert_eq!(u64::from(book.head().given_of[key as usize].load(Ordering::SeqCst)), per_key(key), "key {key}");
+    }
 }

@@ -14,6 +14,7 @@ use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, W
 use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
 use crate::ring::arena::Span;
+use crate::ring::cursor::Cursor;
 use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
@@ -537,7 +538,7 @@ impl PublisherCore {
                 self.space_bell().urge();
                 let holder = match (self.options.mode, cursor) {
                     (Mode::Channel, _) => Holder::Receiver,
-                    (_, Some(cursor)) => Holder::Subscriber(cursor),
+                    (_, Some(cursor)) => self.holder(cursor),
                     (_, None) => Holder::Hold,
                 };
                 PublishError::Full { holder, held: position }
@@ -548,6 +549,13 @@ impl PublisherCore {
 
 /// Waiting for groups.
 impl PublisherCore {
+    /// Whose cursor holds the ring.
+    fn holder(&self, cursor: u32) -> Holder {
+        let lines = with_port!(&self.port, port => port.cursors());
+        let group = lines.get(cursor as usize).and_then(Cursor::group);
+        group.map_or(Holder::Subscriber(cursor), |group| Holder::Group(group as u32))
+    }
+
     fn wait_settled(&mut self, group: &str, sequence: u64, limit: Duration) -> Result<(), SettleError> {
         let deadline = Instant::now().checked_add(limit);
         loop {

@@ -24,7 +24,7 @@ use crate::coordinator::protocol::{
     SubscriberStatus, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
-use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
+use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
 use crate::os::pidfd;
 use crate::ring::log::TopicState;
@@ -747,7 +747,9 @@ impl Estate {
             .and_then(|cursor| entry.subscribers.get(&cursor))
             .and_then(|subscriber| self.state.participant(subscriber.incarnation))
             .map(|participant| participant.pid);
-        Ok(Purged { oldest_before, oldest_sequence, tail_sequence, holder, holder_pid })
+        let held_by = |group: &&GroupEntry| holder == Some(group.info.cursor);
+        let holder_group = entry.living_groups().find(held_by).map(|group| group.info.name.clone());
+        Ok(Purged { oldest_before, oldest_sequence, tail_sequence, holder, holder_pid, holder_group })
     }
 
     /// How long what has grown too old may stay: until the clock is looked at next. `None` while there is no such topic.

@@ -140,7 +140,7 @@ fn a_fencing_that_was_only_logged_is_finished_and_done_once() {
     for _ in 0..2 {
         let estate = keeper.restart();
         let entry = estate.entry(0).unwrap();
-        assert_eq!(entry.unsettled(), []);
+        assert!(entry.unsettled().is_empty());
         assert_eq!(entry.publishers[&0].identity, None);
         assert_eq!(estate.memory(0).unwrap().range().unwrap(), (0, 1), "one fence, one hole");
     }

@@ -286,7 +286,7 @@ impl TopicMemory {
     fn cannot_fence(&self, stop: Stop) -> Refusal {
         match stop {
             Stop::Blocked(blocked) => {
-                let holder = blocked.cursor.map_or(Holder::Hold, Holder::Subscriber);
+                let holder = blocked.cursor.map_or(Holder::Hold, |cursor| self.holder(cursor));
                 Refusal::FullForFence { topic: self.info.name.clone(), holder: holder.to_string() }
             }
             Stop::Corrupt(problem) => corrupt(&self.info, problem.to_owned()),

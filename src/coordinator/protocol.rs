@@ -227,6 +227,8 @@ pub struct Purged {
     pub holder: Option<u32>,
     /// The holder's process, where it is a connected subscriber.
     pub holder_pid: Option<u32>,
+    /// The holder's name, where it is a group.
+    pub holder_group: Option<String>,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.

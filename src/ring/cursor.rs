@@ -119,6 +119,13 @@ impl Cursor {
         (same && self.position.load(Ordering::Relaxed) != NOT_IN_FORCE).then_some(sequence)
     }
 
+    /// The group whose line this is, if it is a group's. Stale the moment it is read.
+    #[cfg(not(loom))]
+    pub(crate) fn group(&self) -> Option<u64> {
+        // Acquire: A-MODE pairs with R-MODE (occupy_as): the owner is visible with the mode.
+        (self.mode.load(Ordering::Acquire) == GROUP).then(|| self.owner.load(Ordering::Relaxed))
+    }
+
     /// Stores a position a joining reader would like; see `gate::join` for what must follow.
     pub(crate) fn propose(&self, position: u64) {
         // Release: R-CURSOR pairs with A-CURSOR (lowest): the mode is visible with the position.

@@ -8,7 +8,8 @@ use crate::{Ended, Globals, values};
 /// Give up every message that no subscriber has yet to read, and say what stayed and who holds it.
 ///
 /// The topic, its options and whoever is attached stay. Messages kept by --hold alone go too. With --json: {topic,
-/// purged, kept, oldest_sequence, tail_sequence, holder, holder_pid} (holder: the cursor that `show` prints).
+/// purged, kept, oldest_sequence, tail_sequence, holder, holder_pid, holder_group} (holder: the cursor that `show`
+/// prints; holder_group: the name of the group whose cursor it is).
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus purge orders")]
 pub(crate) struct Args {
@@ -26,6 +27,7 @@ struct PurgedLine<'a> {
     tail_sequence: u64,
     holder: Option<u32>,
     holder_pid: Option<u32>,
+    holder_group: Option<&'a str>,
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
@@ -41,13 +43,18 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
             tail_sequence: done.tail_sequence,
             holder: done.holder,
             holder_pid: done.holder_pid,
+            holder_group: done.holder_group.as_deref(),
         })?;
         return Ok(Ended::Well);
     }
     line(format_args!("purged {} messages of topic {}", grouped(purged), args.topic))?;
     if kept > 0 {
         let process = done.holder_pid.map_or(String::new(), |pid| format!(" (process {pid})"));
-        let holder = done.holder.map_or("came meanwhile".to_owned(), |n| format!("held by subscriber {n}{process}"));
+        let holder = match (&done.holder_group, done.holder) {
+            (Some(group), _) => format!("held by group {group}"),
+            (None, Some(n)) => format!("held by subscriber {n}{process}"),
+            (None, None) => "came meanwhile".to_owned(),
+        };
         let (from, to) = (done.oldest_sequence, done.tail_sequence);
         line(format_args!("kept {} messages, sequences {from}..{to}: {holder}", grouped(kept)))?;
     }

@@ -15,7 +15,7 @@ const WATCH: Duration = Duration::from_millis(100);
 ///
 /// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], names: [{name, publisher,
 /// last_number, slot (null while nobody has the name)}], subscribers: [{cursor, pid, sequence, lag, droppable}], groups:
-/// [{group, floor, lag, in_flight, returned, moving, window, redelivered, expired, dead_lettered, oldest_lease: {sequence,
+/// [{group, id, floor, lag, in_flight, returned, moving, window, redelivered, expired, dead_lettered, oldest_lease: {sequence,
 /// consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid, in_flight, active}], options}], options: {mode,
 /// messages, bytes, full, hold, max_publishers, max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms:
 /// none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
@@ -79,6 +79,7 @@ pub(crate) struct SubscriberView {
 #[derive(Serialize)]
 pub(crate) struct GroupView {
     group: String,
+    id: u32,
     floor: u64,
     pub(crate) lag: u64,
     in_flight: u64,
@@ -128,6 +129,7 @@ impl From<GroupStatus> for GroupView {
         };
         GroupView {
             group: group.name,
+            id: group.id,
             floor: group.floor,
             lag: group.lag,
             in_flight: group.in_flight,
@@ -292,7 +294,7 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
         ]);
     }
     let mut groups =
-        Table::new(&["GROUP", "GUARANTEE", "FLOOR", "LAG", "LEASED", "WAITING", "MOVING", "DEAD", "HELD BY"]);
+        Table::new(&["GROUP", "NUMBER", "GUARANTEE", "FLOOR", "LAG", "LEASED", "WAITING", "MOVING", "DEAD", "HELD BY"]);
     for g in &topic.groups {
         groups.row(g.cells());
     }
@@ -316,10 +318,11 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
 
 impl GroupView {
     /// One row of the groups' table.
-    fn cells(&self) -> [String; 9] {
+    fn cells(&self) -> [String; 10] {
         let holder = |l: &LeaseView| format!("process {} (sequence {}, attempt {})", l.pid, l.sequence, l.attempt);
         [
             self.group.clone(),
+            self.id.to_string(),
             self.options.guarantee.to_string(),
             grouped(self.floor),
             grouped(self.lag),

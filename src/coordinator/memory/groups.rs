@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system};
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
-use crate::error::{AttachError, Refusal};
+use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
 use crate::ring::cursor::Cursor;
 use crate::ring::ledger::{Ledger, Seen, State};
@@ -275,6 +275,12 @@ impl TopicMemory {
     fn with_line<T>(&self, cursor: u32, use_it: impl FnOnce(&Cursor) -> T) -> Option<T> {
         let Parts::Log { segments, .. } = &self.parts else { return None };
         segments.cursor_lines(&self.info).get(cursor as usize).map(use_it)
+    }
+
+    /// Whose cursor this is.
+    pub(super) fn holder(&self, cursor: u32) -> Holder {
+        let group = self.with_line(cursor, Cursor::group).flatten();
+        group.map_or(Holder::Subscriber(cursor), |group| Holder::Group(group as u32))
     }
 
     /// Also those whom somebody died over waking.
