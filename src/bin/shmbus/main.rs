@@ -122,6 +122,7 @@ fn main() -> ExitCode {
         Ok(Ended::BySignal(signal)) => ExitCode::from(128 + signal as u8),
         // `shmbus sub t | head -1`: the reader has all it wanted.
         Err(e) if stdout_is_closed(&e) => ExitCode::SUCCESS,
+        Err(e) if e.is::<clap::Error>() => e.downcast_ref().map_or(ExitCode::FAILURE, usage),
         Err(e) => {
             eprintln!("shmbus: {}", explain(&e));
             ExitCode::FAILURE
@@ -148,6 +149,11 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
     }
+}
+
+/// Arguments that are each well formed and do not go together.
+fn wrong_usage(what: impl std::fmt::Display) -> anyhow::Error {
+    clap::Error::raw(ErrorKind::ArgumentConflict, what).into()
 }
 
 /// Help and version go out as asked; a wrong command line gets one line that says what is wrong.
