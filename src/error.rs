@@ -554,6 +554,36 @@ pub enum PipelineError {
     Ack(#[from] AckError),
 }
 
+/// Why a route was not opened, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RouteError {
+    /// What the route puts into its output would come back to it.
+    #[error(
+        "routing {from} to {to} would never end: {path}; route elsewhere, or, if that route is not used any more, remove \
+             its group with `shmbus group rm`"
+    )]
+    Loop {
+        /// Topic or pattern.
+        from: String,
+        /// The output topic.
+        to: String,
+        /// How, as "\"b\" -> \"a\" (group route.a)".
+        path: String,
+    },
+    /// A topic cannot be read or written.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// An input was not routed.
+    #[error("route from topic {topic:?}: {source}")]
+    Step {
+        /// The input's topic.
+        topic: String,
+        /// What happened.
+        source: PipelineError,
+    },
+}
+
 /// Who holds a full ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -3,6 +3,7 @@
 mod bench;
 mod create;
 mod demo;
+mod dlq;
 mod group;
 mod ls;
 mod output;
@@ -12,6 +13,7 @@ mod purge;
 mod remove;
 mod request;
 mod respond;
+mod route;
 mod sandbox;
 mod serve;
 mod show;
@@ -100,6 +102,8 @@ enum Command {
     Create(create::Args),
     Rm(remove::Args),
     Group(group::Args),
+    Route(route::Args),
+    Dlq(dlq::Args),
     Purge(purge::Args),
     Peek(peek::Args),
     Bench(bench::Args),
@@ -145,6 +149,8 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
         Command::Group(args) => group::run(globals, args),
+        Command::Route(args) => route::run(globals, args),
+        Command::Dlq(args) => dlq::run(globals, args),
         Command::Purge(args) => purge::run(globals, args),
         Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
