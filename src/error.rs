@@ -559,16 +559,13 @@ pub enum PipelineError {
 #[non_exhaustive]
 pub enum RouteError {
     /// What the route puts into its output would come back to it.
-    #[error(
-        "routing {from} to {to} would never end: {path}; route elsewhere, or, if that route is not used any more, remove \
-             its group with `shmbus group rm`"
-    )]
+    #[error("routing {from} to {to} would never end: {path}")]
     Loop {
         /// Topic or pattern.
         from: String,
         /// The output topic.
         to: String,
-        /// How, as "\"b\" -> \"a\" (group route.a)".
+        /// By what it would come back, and what to do about it.
         path: String,
     },
     /// A topic cannot be read or written.

@@ -187,16 +187,16 @@ impl Plan {
         if matches(&self.from, &self.to) {
             return Err(refused(format!("{:?} is one of its inputs", self.to)));
         }
-        let (mut seen, mut open) = (BTreeSet::new(), vec![(self.to.as_str(), String::new())]);
-        while let Some((name, path)) = open.pop() {
+        let (mut seen, mut open) = (BTreeSet::new(), vec![self.to.as_str()]);
+        while let Some(name) = open.pop() {
             let groups = topics.iter().filter(|topic| topic.name == name).flat_map(|topic| &topic.groups);
             for next in groups.filter_map(|group| group.name.strip_prefix(GROUP_PREFIX)) {
-                let path = format!("{path}{}topic {name:?} has the group {GROUP_PREFIX}{next}", comma(&path));
                 if matches(&self.from, next) {
-                    return Err(refused(path));
+                    let mend = format!("if that is over, `shmbus group rm {name} {GROUP_PREFIX}{next}`");
+                    return Err(refused(format!("from topic {name:?} there is a route to {next:?}; {mend}")));
                 }
                 if seen.insert(next) {
-                    open.push((next, path));
+                    open.push(next);
                 }
             }
         }
@@ -212,10 +212,6 @@ impl Plan {
             None => pipeline.existing().open(),
         }
     }
-}
-
-fn comma(path: &str) -> &str {
-    if path.is_empty() { "" } else { ", " }
 }
 
 impl Route {
