@@ -175,7 +175,8 @@ impl<'a> Letter<'a> {
 
     fn print(&self) -> std::io::Result<()> {
         let reason = self.reason.unwrap_or("no reason given");
-        let attempts = self.attempts.map_or(String::new(), |count| format!(", attempt {count}"));
+        let attempts = self.attempts.filter(|count| *count > 0);
+        let attempts = attempts.map_or(String::new(), |count| format!(", attempt {count}"));
         let origin = match (self.origin_topic, self.origin_group, self.origin_sequence) {
             (Some(topic), Some(group), Some(sequence)) => {
                 format!("; topic {topic}, sequence {sequence}, group {group}")
