@@ -234,13 +234,13 @@ fn each_message_is_copied_once_though_routes_are_killed() {
     let start = || Shell::start(&scene, &["route", "in", "out"]);
     let mut routes = [start(), start()];
     for round in 0..KILLS as u32 {
-        publish(&scene, &["in"], &numbers(round * 300, round * 300 + 300));
-        thread::sleep(Duration::from_micros(random.below(20_000)));
+        publish(&scene, &["in"], &numbers(round * 500, round * 500 + 500));
+        thread::sleep(Duration::from_micros(random.below(8_000)));
         let victim = &mut routes[random.below(2) as usize];
         victim.signal(Signal::SIGKILL);
         *victim = start();
     }
-    let total = KILLS as u32 * 300;
+    let total = KILLS as u32 * 500;
     await_that("all to be routed", || group(&scene, "in", "route.out")["floor"] == total);
     let bus = scene.open();
     let mut copies = bus.subscriber(Topic::<[u8]>::named("out")).start(Start::Oldest).open().unwrap();
@@ -270,6 +270,7 @@ fn dead_letters_are_listed_shown_and_moved_back_once() {
     let listed = json_lines(&ok(&scene, &["dlq", "ls", "--json"]));
     let place = listed.iter().find(|place| place["topic"] == "dlq.orders.billing").unwrap();
     assert_eq!((&place["waiting"], &place["groups"][0]["group"]), (&4.into(), &"billing".into()));
+    assert_eq!(group(&scene, "dlq.orders.billing", "dlq")["lag"], 4);
     // Looking changes nothing; nor does a subscriber that reads them.
     for _ in 0..2 {
         let letters = json_lines(&ok(&scene, &["dlq", "show", "dlq.orders.billing", "--json", "--count", "2"]));
