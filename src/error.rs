@@ -554,6 +554,33 @@ pub enum PipelineError {
     Ack(#[from] AckError),
 }
 
+/// Why a route was not opened, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RouteError {
+    /// What the route puts into its output would come back to it.
+    #[error("routing {from} to {to} would never end: {path}")]
+    Loop {
+        /// Topic or pattern.
+        from: String,
+        /// The output topic.
+        to: String,
+        /// By what it would come back, and what to do about it.
+        path: String,
+    },
+    /// A topic cannot be read or written.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// An input was not routed.
+    #[error("route from topic {topic:?}: {source}")]
+    Step {
+        /// The input's topic.
+        topic: String,
+        /// What happened.
+        source: PipelineError,
+    },
+}
+
 /// Who holds a full ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -28,6 +28,9 @@ impl std::fmt::Display for Guarantee {
     }
 }
 
+/// The group in which dead letters wait on their topic until somebody moves them on.
+pub const DEAD_LETTER_GROUP: &str = "dlq";
+
 /// Shortest and longest lease in milliseconds.
 pub(crate) const LEASE_MS: std::ops::RangeInclusive<u64> = 1..=24 * 3600 * 1000;
 
@@ -199,8 +202,13 @@ impl GroupOptions {
         if self.window != 0 { self.window } else { messages.next_power_of_two().clamp(1024, 1 << 16) }
     }
 
-    /// The dead-letter topic of this group.
-    pub(crate) fn dead_letter_topic(&self, topic: &str, group: &str) -> String {
+    /// What dead letters wait in: the options of [`DEAD_LETTER_GROUP`].
+    pub fn for_dead_letters() -> Self {
+        Self::new().effectively_once().back_off([Duration::from_millis(100)])
+    }
+
+    /// The dead-letter topic of a group with these options.
+    pub fn dead_letter_topic(&self, topic: &str, group: &str) -> String {
         self.dead_letter.clone().unwrap_or_else(|| format!("dlq.{topic}.{group}"))
     }
 

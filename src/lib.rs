@@ -31,13 +31,14 @@ pub use crate::{
     channel::{Channel, ChannelError},
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Start,
-        Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
+        Loan, Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route,
+        RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
+        WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
-    group::{GroupOptions, Guarantee},
+    group::{DEAD_LETTER_GROUP, GroupOptions, Guarantee},
     pattern::{check_pattern, is_pattern},
     ring::cursor::Readers,
     wait::Wait,
@@ -45,7 +46,7 @@ pub use crate::{
 pub use crate::{
     error::{
         AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
-        PublishError, RecvError, Refusal, ReplyError, RequestError, SettleError, WildcardError,
+        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, SettleError, WildcardError,
     },
     ring::sequence::Sequence,
     topic::{

@@ -12,7 +12,7 @@ use crate::client::subscriber::Start;
 use crate::coordinator::protocol::Identity;
 use crate::error::{AckError, OpenError, PipelineError, PublishError, RecvError};
 use crate::group::{GroupOptions, Guarantee};
-use crate::topic::{Payload, Topic};
+use crate::topic::{Payload, Topic, TopicOptions};
 use crate::wait::Wait;
 
 /// Takes messages of one topic as a consumer of a group and publishes what a transform makes of each to another.
@@ -106,6 +106,12 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> PipelineBuilder<I, O> {
         self
     }
 
+    /// Refuses to create the group.
+    pub fn existing(mut self) -> Self {
+        self.consumer = self.consumer.existing();
+        self
+    }
+
     /// How to wait for inputs (default [`Wait::Adaptive`]).
     pub fn wait(mut self, wait: Wait) -> Self {
         self.consumer = self.consumer.wait(wait);
@@ -158,9 +164,28 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
         }
     }
 
+    /// Does with the input that the consumer has taken what [`Self::step`] does.
+    pub(crate) fn finish_taken(
+        &mut self,
+        transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
+    ) -> Result<(), PipelineError> {
+        let Pipeline { consumer, publisher, outputs, lease } = self;
+        consumer.taken().map_or(Ok(()), |input| finish(input, publisher, outputs, *lease, transform))
+    }
+
+    /// The options the output topic was created with.
+    pub fn output_options(&self) -> &TopicOptions {
+        self.publisher.options()
+    }
+
     /// Whether each input has its outputs exactly once: the group is effectively once.
     pub fn is_exact(&self) -> bool {
         self.consumer.group_options().guarantee == Guarantee::EffectivelyOnce
+    }
+
+    /// The consumer that takes the inputs, for whoever waits on several.
+    pub(crate) fn consumer_mut(&mut self) -> &mut Consumer<I> {
+        &mut self.consumer
     }
 
     /// The consumer that takes the inputs.

@@ -3,6 +3,7 @@
 mod bench;
 mod create;
 mod demo;
+mod dlq;
 mod group;
 mod ls;
 mod output;
@@ -12,6 +13,7 @@ mod purge;
 mod remove;
 mod request;
 mod respond;
+mod route;
 mod sandbox;
 mod serve;
 mod show;
@@ -100,6 +102,8 @@ enum Command {
     Create(create::Args),
     Rm(remove::Args),
     Group(group::Args),
+    Route(route::Args),
+    Dlq(dlq::Args),
     Purge(purge::Args),
     Peek(peek::Args),
     Bench(bench::Args),
@@ -122,6 +126,7 @@ fn main() -> ExitCode {
         Ok(Ended::BySignal(signal)) => ExitCode::from(128 + signal as u8),
         // `shmbus sub t | head -1`: the reader has all it wanted.
         Err(e) if stdout_is_closed(&e) => ExitCode::SUCCESS,
+        Err(e) if e.is::<clap::Error>() => e.downcast_ref().map_or(ExitCode::FAILURE, usage),
         Err(e) => {
             eprintln!("shmbus: {}", explain(&e));
             ExitCode::FAILURE
@@ -144,10 +149,17 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
         Command::Group(args) => group::run(globals, args),
+        Command::Route(args) => route::run(globals, args),
+        Command::Dlq(args) => dlq::run(globals, args),
         Command::Purge(args) => purge::run(globals, args),
         Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
     }
+}
+
+/// Arguments that are each well formed and do not go together.
+fn wrong_usage(what: impl std::fmt::Display) -> anyhow::Error {
+    clap::Error::raw(ErrorKind::ArgumentConflict, what).into()
 }
 
 /// Help and version go out as asked; a wrong command line gets one line that says what is wrong.

@@ -24,6 +24,7 @@ use crate::client::subscriber::Start;
 use crate::coordinator::protocol::{Answer, GroupInfo, HandleRef, Request, SegmentRef, TopicInfo};
 use crate::error::{AckError, AttachError, OpenError, RecvError};
 use crate::group::GroupOptions;
+use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
@@ -338,6 +339,26 @@ impl<T: Payload + ?Sized> Consumer<T> {
         let seen = self.own(lease)?;
         lease.replace(self.core.extend(seen, time)?);
         Ok(())
+    }
+
+    /// Rings when there may be something to receive.
+    pub(crate) fn bell(&self) -> &Doorbell {
+        &self.core.readers.readers
+    }
+
+    /// Takes a message for [`Self::taken`], which must come next. Never waits. `false`: there is none.
+    pub(crate) fn take(&mut self) -> Result<bool, RecvError> {
+        self.core.poll(1)
+    }
+
+    /// What was taken.
+    pub(crate) fn taken(&mut self) -> Option<Delivery<'_, T>> {
+        (!self.core.items.is_empty()).then(|| Delivery::new(&mut self.core))
+    }
+
+    /// How long to sleep at most before the next look; `None`: until the bell rings.
+    pub(crate) fn nap(&self) -> Option<Duration> {
+        self.core.scan.nap()
     }
 
     fn own(&self, lease: &Lease) -> Result<crate::ring::ledger::Seen, AckError> {

@@ -10,8 +10,9 @@ use super::core::Core;
 use super::fetch::Got;
 use crate::client::envelope::{self, Envelope, EnvelopeView};
 use crate::client::publisher::OriginPublisher;
-use crate::coordinator::protocol::{GroupInfo, Identity, TopicInfo};
+use crate::coordinator::protocol::{Answer, GroupInfo, Identity, Request, StartAt, TopicInfo};
 use crate::error::PublishError;
+use crate::group::{DEAD_LETTER_GROUP, GroupOptions};
 use crate::os::clock;
 use crate::ring::ledger::{MoveReason, Seen, State};
 use crate::sync::Ordering;
@@ -154,7 +155,21 @@ impl Core {
         }
     }
 
+    /// Dead letters wait in a group of their own, so that nobody reads them away: made with the topic. One that somebody
+    /// else has created is used as it is.
+    fn create_dead_letter_topic(&self) {
+        let (topic, options) = (self.moves.topic.clone(), self.moves.options.clone());
+        let create = Request::CreateTopic { topic: topic.clone(), options, exist_ok: true, ephemeral: false };
+        if let Ok((Answer::Created { existed: false }, _)) = self.control.request(&create) {
+            let (group, options) = (DEAD_LETTER_GROUP.to_owned(), GroupOptions::for_dead_letters());
+            let create = Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: true };
+            // Without it the topic's `hold` keeps the letters until somebody reads them.
+            let _ = self.control.request(&create);
+        }
+    }
+
     fn open_outlet(&mut self) -> bool {
+        self.create_dead_letter_topic();
         let (topic, group, consumer) = (self.info.id, self.group.id, self.me.into());
         let origin = Identity::Origin { topic, group, consumer };
         let opened = OriginPublisher::open(&self.control, &self.moves.topic, self.moves.options.clone(), origin);

@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use shmbus::{Message, Sequence};
+use shmbus::{BatchItem, Message, Sequence};
 
 use crate::signals;
 
@@ -62,6 +62,59 @@ struct LossLine<'a> {
     lagged_to: u64,
 }
 
+/// What is printed of a message, however it was received.
+pub(crate) trait Received {
+    fn sequence(&self) -> Sequence;
+    fn publisher(&self) -> Option<u64>;
+    fn publisher_number(&self) -> Option<u64>;
+    fn timestamp_ns(&self) -> Option<u64>;
+    fn key(&self) -> Option<&[u8]>;
+    fn id(&self) -> Option<&[u8]>;
+    fn headers(&self) -> Vec<(&str, &[u8])>;
+    /// Which delivery to the group it is; `None` outside groups.
+    fn attempt(&self) -> Option<u32>;
+    fn payload(&self) -> &[u8];
+}
+
+/// Implements [`Received`] for a type of the library that has methods of these names.
+macro_rules! received {
+    ($type:ty, $message:ident => $attempt:expr) => {
+        impl Received for $type {
+            fn sequence(&self) -> Sequence {
+                self.sequence()
+            }
+            fn publisher(&self) -> Option<u64> {
+                self.publisher()
+            }
+            fn publisher_number(&self) -> Option<u64> {
+                self.publisher_number()
+            }
+            fn timestamp_ns(&self) -> Option<u64> {
+                self.timestamp_ns()
+            }
+            fn key(&self) -> Option<&[u8]> {
+                self.key()
+            }
+            fn id(&self) -> Option<&[u8]> {
+                self.id()
+            }
+            fn headers(&self) -> Vec<(&str, &[u8])> {
+                self.headers().collect()
+            }
+            fn attempt(&self) -> Option<u32> {
+                let $message = self;
+                $attempt
+            }
+            fn payload(&self) -> &[u8] {
+                self.as_bytes()
+            }
+        }
+    };
+}
+
+received!(Message<'_, [u8]>, _message => None);
+received!(BatchItem<'_, [u8]>, message => Some(message.attempt()));
+
 pub(crate) struct Writer {
     topic: String,
     format: Format,
@@ -83,8 +136,8 @@ impl Writer {
         }
     }
 
-    pub(crate) fn message(&mut self, message: &Message<'_, [u8]>) -> io::Result<()> {
-        let payload = message.as_bytes();
+    pub(crate) fn message(&mut self, message: &impl Received) -> io::Result<()> {
+        let payload = message.payload();
         match self.format {
             Format::Payload if payload.len() >= DIRECT_BYTES => {
                 self.flush()?;
@@ -108,8 +161,8 @@ impl Writer {
                     key_base64,
                     id,
                     id_base64,
-                    headers: message.timestamp_ns().map(|_| headers(message)),
-                    attempt: None,
+                    headers: message.timestamp_ns().map(|_| headers_object(&message.headers())),
+                    attempt: message.attempt(),
                     payload,
                     payload_base64,
                 };
@@ -180,20 +233,20 @@ impl Writer {
 }
 
 /// Bytes as text, or in base64 where they are not text.
-fn text_or_base64(bytes: Option<&[u8]>) -> (Option<&str>, Option<String>) {
+pub(crate) fn text_or_base64(bytes: Option<&[u8]>) -> (Option<&str>, Option<String>) {
     let text = bytes.and_then(|bytes| std::str::from_utf8(bytes).ok());
     (text, bytes.filter(|_| text.is_none()).map(|bytes| STANDARD.encode(bytes)))
 }
 
 /// The headers as an object; of several with one name, the first, as `Message::header` has it.
-fn headers(message: &Message<'_, [u8]>) -> Map<String, Value> {
+pub(crate) fn headers_object(headers: &[(&str, &[u8])]) -> Map<String, Value> {
     let mut object = Map::new();
-    for (name, value) in message.headers() {
+    for (name, value) in headers {
         let value = match std::str::from_utf8(value) {
             Ok(text) => Value::from(text),
             Err(_) => json!({ "base64": STANDARD.encode(value) }),
         };
-        object.entry(name).or_insert(value);
+        object.entry(*name).or_insert(value);
     }
     object
 }

@@ -1,0 +1,418 @@
+//! [`Route`]: copies messages from topics to a topic, filtered and transformed.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::client::bus::Bus;
+use crate::client::consumer::Delivery;
+use crate::client::envelope::Envelope;
+use crate::client::pipeline::{Failure, Outputs, Pipeline};
+use crate::client::subscriber::Start;
+use crate::coordinator::protocol::TopicStatus;
+use crate::error::{AckError, GoneReason, OpenError, PipelineError, PublishError, RecvError, Refusal, RouteError};
+use crate::group::GroupOptions;
+use crate::pattern::{check_pattern, is_pattern, matches};
+use crate::topic::{Topic, check_name};
+use crate::wait::{self, Look, Wait};
+
+/// How often a route with a pattern looks for new topics, and every route for what has come due meanwhile.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What comes due within this time is waited for awake, so to say: with short naps.
+const SOON: Duration = Duration::from_millis(10);
+
+/// What routes' groups are called: this, and the output topic.
+const GROUP_PREFIX: &str = "route.";
+
+/// Decides whether an input is routed.
+type Filter = Box<dyn FnMut(&Delivery<'_, [u8]>) -> bool + Send>;
+
+/// Makes outputs of an input.
+type Transform = Box<dyn FnMut(&Delivery<'_, [u8]>, &mut Outputs<[u8]>) -> Result<(), Failure> + Send>;
+
+/// Copies the messages of a topic, or of all topics of a pattern, to another topic; each once, whoever dies.
+///
+/// It is a [`Pipeline`] for each input topic, in a group of that topic: several routes with the same group share the work,
+/// and the group holds the messages while no route runs. Where both topics have envelopes a copy keeps key, id and
+/// headers, behind two headers of its own, `origin-topic` and `origin-sequence`. What can never be published (too large, say)
+/// goes to the group's dead-letter topic; an id that the output topic has had already is not published again.
+///
+/// Topics that come later are found ten times a second and routed from the oldest message they retain.
+pub struct Route {
+    plan: Plan,
+    legs: Vec<Leg>,
+    filters: Vec<Filter>,
+    transform: Option<Transform>,
+    counts: RouteCounts,
+    /// The input that was taken last.
+    last: Option<u64>,
+    /// Which leg is asked first.
+    turn: usize,
+    looked: Instant,
+}
+
+/// How a route is to be opened; ends with [`RouteBuilder::open`].
+#[must_use]
+pub struct RouteBuilder {
+    plan: Plan,
+    start: Start,
+    filters: Vec<Filter>,
+    transform: Option<Transform>,
+}
+
+/// What a route has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RouteCounts {
+    /// Inputs whose outputs are published.
+    pub routed: u64,
+    /// Inputs that a filter kept back.
+    pub filtered: u64,
+    /// Inputs that went to the dead-letter topic.
+    pub rejected: u64,
+    /// Inputs whose id the output topic has had already.
+    pub duplicates: u64,
+    /// How often it was fenced and began anew.
+    pub reopened: u64,
+}
+
+/// From where to where.
+struct Plan {
+    bus: Bus,
+    from: String,
+    to: String,
+    group: String,
+    options: GroupOptions,
+}
+
+/// One input topic.
+struct Leg {
+    topic: String,
+    pipeline: Pipeline<[u8], [u8]>,
+    /// What the last step found out about an input, which comes again.
+    verdict: Option<(u64, Verdict)>,
+}
+
+/// What becomes of an input that cannot be published.
+enum Verdict {
+    Reject(String),
+    Duplicate,
+}
+
+impl Bus {
+    /// A route from a topic, or from all topics of a pattern, to a topic; to be opened with `.open()`. The output topic is
+    /// created, with envelopes, where it does not exist.
+    pub fn route(&self, from: impl Into<String>, to: impl Into<String>) -> RouteBuilder {
+        let (from, to) = (from.into(), to.into());
+        let group = format!("{GROUP_PREFIX}{to}");
+        let plan = Plan { bus: self.clone(), from, to, group, options: GroupOptions::new().effectively_once() };
+        RouteBuilder { plan, start: Start::default(), filters: Vec::new(), transform: None }
+    }
+}
+
+impl RouteBuilder {
+    /// The group on each input topic (default `route.` and the output topic). Loops are recognized by the default names
+    /// alone.
+    pub fn group(mut self, group: impl Into<String>) -> Self {
+        self.plan.group = group.into();
+        self
+    }
+
+    /// The options with which groups are created where they do not exist (default: effectively once).
+    pub fn options(mut self, options: GroupOptions) -> Self {
+        self.plan.options = options;
+        self
+    }
+
+    /// Where groups start where they do not exist (default [`Start::Latest`]).
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// Routes only what `filter` says yes to; the rest is settled. Of several filters all must say yes.
+    pub fn filter(mut self, filter: impl FnMut(&Delivery<'_, [u8]>) -> bool + Send + 'static) -> Self {
+        self.filters.push(Box::new(filter));
+        self
+    }
+
+    /// Publishes what `transform` makes of an input in its place: any number of messages, all or none. Envelopes are its
+    /// own matter then. It may run more than once for an input, its outputs count once.
+    pub fn transform(
+        mut self,
+        transform: impl FnMut(&Delivery<'_, [u8]>, &mut Outputs<[u8]>) -> Result<(), Failure> + Send + 'static,
+    ) -> Self {
+        self.transform = Some(Box::new(transform));
+        self
+    }
+
+    /// Opens it. When this returns, the groups of all topics there are hold every message from their start on.
+    ///
+    /// # Errors
+    /// [`RouteError::Loop`], as far as it can be seen; an input topic that is named does not exist, or cannot have groups; the
+    /// output topic is not for many publishers.
+    pub fn open(self) -> Result<Route, RouteError> {
+        let RouteBuilder { plan, start, filters, transform } = self;
+        let counts = RouteCounts::default();
+        let mut route =
+            Route { plan, legs: Vec::new(), filters, transform, counts, last: None, turn: 0, looked: Instant::now() };
+        route.plan.check_names()?;
+        route.find_topics(start)?;
+        Ok(route)
+    }
+}
+
+impl Plan {
+    fn check_names(&self) -> Result<(), OpenError> {
+        let bad = |name: &str, source| Refusal::Name { name: name.to_owned(), source };
+        check_pattern(&self.from).map_err(|source| bad(&self.from, source))?;
+        check_name(&self.to).map_err(|source| bad(&self.to, source))?;
+        Ok(())
+    }
+
+    /// The existing topics that are inputs.
+    fn topics(&self) -> Result<Vec<TopicStatus>, OpenError> {
+        let mut topics = self.bus.topics()?;
+        if !is_pattern(&self.from) && topics.iter().all(|topic| topic.name != self.from) {
+            // The coordinator's own words about it.
+            topics.push(self.bus.topic(&self.from)?);
+        }
+        Ok(topics)
+    }
+
+    /// Refuses what would come back to one of its inputs by routes whose groups have the default names.
+    fn check_loop(&self, topics: &[TopicStatus]) -> Result<(), RouteError> {
+        let refused = |path| RouteError::Loop { from: self.from.clone(), to: self.to.clone(), path };
+        if matches(&self.from, &self.to) {
+            return Err(refused(format!("{:?} is one of its inputs", self.to)));
+        }
+        let (mut seen, mut open) = (BTreeSet::new(), vec![self.to.as_str()]);
+        while let Some(name) = open.pop() {
+            let groups = topics.iter().filter(|topic| topic.name == name).flat_map(|topic| &topic.groups);
+            for next in groups.filter_map(|group| group.name.strip_prefix(GROUP_PREFIX)) {
+                if matches(&self.from, next) {
+                    let mend = format!("if that is over, `shmbus group rm {name} {GROUP_PREFIX}{next}`");
+                    return Err(refused(format!("from topic {name:?} there is a route to {next:?}; {mend}")));
+                }
+                if seen.insert(next) {
+                    open.push(next);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A pipeline from one topic; `start` where its group may be created.
+    fn open(&self, topic: &str, bytes: u64, start: Option<Start>) -> Result<Pipeline<[u8], [u8]>, OpenError> {
+        let to = Topic::<[u8]>::named(self.to.as_str()).envelope().bytes(bytes);
+        let pipeline = self.bus.pipeline(Topic::<[u8]>::named(topic), self.group.as_str(), to);
+        match start {
+            Some(start) => pipeline.options(self.options.clone()).start(start).open(),
+            None => pipeline.existing().open(),
+        }
+    }
+}
+
+impl Route {
+    /// Routes one input, waiting for it for at most `limit`; then, where the output topic is full, for room for as long as it
+    /// takes. `false`: none came.
+    ///
+    /// # Errors
+    /// [`RouteError`]. The input is not lost: it goes back to its group.
+    pub fn step(&mut self, limit: Duration) -> Result<bool, RouteError> {
+        let deadline = Instant::now().checked_add(limit);
+        loop {
+            let may_come = is_pattern(&self.plan.from) || self.legs.is_empty();
+            if may_come && self.looked.elapsed() >= LOOK {
+                self.find_topics(Start::Oldest)?;
+            }
+            let look_again = Instant::now() + LOOK;
+            let until = deadline.map_or(look_again, |deadline| deadline.min(look_again));
+            let (leg, outcome) = match self.wait(until) {
+                Some((leg, Ok(()))) => (leg, self.pass_on(leg)),
+                Some((leg, Err(error))) => (leg, Err(error.into())),
+                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(false),
+                None => continue,
+            };
+            match outcome {
+                Ok(()) => return Ok(true),
+                Err(error) => self.recover(leg, error)?,
+            }
+        }
+    }
+
+    /// What it has done since it was opened.
+    pub fn counts(&self) -> RouteCounts {
+        self.counts
+    }
+
+    /// The topics it takes from now, in the order in which it found them.
+    pub fn topics(&self) -> impl Iterator<Item = &str> {
+        self.legs.iter().map(|leg| leg.topic.as_str())
+    }
+
+    /// Opens a pipeline for each input topic that has none.
+    fn find_topics(&mut self, start: Start) -> Result<(), RouteError> {
+        self.looked = Instant::now();
+        let topics = self.plan.topics()?;
+        let is_new = |topic: &&TopicStatus| {
+            matches(&self.plan.from, &topic.name) && self.legs.iter().all(|leg| leg.topic != topic.name)
+        };
+        let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
+        if self.legs.is_empty() || !new.is_empty() {
+            self.plan.check_loop(&topics)?;
+        }
+        for topic in new {
+            let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
+            match self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start)) {
+                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, verdict: None }),
+                // It was there a moment ago.
+                Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until one of the topics has an input, and takes it; which one.
+    fn wait(&mut self, until: Instant) -> Option<(usize, Result<(), RecvError>)> {
+        if self.legs.is_empty() {
+            std::thread::sleep(until.saturating_duration_since(Instant::now()));
+            return None;
+        }
+        let turn = self.turn;
+        wait::until_any(
+            &mut self.legs,
+            Wait::Adaptive,
+            Some(until),
+            |legs, bells| bells.extend(legs.iter().map(|leg| leg.pipeline.consumer().bell())),
+            |legs| {
+                let count = legs.len();
+                for index in (0..count).map(|at| (turn + at) % count) {
+                    match legs[index].pipeline.consumer_mut().take() {
+                        Ok(true) => return Look::Found((index, Ok(()))),
+                        Ok(false) => {}
+                        Err(error) => return Look::Found((index, Err(error))),
+                    }
+                }
+                let soon = |leg: &Leg| leg.pipeline.consumer().nap().is_some_and(|nap| nap <= SOON);
+                if legs.iter().any(soon) { Look::Soon } else { Look::Nothing }
+            },
+        )
+    }
+
+    /// Does with the input that was taken what is to be done.
+    fn pass_on(&mut self, leg: usize) -> Result<(), PipelineError> {
+        self.turn = leg + 1;
+        let Leg { topic, pipeline, verdict } = &mut self.legs[leg];
+        let (filters, transform) = (&mut self.filters, &mut self.transform);
+        let with_envelope = pipeline.output_options().envelope;
+        let (mut now, last) = (self.counts, &mut self.last);
+        pipeline.finish_taken(|input, outputs| {
+            *last = Some(input.sequence().get());
+            match verdict.take().filter(|(sequence, _)| *sequence == input.sequence().get()) {
+                Some((_, Verdict::Reject(reason))) => {
+                    now.rejected += 1;
+                    return Err(Failure::Reject(reason));
+                }
+                Some((_, Verdict::Duplicate)) => {
+                    now.duplicates += 1;
+                    return Ok(());
+                }
+                None => {}
+            }
+            if !filters.iter_mut().all(|filter| filter(input)) {
+                now.filtered += 1;
+                return Ok(());
+            }
+            let outcome = match transform {
+                Some(transform) => transform(input, outputs),
+                None if with_envelope => {
+                    outputs.push_with(input.as_bytes(), copied_envelope(topic, input));
+                    Ok(())
+                }
+                None => {
+                    outputs.push(input.as_bytes());
+                    Ok(())
+                }
+            };
+            match &outcome {
+                Ok(()) => now.routed += 1,
+                Err(Failure::Reject(_)) => now.rejected += 1,
+                Err(Failure::Retry) => {}
+            }
+            outcome
+        })?;
+        self.counts = now;
+        Ok(())
+    }
+
+    /// After an input was not routed: what cannot be published gets its verdict when it comes again, who was fenced begins
+    /// anew, and a topic of a pattern may go.
+    fn recover(&mut self, leg: usize, error: PipelineError) -> Result<(), RouteError> {
+        match &error {
+            PipelineError::Recv(RecvError::Fenced)
+            | PipelineError::Publish(PublishError::Fenced)
+            | PipelineError::Ack(AckError::Fenced) => return self.reopen(leg),
+            PipelineError::Recv(RecvError::Gone(GoneReason::Removed))
+            | PipelineError::Ack(AckError::Gone(GoneReason::Removed))
+                if is_pattern(&self.plan.from) =>
+            {
+                self.legs.remove(leg);
+                return Ok(());
+            }
+            // Given to another, who routes it.
+            PipelineError::Ack(AckError::LeaseLost { .. }) => return Ok(()),
+            _ => {}
+        }
+        let verdict = match &error {
+            PipelineError::Publish(PublishError::Duplicate { .. }) => Some(Verdict::Duplicate),
+            PipelineError::Publish(
+                PublishError::TooLarge { .. }
+                | PublishError::WrongSize { .. }
+                | PublishError::BatchSize { .. }
+                | PublishError::Envelope(_),
+            ) => Some(Verdict::Reject(format!("routing to {:?}: {error}", self.plan.to))),
+            _ => None,
+        };
+        let Leg { topic, verdict: known, .. } = &mut self.legs[leg];
+        match (verdict, self.last) {
+            (Some(verdict), Some(sequence)) => {
+                *known = Some((sequence, verdict));
+                Ok(())
+            }
+            _ => Err(RouteError::Step { topic: topic.clone(), source: error }),
+        }
+    }
+
+    /// Takes its place in the group again, which must still be there.
+    fn reopen(&mut self, leg: usize) -> Result<(), RouteError> {
+        let Leg { topic, pipeline, .. } = self.legs.swap_remove(leg);
+        let bytes = pipeline.output_options().bytes;
+        // The old consumer's number is free only now.
+        drop(pipeline);
+        let pipeline = self.plan.open(&topic, bytes, None)?;
+        self.legs.push(Leg { topic, pipeline, verdict: None });
+        self.counts.reopened += 1;
+        Ok(())
+    }
+}
+
+/// What goes with a copy: whence it is, then all that went with the input.
+fn copied_envelope(topic: &str, input: &Delivery<'_, [u8]>) -> Envelope {
+    let envelope = Envelope::new()
+        .key(input.key().unwrap_or_default())
+        .id(input.id().unwrap_or_default())
+        .header("origin-topic", topic.as_bytes())
+        .header("origin-sequence", input.sequence().to_string().as_bytes());
+    input.headers().fold(envelope, |envelope, (name, value)| envelope.header(name, value))
+}
+
+impl fmt::Debug for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = f.debug_struct("Route");
+        parts.field("from", &self.plan.from).field("to", &self.plan.to).field("counts", &self.counts);
+        parts.finish_non_exhaustive()
+    }
+}
