@@ -392,6 +392,16 @@ pub enum PublishError {
         /// The oldest sequence (position, on topics with many publishers) it has not released.
         held: u64,
     },
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
 }
 
 /// Who holds a full ring.
@@ -452,4 +462,14 @@ pub enum RecvError {
     /// Shared memory holds values that no correct process writes.
     #[error("the topic's shared memory is corrupt: {0}")]
     Corrupt(&'static str),
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
 }

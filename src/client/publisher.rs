@@ -11,6 +11,7 @@ use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, TopicInfo};
 use crate::error::{AttachError, Holder, OpenError, PublishError};
+use crate::os::home::Home;
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Blocked, Stop};
@@ -38,7 +39,7 @@ pub(crate) struct PublisherCore {
     id: u64,
     wait: Wait,
     held: Option<Held>,
-    opened_by: u32,
+    home: Home,
 }
 
 /// The kinds of ring: closed, so that publishing is a branch and not an indirect call.
@@ -74,7 +75,7 @@ impl Bus {
             id: publisher,
             wait: Wait::default(),
             held: Some(held),
-            opened_by: std::process::id(),
+            home: self.control().home(),
         };
         Ok(Publisher { core, payload: PhantomData })
     }
@@ -141,10 +142,10 @@ fn missing(found: usize, expected: u64) -> AttachError {
 
 impl PublisherCore {
     /// A stand-alone channel's sender.
-    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
+    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment, home: Home) -> Self {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
-        PublisherCore { port, options, id: 0, wait: Wait::default(), held: None, opened_by: std::process::id() }
+        PublisherCore { port, options, id: 0, wait: Wait::default(), held: None, home }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -165,8 +166,12 @@ impl PublisherCore {
         Ok(())
     }
 
+    /// Whether there is a topic to publish to, and a publisher to do it: a forked child has neither.
     #[inline]
     fn check_gone(&self) -> Result<(), PublishError> {
+        if !self.home.is_here() {
+            return Err(PublishError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
+        }
         match with_port!(&self.port, port => port.gone()) {
             None => Ok(()),
             Some(reason) => Err(PublishError::Gone(reason)),
@@ -176,6 +181,9 @@ impl PublisherCore {
     /// The few stores that publish a small message where nothing stands in the way.
     #[inline(always)]
     fn publish_fast(&mut self, bytes: &[u8]) -> Option<Sequence> {
+        if !self.home.is_here() {
+            return None;
+        }
         with_port!(&mut self.port, port => port.publish_fast(bytes)).map(Sequence::new)
     }
 
@@ -281,7 +289,7 @@ impl PublisherCore {
 impl Drop for PublisherCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original is its parent's.
-        if self.opened_by != std::process::id() {
+        if !self.home.is_here() {
             return;
         }
         with_port!(&mut self.port, port => port.leave());
@@ -451,6 +459,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
     }
 
     fn bytes(&self) -> &[u8] {
+        self.core.home.assert_here("loan");
         match &self.space {
             Space::Inline(small, len) => &small.0[..*len],
             Space::Arena(span) => {
@@ -463,6 +472,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
+        self.core.home.assert_here("loan");
         match &mut self.space {
             Space::Inline(small, len) => &mut small.0[..*len],
             Space::Arena(span) => {

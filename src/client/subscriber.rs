@@ -12,6 +12,7 @@ use crate::client::message::Message;
 use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, ReadPort};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError};
+use crate::os::home::Home;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
@@ -51,7 +52,7 @@ pub(crate) struct SubscriberCore {
     options: TopicOptions,
     wait: Wait,
     held: Option<Held>,
-    opened_by: u32,
+    home: Home,
 }
 
 /// The kinds of ring: closed, so that receiving is a branch and not an indirect call.
@@ -137,7 +138,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             options,
             wait: self.wait,
             held: Some(held),
-            opened_by: std::process::id(),
+            home: control.home(),
         };
         Ok(Subscriber { core, payload: PhantomData })
     }
@@ -228,17 +229,10 @@ impl Port {
 
 impl SubscriberCore {
     /// A stand-alone channel's receiver.
-    pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
+    pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment, home: Home) -> Self {
         let options = info.options.clone();
         let port = Port::channel(&Arc::new(info), segment, true);
-        SubscriberCore {
-            port,
-            found: Found::nothing(),
-            options,
-            wait: Wait::default(),
-            held: None,
-            opened_by: std::process::id(),
-        }
+        SubscriberCore { port, found: Found::nothing(), options, wait: Wait::default(), held: None, home }
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -248,11 +242,20 @@ impl SubscriberCore {
     /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
     #[inline(always)]
     fn poll(&mut self) -> Result<bool, RecvError> {
+        if !self.home.is_here() {
+            return Err(self.forked());
+        }
         match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
             Glance::Found => Ok(true),
             Glance::Nothing => Ok(false),
             Glance::Unclear => self.poll_slow(),
         }
+    }
+
+    /// A forked child has a copy of its parent's handle; the cursor is the parent's.
+    #[cold]
+    fn forked(&self) -> RecvError {
+        RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() }
     }
 
     fn poll_slow(&mut self) -> Result<bool, RecvError> {
@@ -290,9 +293,10 @@ impl SubscriberCore {
         with_port!(&self.port, port => port.bell())
     }
 
-    /// The message found last.
+    /// The message found last. In a forked child it is not ours: our parent reads on.
     #[inline]
     pub(crate) fn found(&self) -> &Found {
+        self.home.assert_here("message");
         &self.found
     }
 
@@ -305,7 +309,7 @@ impl SubscriberCore {
 impl Drop for SubscriberCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original, and its cursor, are its parent's.
-        if self.opened_by != std::process::id() {
+        if !self.home.is_here() {
             return;
         }
         with_port!(&mut self.port, port => port.leave());

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::limits::Limits;
-use crate::coordinator::link::{self, Link, participant_name, segment_name};
+use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Request, SegmentRef, StartAt,
@@ -21,7 +21,7 @@ use crate::coordinator::protocol::{
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
 use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
-use crate::os::pidfd;
+use crate::os::{address_space, pidfd};
 use crate::ring::log::TopicState;
 use crate::topic::Mode;
 
@@ -42,6 +42,8 @@ pub(crate) struct Estate {
     registry: Registry,
     memories: BTreeMap<u64, TopicMemory>,
     pidfds: BTreeMap<u64, OwnedFd>,
+    /// The address spaces in which participants have their handles, as far as we may look into them.
+    spaces: BTreeMap<u64, OwnedFd>,
     /// The keeper; `None` where the bus is hosted on a thread, or while the keeper is dead.
     link: Option<Link>,
     /// Where the subscriber that opens right now begins.
@@ -111,6 +113,7 @@ impl Estate {
             registry,
             memories: BTreeMap::new(),
             pidfds: BTreeMap::new(),
+            spaces: BTreeMap::new(),
             link,
             joined: None,
             announcements: Vec::new(),
@@ -134,6 +137,7 @@ impl Estate {
                 Some(pidfd) => drop(self.pidfds.insert(incarnation, pidfd)),
                 None => losses.push(Event::Left { incarnation }),
             }
+            self.spaces.extend(store.remove(&space_name(incarnation)).map(|space| (incarnation, space)));
         }
         losses
     }
@@ -164,6 +168,7 @@ impl Estate {
     pub(crate) fn stored(&self) -> Vec<(String, BorrowedFd<'_>)> {
         let mut items = vec![(link::REGISTRY.to_owned(), self.registry.as_fd())];
         items.extend(self.pidfds.iter().map(|(incarnation, fd)| (participant_name(*incarnation), fd.as_fd())));
+        items.extend(self.spaces.iter().map(|(incarnation, fd)| (space_name(*incarnation), fd.as_fd())));
         for (topic, memory) in &self.memories {
             items
                 .extend(memory.segments().into_iter().map(|segment| (segment_name(*topic, &segment.name), segment.fd)));
@@ -229,6 +234,22 @@ impl Estate {
         Ok(incarnation)
     }
 
+    /// Notes the address space that a participant joined from.
+    pub(crate) fn watch_space(&mut self, incarnation: u64, space: OwnedFd) {
+        if let Some(link) = &mut self.link {
+            // Without it a successor only learns later that the process runs another program.
+            let _ = link.store(&space_name(incarnation), space.as_fd());
+        }
+        self.spaces.insert(incarnation, space);
+    }
+
+    /// Whether no store of this participant can follow: its process is dead, or has executed another program and left
+    /// the address space behind in which it had its handles. In doubt one can.
+    pub(crate) fn is_past(&self, incarnation: u64) -> bool {
+        self.spaces.get(&incarnation).is_some_and(|space| address_space::is_gone(space.as_fd()))
+            || self.pidfds.get(&incarnation).is_some_and(|pidfd| pidfd::is_dead(pidfd.as_fd()).unwrap_or(false))
+    }
+
     /// Lets a process back in whose connection broke, if it is the one it says it is.
     pub(crate) fn readmit(
         &mut self,
@@ -243,14 +264,14 @@ impl Estate {
         let lives = !pidfd::is_dead(registered.as_fd()).map_err(|error| system("looking at a process", &error))?;
         let same =
             pidfd::may_be_same(registered.as_fd(), pidfd).map_err(|error| system("comparing processes", &error))?;
-        if !(lives && same && participant.pid == pid) {
+        if !(lives && same && participant.pid == pid) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         let plan = self.state.rejoin(incarnation, holds)?;
         self.carry_out_all(plan.events)
     }
 
-    /// Releases everything a participant had: it is dead, or has closed its connection.
+    /// Releases everything a participant had: it is dead, or has said good-bye.
     pub(crate) fn bury(&mut self, incarnation: u64) -> Result<(), Refusal> {
         if self.state.participant(incarnation).is_none() {
             return Ok(());
@@ -335,7 +356,10 @@ impl Estate {
                     memory.end(TopicState::Removed);
                 }
             }
-            Event::Left { incarnation } => drop(self.pidfds.remove(incarnation)),
+            Event::Left { incarnation } => {
+                self.pidfds.remove(incarnation);
+                self.spaces.remove(incarnation);
+            }
             _ => {}
         }
         Ok(())
@@ -352,7 +376,7 @@ impl Estate {
                 };
                 names.into_iter().map(|name| segment_name(*topic, &name)).collect()
             }
-            Event::Left { incarnation } => vec![participant_name(*incarnation)],
+            Event::Left { incarnation } => vec![participant_name(*incarnation), space_name(*incarnation)],
             _ => Vec::new(),
         }
     }

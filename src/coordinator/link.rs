@@ -39,6 +39,11 @@ pub(crate) fn participant_name(incarnation: u64) -> String {
     format!("participant-{incarnation}")
 }
 
+/// A participant's address space in the store.
+pub(crate) fn space_name(incarnation: u64) -> String {
+    format!("space-{incarnation}")
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Message {
     /// Keep the descriptor that rides along under this name, in the place of any earlier one.

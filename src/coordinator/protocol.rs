@@ -11,7 +11,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -39,6 +39,10 @@ pub(crate) enum Request {
     Status { topic: Option<String>, after: Option<String> },
     /// Ends the bus.
     Stop,
+    /// The process has dropped its bus and every handle: whatever it holds is given back, and it is no participant any
+    /// more. A connection that ends without it says nothing: only proof of death, or of an address space that is gone,
+    /// releases what its process holds.
+    Goodbye,
 }
 
 /// Where a subscriber starts.
@@ -101,6 +105,8 @@ pub(crate) enum Answer {
     },
     /// To `Status`, in the order of names. `more`: ask again `after` the last one.
     Status { topics: Vec<TopicStatus>, more: bool },
+    /// To `Goodbye`: everything has been given back. The last packet of a connection.
+    Farewell,
     /// The request was declined; nothing changed.
     Refused(Refusal),
     /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.

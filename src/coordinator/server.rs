@@ -20,6 +20,7 @@ use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
+use crate::os::address_space;
 use crate::os::socket::{self, Peer};
 
 /// A bus that nobody has found yet waits longer than one that was left.
@@ -30,6 +31,11 @@ const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
 /// How often a bus on which nobody is looks whether it can still be found.
 const NAMES_LOOK: Duration = Duration::from_secs(30);
+
+/// When to look again at participants that have lost their connection and live; doubled from there, since most of them
+/// come back or stay for good.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LONGEST_LOOK: Duration = Duration::from_secs(30);
 
 /// Connections accepted in one round, and events looked at.
 const ACCEPTS_PER_ROUND: usize = 16;
@@ -65,6 +71,8 @@ pub(crate) struct Server {
     leave_at: Option<Instant>,
     /// When to start a keeper again; never where the bus is hosted on a thread.
     keeper_at: Option<Instant>,
+    /// When to look at those without a connection, and how long was waited for it.
+    look: Option<(Instant, Duration)>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -108,7 +116,7 @@ impl Server {
         let hosted = estate.link().is_none();
         // Our predecessor died while it ended the bus: nothing is left but to leave.
         let ended = estate.state().ending;
-        let server = Server {
+        let mut server = Server {
             place,
             lock,
             listener,
@@ -121,11 +129,13 @@ impl Server {
             spare: spare(),
             leave_at: Some(Instant::now() + FIRST_LINGER),
             keeper_at: None,
+            look: None,
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
         };
         server.watch_all()?;
+        server.look_soon();
         Ok(server)
     }
 
@@ -172,7 +182,8 @@ impl Server {
 
     /// Until the next thing to do; without a limit while there is nothing.
     fn timeout(&self) -> EpollTimeout {
-        let next = self.leave_at.into_iter().chain(self.keeper_at).min();
+        let look_at = self.look.map(|(at, _)| at);
+        let next = self.leave_at.into_iter().chain(self.keeper_at).chain(look_at).min();
         let wait = next.and_then(|at| socket::round_up(at.saturating_duration_since(Instant::now())).as_millis());
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
     }
@@ -196,6 +207,9 @@ impl Server {
         let now = Instant::now();
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
+        }
+        if let Some((_, waited)) = self.look.filter(|(at, _)| *at <= now) {
+            self.look_after_the_lost(waited)?;
         }
         if !self.estate.state().participants().is_empty() {
             self.leave_at = None;
@@ -290,24 +304,63 @@ impl Server {
         Ok(self.epoll.modify(client, &mut EpollEvent::new(flags, token(KIND_CLIENT, id)))?)
     }
 
-    /// The client closed its connection: it has dropped the bus and every handle, or is dead.
+    /// The connection broke without a good-bye: the process is dead, about to be, or runs another program. If it can be
+    /// proven right now, so much the better; a living one keeps its places, for it may still write (SPEC §4.2).
     fn hang_up(&mut self, id: u64) -> io::Result<()> {
-        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
-        match incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
-            Some(incarnation) => self.bury(incarnation),
-            None => Ok(()),
+        match self.disconnect(id) {
+            Some(incarnation) if self.estate.is_past(incarnation) => self.bury(incarnation),
+            _ => Ok(()),
         }
     }
 
     /// We close the connection. What the process holds stays in force: it may come back, and if not, it will die.
     fn expel(&mut self, id: u64) {
-        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
-        if let Some(incarnation) = incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
-            self.connected.remove(&incarnation);
-        }
+        self.disconnect(id);
     }
 
-    /// A participant is dead, or has left.
+    /// Forgets a connection; whose it was, if that participant has no other one now.
+    fn disconnect(&mut self, id: u64) -> Option<u64> {
+        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
+        let incarnation = incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id))?;
+        self.connected.remove(&incarnation);
+        self.look_soon();
+        Some(incarnation)
+    }
+
+    fn look_soon(&mut self) {
+        self.look = Some((Instant::now() + FIRST_LOOK, FIRST_LOOK));
+    }
+
+    /// Buries participants without a connection that have executed another program since. Nothing tells us when they do:
+    /// their connection may have broken long before, with an earlier coordinator. Deaths are told by the pidfd.
+    fn look_after_the_lost(&mut self, waited: Duration) -> io::Result<()> {
+        let everybody = self.estate.state().participants().keys().copied();
+        let lost: Vec<u64> = everybody.filter(|incarnation| !self.connected.contains_key(incarnation)).collect();
+        let next = (waited * 2).min(LONGEST_LOOK);
+        self.look = (!lost.is_empty()).then(|| (Instant::now() + next, next));
+        for incarnation in lost {
+            if self.estate.is_past(incarnation) {
+                self.bury(incarnation)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A participant has dropped everything. It is told once that is noted, so that it can turn to our successor if we
+    /// die before.
+    fn bid_farewell(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+        let client = self.clients.remove(&id);
+        if self.connected.get(&incarnation) == Some(&id) {
+            self.bury(incarnation)?;
+        }
+        if let Some(mut client) = client {
+            // Whoever does not wait for it needs it no more.
+            let _ = client.send(&Answer::Farewell, Vec::new());
+        }
+        Ok(())
+    }
+
+    /// A participant is past, or has left.
     fn bury(&mut self, incarnation: u64) -> io::Result<()> {
         if let Some(id) = self.connected.remove(&incarnation) {
             self.clients.remove(&id);
@@ -343,6 +396,7 @@ impl Server {
                 self.expel(id);
                 Ok(())
             }
+            (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
             (Some(incarnation), request) => self.grant(id, incarnation, &request),
         }
     }
@@ -356,8 +410,16 @@ impl Server {
         }
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let peer = client.peer;
-        let admitted = match socket::peer_pidfd(client.as_fd(), peer) {
-            Ok(pidfd) => self.let_in(peer, pidfd, incarnation, holds)?,
+        let watched = socket::peer_pidfd(client.as_fd(), peer);
+        let space = address_space::open(peer.pid);
+        // A newcomer that is still connected is still the process and the program that connected: both descriptors are
+        // its own, and no newcomer's that was given its number.
+        if incarnation.is_none() && socket::is_hung_up(client.as_fd()) {
+            self.expel(id);
+            return Ok(());
+        }
+        let admitted = match watched {
+            Ok(pidfd) => self.let_in(peer, pidfd, space.ok(), incarnation, holds)?,
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -376,6 +438,7 @@ impl Server {
         &mut self,
         peer: Peer,
         pidfd: OwnedFd,
+        space: Option<OwnedFd>,
         incarnation: Option<u64>,
         holds: &[HandleRef],
     ) -> io::Result<Result<u64, Refusal>> {
@@ -387,6 +450,7 @@ impl Server {
             && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
         {
             self.watch(pidfd, token(KIND_PARTICIPANT, incarnation))?;
+            space.into_iter().for_each(|space| self.estate.watch_space(incarnation, space));
         }
         Ok(admitted)
     }

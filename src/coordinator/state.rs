@@ -379,7 +379,8 @@ impl State {
         let participant = self.participants.get(&incarnation).ok_or(Refusal::UnknownParticipant { incarnation })?;
         let decider = Decider { state: self, limits, footprint, incarnation, uid: participant.uid };
         match request {
-            Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
+            // These are the server's business, and never come here from a connection that is what it should be.
+            Request::Hello { .. } | Request::Goodbye => Err(Refusal::Protocol { problem: "out of turn".to_owned() }),
             Request::CreateTopic { topic, options, exist_ok } => decider.create_topic(topic, options, *exist_ok),
             Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
             Request::OpenPublisher { topic, schema, create } => {

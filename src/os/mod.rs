@@ -1,7 +1,9 @@
 //! System calls, one file a facility. Nothing else in the crate calls the kernel for these.
 
+pub(crate) mod address_space;
 pub(crate) mod cache;
 pub(crate) mod futex;
+pub(crate) mod home;
 pub(crate) mod lock;
 pub(crate) mod membarrier;
 pub(crate) mod memfd;

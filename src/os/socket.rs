@@ -135,9 +135,15 @@ pub(crate) fn peer(fd: BorrowedFd<'_>) -> io::Result<Peer> {
     Ok(Peer { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
 }
 
-/// A pidfd of the peer. Kernels before 6.5 cannot say it of the socket, so there it is opened by number: were the peer
-/// to die and its number to be given away in between, the newcomer would be watched instead, and the socket's hang-up
-/// remains as the sign of death.
+/// Whether the other end is closed, though what it sent may still be unread.
+pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    wait(fd, closed, Some(Instant::now())).unwrap_or(true)
+}
+
+/// A pidfd of the peer. Kernels before 6.5 cannot say it of the socket, so there it is opened by number: whoever asks
+/// must check afterwards that the peer [has not hung up](is_hung_up). Were it dead and its number given away, it would
+/// have, unless a child that it forked still has the socket.
 pub(crate) fn peer_pidfd(fd: BorrowedFd<'_>, peer: Peer) -> io::Result<OwnedFd> {
     match getsockopt(&fd, sockopt::PeerPidfd) {
         Err(Errno::ENOPROTOOPT | Errno::EINVAL) => pidfd::open(peer.pid),
