@@ -13,6 +13,8 @@ mod channel;
 mod client;
 #[cfg(not(loom))]
 pub mod coordinator;
+#[cfg(not(loom))]
+pub mod doctor;
 mod error;
 #[cfg(not(loom))]
 mod os;
@@ -27,7 +29,9 @@ mod wait;
 pub use crate::{
     channel::{Channel, ChannelError},
     client::{Bus, BusOptions, Loan, Message, Publisher, Start, Subscriber, SubscriberBuilder},
-    coordinator::protocol::{PublisherStatus, SubscriberStatus, TopicStatus},
+    coordinator::protocol::{
+        BlockedTopic, BusReport, ParticipantStatus, PublisherStatus, SubscriberStatus, TopicStatus,
+    },
     wait::Wait,
 };
 pub use crate::{

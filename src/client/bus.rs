@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::client::control::Control;
 use crate::client::launch;
 use crate::coordinator::directory::Place;
-use crate::coordinator::protocol::{Answer, Request, TopicStatus};
+use crate::coordinator::protocol::{Answer, BusReport, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
 use crate::topic::{Payload, Topic, TopicOptions};
 
@@ -128,6 +128,14 @@ impl Bus {
     pub fn topic(&self, name: &str) -> Result<TopicStatus, OpenError> {
         match self.control.request(&Request::Status { topic: Some(name.to_owned()), after: None })?.0 {
             Answer::Status { mut topics, .. } if topics.len() == 1 => Ok(topics.swap_remove(0)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Who serves the bus, who is on it and who holds whom up. True at some moment while the answer was made.
+    pub fn report(&self) -> Result<BusReport, OpenError> {
+        match self.control.request(&Request::Report)?.0 {
+            Answer::Report(report) => Ok(report),
             other => Err(unexpected(&other)),
         }
     }

@@ -58,6 +58,30 @@ impl Place {
         &self.socket
     }
 
+    /// The buses that have a socket or a lock in this directory.
+    pub(crate) fn buses_in(directory: &Path) -> io::Result<Vec<String>> {
+        let mut buses = std::collections::BTreeSet::new();
+        for entry in fs::read_dir(directory)? {
+            let name = entry?.file_name();
+            let bus = name.to_str().and_then(|name| name.strip_suffix(".sock").or_else(|| name.strip_suffix(".lock")));
+            buses.extend(bus.filter(|bus| check_name(bus).is_ok()).map(str::to_owned));
+        }
+        Ok(buses.into_iter().collect())
+    }
+
+    /// The names that exist of this bus.
+    pub(crate) fn names_present(&self) -> Vec<&Path> {
+        [&self.socket, &self.lock]
+            .into_iter()
+            .map(PathBuf::as_path)
+            .filter(|path| path.symlink_metadata().is_ok())
+            .collect()
+    }
+
+    pub(crate) fn lock_path(&self) -> &Path {
+        &self.lock
+    }
+
     /// Takes the lock; `None` when somebody serves the bus.
     pub(crate) fn lock(&self) -> Result<Option<OwnedFd>, ConnectError> {
         loop {
@@ -108,6 +132,15 @@ impl Place {
 
     fn io(&self, path: &Path, what: &str, source: io::Error) -> ConnectError {
         ConnectError::io(format!("bus {:?}: {what} {}", self.bus, path.display()), source)
+    }
+}
+
+/// The socket directory that [`Place::find`] would use, checked and not created: it may not exist.
+pub(crate) fn in_use(directory: Option<&Path>) -> Result<PathBuf, ConnectError> {
+    let directory = directory.map_or_else(usual_directory, Path::to_owned);
+    match fs::symlink_metadata(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(directory),
+        _ => check(&directory).map(|()| directory),
     }
 }
 

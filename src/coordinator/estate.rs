@@ -571,6 +571,9 @@ fn broken(problem: &str) -> Refusal {
     Refusal::System { context: "coordinator".to_owned(), problem: problem.to_owned() }
 }
 
+#[path = "report.rs"]
+mod report;
+
 #[cfg(test)]
 #[path = "estate_tests.rs"]
 mod tests;

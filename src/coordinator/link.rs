@@ -192,6 +192,13 @@ impl Link {
         receive(self.socket.as_fd())
     }
 
+    /// The keeper's process.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        // A keeper that started us has made both ends of the socket.
+        let started_us = || socket::peer(self.socket.as_fd()).ok().map(|peer| peer.pid);
+        self.child.as_ref().map(Child::id).or_else(started_us)
+    }
+
     /// Makes sure that a keeper which hung up is dead, and reaps it.
     pub(crate) fn bury(self) {
         if let Some(mut child) = self.child {

@@ -39,6 +39,8 @@ pub(crate) enum Request {
     Status { topic: Option<String>, after: Option<String> },
     /// Ends the bus.
     Stop,
+    /// Who serves the bus, who is on it and who holds whom up.
+    Report,
     /// The process has dropped its bus and every handle: whatever it holds is given back, and it is no participant any
     /// more. A connection that ends without it says nothing: only proof of death, or of an address space that is gone,
     /// releases what its process holds.
@@ -107,10 +109,64 @@ pub(crate) enum Answer {
     Status { topics: Vec<TopicStatus>, more: bool },
     /// To `Goodbye`: everything has been given back. The last packet of a connection.
     Farewell,
+    /// To `Report`.
+    Report(BusReport),
     /// The request was declined; nothing changed.
     Refused(Refusal),
     /// Unasked, to every participant with a subscriber on the topic: a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },
+}
+
+/// A bus as `shmbus doctor` looks at it. True at some moment while it was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BusReport {
+    /// The coordinator's process.
+    pub coordinator_pid: u32,
+    /// The keeper's process; `None` where the bus is hosted on a thread, or while there is no keeper.
+    pub keeper_pid: Option<u32>,
+    /// Shared memory that each user may reserve.
+    pub budget_bytes: u64,
+    /// What the user with most of it has reserved.
+    pub most_reserved_bytes: u64,
+    /// Every process on the bus, in the order in which they came.
+    pub participants: Vec<ParticipantStatus>,
+    /// Topics whose publishers have no room, at most 64 of them.
+    pub blocked: Vec<BlockedTopic>,
+}
+
+/// A process on the bus.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ParticipantStatus {
+    /// Its number, never given twice on a bus.
+    pub incarnation: u64,
+    /// Its process, as the coordinator sees it.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Publishers and subscribers that it holds.
+    pub handles: u32,
+    /// Whether it has a connection. One without keeps its places; it comes back with its next request.
+    pub connected: bool,
+}
+
+/// A topic whose publishers have no room, and who keeps it from them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BlockedTopic {
+    /// The topic.
+    pub topic: String,
+    /// Whether it is a channel.
+    pub channel: bool,
+    /// The cursor that is furthest behind.
+    pub cursor: u32,
+    /// Its process, as the coordinator sees it.
+    pub pid: u32,
+    /// The next sequence it will read.
+    pub sequence: u64,
+    /// How many sequences it is behind.
+    pub lag: u64,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.

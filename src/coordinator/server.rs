@@ -397,6 +397,7 @@ impl Server {
                 Ok(())
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
+            (Some(_), Request::Report) => self.report(id),
             (Some(incarnation), request) => self.grant(id, incarnation, &request),
         }
     }
@@ -491,6 +492,12 @@ impl Server {
             Err(refusal) => (Answer::Refused(refusal), Vec::new()),
         };
         self.send(id, &answer, fds)
+    }
+
+    fn report(&mut self, id: u64) -> io::Result<()> {
+        let keeper = self.estate.link().and_then(Link::pid);
+        let report = self.estate.report(keeper, |incarnation| self.connected.contains_key(&incarnation));
+        self.send(id, &Answer::Report(report), Vec::new())
     }
 
     /// Hands new arenas to their readers, before the publisher that will write them learns that it may.

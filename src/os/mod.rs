@@ -9,5 +9,6 @@ pub(crate) mod membarrier;
 pub(crate) mod memfd;
 pub(crate) mod memory_size;
 pub(crate) mod pidfd;
+pub(crate) mod probe;
 pub(crate) mod process;
 pub(crate) mod socket;

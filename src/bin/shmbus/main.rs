@@ -3,6 +3,7 @@
 mod bench;
 mod create;
 mod demo;
+mod doctor;
 mod ls;
 mod output;
 mod publish;
@@ -93,11 +94,14 @@ enum Command {
     Create(create::Args),
     Rm(remove::Args),
     Bench(bench::Args),
+    Doctor(doctor::Args),
 }
 
 /// How a command ended when it did not fail.
 enum Ended {
     Well,
+    /// It did what it was asked to, and the answer is no: exit code 1 without a word more.
+    Badly,
     /// By this signal (SIGINT, SIGTERM), tidily.
     BySignal(i32),
 }
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
     };
     match run(cli) {
         Ok(Ended::Well) => ExitCode::SUCCESS,
+        Ok(Ended::Badly) => ExitCode::FAILURE,
         Ok(Ended::BySignal(signal)) => ExitCode::from(128 + signal as u8),
         // `shmbus sub t | head -1`: the reader has all it wanted.
         Err(e) if stdout_is_closed(&e) => ExitCode::SUCCESS,
@@ -132,6 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Create(args) => create::run(globals, args),
         Command::Rm(args) => remove::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
+        Command::Doctor(args) => doctor::run(globals, args),
     }
 }
 
