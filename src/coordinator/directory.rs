@@ -29,6 +29,7 @@ pub(crate) struct Place {
     directory: PathBuf,
     socket: PathBuf,
     lock: PathBuf,
+    socket_is_given: bool,
 }
 
 impl Place {
@@ -47,7 +48,7 @@ impl Place {
             return Err(refused(&socket, &problem, "choose a shorter SHMBUS_DIR or bus name"));
         }
         let lock = directory.join(format!("{bus}.lock"));
-        Ok(Place { bus: bus.to_owned(), directory, socket, lock })
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock, socket_is_given: false })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -105,10 +106,22 @@ impl Place {
         socket::listen(&self.socket).map_err(|source| self.io(&self.socket, "cannot listen at", source))
     }
 
+    /// The same place, whose socket a service manager made and will remove.
+    pub(crate) fn with_given_socket(mut self) -> Place {
+        self.socket_is_given = true;
+        self
+    }
+
+    pub(crate) fn socket_is_given(&self) -> bool {
+        self.socket_is_given
+    }
+
     /// Removes both names, if they still belong to this lock; those of a successor stay.
     pub(crate) fn remove(&self, lock: BorrowedFd<'_>) -> io::Result<()> {
         if self.names(lock)? {
-            remove(&self.socket)?;
+            if !self.socket_is_given {
+                remove(&self.socket)?;
+            }
             remove(&self.lock)?;
         }
         Ok(())
@@ -121,7 +134,7 @@ impl Place {
     }
 
     /// Whether the lock's name still leads to this file.
-    fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
+    pub(crate) fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
         let held = File::from(lock.try_clone_to_owned()?).metadata()?;
         match fs::symlink_metadata(&self.lock) {
             Ok(named) => Ok((named.dev(), named.ino()) == (held.dev(), held.ino())),

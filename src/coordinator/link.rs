@@ -26,6 +26,8 @@ const HANDOVER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Names in the store that every bus has.
 pub(crate) const LISTENER: &str = "listener";
+/// In the place of [`LISTENER`]: the socket is a service manager's, which made its name and will remove it.
+pub(crate) const GIVEN_LISTENER: &str = "given-listener";
 pub(crate) const LOCK: &str = "lock";
 pub(crate) const REGISTRY: &str = "registry";
 

@@ -16,7 +16,7 @@ use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
 use crate::coordinator::limits::LINGER;
-use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
+use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
@@ -89,6 +89,9 @@ impl Server {
     /// The bus that the keeper at the other end of `link` holds.
     pub(crate) fn resume(place: Place, link: OwnedFd, signals: SignalFd) -> io::Result<Server> {
         let mut store: BTreeMap<String, OwnedFd> = link::take_over(link.as_fd())?.into_iter().collect();
+        let given = store.remove(GIVEN_LISTENER);
+        let place = if given.is_some() { place.with_given_socket() } else { place };
+        store.extend(given.map(|listener| (LISTENER.to_owned(), listener)));
         let mut take = |name: &str| {
             let missing = || io::Error::other(format!("the keeper handed over no {name}"));
             store.remove(name).ok_or_else(missing)
@@ -541,7 +544,8 @@ impl Server {
             return Ok(());
         }
         let started = roles::start(Role::Keeper, &self.place).and_then(|(link, child)| {
-            let names = [(LOCK, self.lock.as_fd()), (LISTENER, self.listener.as_fd())];
+            let listener = if self.place.socket_is_given() { GIVEN_LISTENER } else { LISTENER };
+            let names = [(LOCK, self.lock.as_fd()), (listener, self.listener.as_fd())];
             let names = names.into_iter().map(|(name, fd)| (name.to_owned(), fd));
             let link = Link::new(link, Some(child));
             let handed = link::hand_over(link.as_fd(), names.chain(self.estate.stored()));

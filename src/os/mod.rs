@@ -12,3 +12,4 @@ pub(crate) mod pidfd;
 pub(crate) mod probe;
 pub(crate) mod process;
 pub(crate) mod socket;
+pub(crate) mod systemd;
