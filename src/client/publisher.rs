@@ -13,6 +13,7 @@ use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
+use crate::os::home::Home;
 use crate::ring::arena::Span;
 use crate::ring::cursor::Readers;
 use crate::ring::doorbell::Doorbell;
@@ -52,7 +53,7 @@ pub(crate) struct PublisherCore {
     runs: Runs,
     wait: Wait,
     held: Option<Held>,
-    opened_by: u32,
+    home: Home,
 }
 
 /// Puts messages into envelopes.
@@ -155,7 +156,7 @@ impl PublisherCore {
             runs: Runs::default(),
             wait: Wait::default(),
             held: Some(held),
-            opened_by: std::process::id(),
+            home: control.home(),
         })
     }
 }
@@ -300,7 +301,7 @@ impl Sealer {
 
 impl PublisherCore {
     /// A stand-alone channel's sender.
-    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
+    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment, home: Home) -> Self {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
         PublisherCore {
@@ -315,7 +316,7 @@ impl PublisherCore {
             runs: Runs::default(),
             wait: Wait::default(),
             held: None,
-            opened_by: std::process::id(),
+            home,
         }
     }
 
@@ -337,8 +338,19 @@ impl PublisherCore {
         Ok(())
     }
 
+    /// A forked child has a copy of its parent's handle; the place is the parent's.
+    #[inline]
+    fn check_home(&self) -> Result<(), PublishError> {
+        if self.home.is_here() {
+            return Ok(());
+        }
+        Err(PublishError::Forked { opened_by: self.home.pid(), pid: std::process::id() })
+    }
+
+    /// Whether there is a topic to publish to, and a publisher to do it.
     #[inline]
     fn check_gone(&self) -> Result<(), PublishError> {
+        self.check_home()?;
         match with_port!(&self.port, port => port.gone()) {
             None => Ok(()),
             Some(reason) => Err(PublishError::Gone(reason)),
@@ -348,6 +360,9 @@ impl PublisherCore {
     /// The few stores that publish a small message where nothing stands in the way.
     #[inline(always)]
     fn publish_fast(&mut self, bytes: &[u8]) -> Option<Sequence> {
+        if !self.home.is_here() {
+            return None;
+        }
         with_port!(&mut self.port, port => port.publish_fast(bytes)).map(Sequence::new)
     }
 
@@ -470,6 +485,7 @@ impl PublisherCore {
 
     /// Whether a message with this number comes next.
     fn check_number(&mut self, number: u64) -> Result<(), PublishError> {
+        self.check_home()?;
         let last = self.last_number();
         if number == last + 1 {
             return Ok(());
@@ -549,6 +565,9 @@ impl PublisherCore {
 /// Waiting for groups.
 impl PublisherCore {
     fn wait_settled(&mut self, group: &str, sequence: u64, limit: Duration) -> Result<(), SettleError> {
+        if !self.home.is_here() {
+            return Err(SettleError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
+        }
         let deadline = Instant::now().checked_add(limit);
         loop {
             let line = match self.groups.iter().position(|line| line.name == group) {
@@ -598,7 +617,7 @@ impl PublisherCore {
 impl Drop for PublisherCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original is its parent's.
-        if self.opened_by != std::process::id() {
+        if !self.home.is_here() {
             return;
         }
         with_port!(&mut self.port, port => port.leave());
@@ -840,6 +859,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
     /// # Errors
     /// As [`Publisher::publish`].
     pub fn publish(mut self) -> Result<Sequence, PublishError> {
+        self.core.check_home()?;
         self.write_envelope();
         match self.space {
             Space::Inline(small, len) => {
@@ -870,6 +890,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
 
     /// The payload.
     fn bytes(&self) -> &[u8] {
+        self.core.home.assert_here("loan");
         match &self.space {
             Space::Inline(small, len) => &small.0[..*len],
             Space::Arena(span) => {
@@ -889,6 +910,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
 
     /// All of the space.
     fn body_mut(&mut self) -> &mut [u8] {
+        self.core.home.assert_here("loan");
         match &mut self.space {
             Space::Inline(small, len) => &mut small.0[..*len],
             Space::Arena(span) => {

@@ -1,6 +1,7 @@
 //! What the tests of the library share: a bus of their own, other processes, deadlines, payloads that check themselves.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -50,8 +51,15 @@ impl Scene {
 
     /// Starts this test binary again as another process, which runs the test `role` and nothing else.
     pub(crate) fn start(&self, role: &str, arguments: &str) -> Process {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
+        self.start_inside(&[], role, arguments)
+    }
+
+    /// The same through another program that starts what its last arguments name.
+    pub(crate) fn start_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Process {
+        let this = std::env::current_exe().unwrap();
+        let line: Vec<&OsStr> = starter.iter().map(OsStr::new).chain([this.as_os_str()]).collect();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
         Process::new(command)

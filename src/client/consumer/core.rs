@@ -19,7 +19,8 @@ use crate::client::read::Lengths;
 use crate::coordinator::protocol::{GroupInfo, Request};
 use crate::error::{AckError, GoneReason, RecvError};
 use crate::group::{Guarantee, LEASE_MS, whole_ms};
-use crate::os::{clock, fork};
+use crate::os::clock;
+use crate::os::home::Home;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::ledger::{Ledger, MoveReason, Seen, State};
 use crate::ring::sequence::Sequence;
@@ -76,7 +77,7 @@ pub(crate) struct Core {
     pub(super) items: Vec<Item>,
     pub(super) flush: Flush,
     held: Option<Held>,
-    forks: u64,
+    pub(super) home: Home,
 }
 
 /// When the floor was last looked at.
@@ -110,8 +111,8 @@ pub(super) struct Parts {
 impl Core {
     pub(super) fn new(parts: Parts, wait: Wait, max_in_flight: u64) -> Core {
         static TOKENS: AtomicU64 = AtomicU64::new(0);
-        fork::watch();
         let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
+        let home = control.home();
         let (moves, lengths) = (Moves::new(&info, &group), Lengths::of_payload(&info.options));
         Core {
             log,
@@ -137,7 +138,7 @@ impl Core {
             items: Vec::new(),
             flush: Flush::default(),
             held: Some(held),
-            forks: fork::generation(),
+            home,
         }
     }
 
@@ -151,12 +152,6 @@ impl Core {
         due_after(now, self.group.options.lease_ms)
     }
 
-    /// Whether this process may use the handle at all.
-    #[inline]
-    pub(super) fn is_forked(&self) -> bool {
-        self.forks != fork::generation()
-    }
-
     pub(super) fn gone(&self) -> Option<GoneReason> {
         if self.readers.readers.wants_attention() { self.log.header().gone() } else { None }
     }
@@ -164,8 +159,8 @@ impl Core {
     /// Whether leases still mean anything.
     #[inline]
     fn check_settle(&self) -> Result<(), AckError> {
-        if self.is_forked() {
-            return Err(AckError::Forked);
+        if !self.home.is_here() {
+            return Err(AckError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
         if self.ledger.is_fenced(self.me) {
             return Err(AckError::Fenced);
@@ -373,7 +368,7 @@ fn due_after(now: u64, ms: u64) -> u64 {
 impl Drop for Core {
     fn drop(&mut self) {
         // A forked child drops a copy: the original, and its leases, are its parent's.
-        if self.is_forked() {
+        if !self.home.is_here() {
             return;
         }
         if self.gone().is_none() && !self.ledger.is_fenced(self.me) {
