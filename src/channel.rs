@@ -7,6 +7,7 @@ use crate::client::publisher::{Publisher, PublisherCore};
 use crate::client::subscriber::{Subscriber, SubscriberCore};
 use crate::coordinator::protocol::TopicInfo;
 use crate::error::AttachError;
+use crate::os::home::Home;
 use crate::ring::spsc::End;
 use crate::shm::layout::Geometry;
 use crate::shm::segment::{Access, Segment};
@@ -18,7 +19,8 @@ use crate::topic::{Mode, Payload, Topic};
 ///
 /// Both sides name the same [`Topic`]; its size options must agree. Nobody watches over a stand-alone channel: the end
 /// that is dropped is reported to the other ([`GoneReason::Closed`](crate::GoneReason)), the end whose process is killed is
-/// not. A channel opened through a [`Bus`](crate::Bus) (`Topic::channel`) has that, too.
+/// not. Who takes an end keeps it: of two processes that share a channel by forking, each takes its end after the fork;
+/// an end taken before it works in the parent alone. A channel opened through a [`Bus`](crate::Bus) (`Topic::channel`) has that, too.
 ///
 /// ```
 /// use shmbus::{Channel, Topic};
@@ -61,6 +63,9 @@ pub enum ChannelError {
     /// Each end can be taken once.
     #[error("the channel has its {0} already; a channel has one of each, taken once")]
     Taken(&'static str),
+    /// The page that tells this process from its forked children could not be had.
+    #[error("cannot mark this process: {0}")]
+    Process(std::io::Error),
 }
 
 impl<T: Payload + ?Sized> Channel<T> {
@@ -98,10 +103,11 @@ impl<T: Payload + ?Sized> Channel<T> {
     /// # Errors
     /// Somebody has taken it before.
     pub fn publisher(&self) -> Result<Publisher<T>, ChannelError> {
+        let home = Home::here().map_err(ChannelError::Process)?;
         if !topic::channel_header(&self.segment).take(End::Sender) {
             return Err(ChannelError::Taken("publisher"));
         }
-        Ok(Publisher::from_core(PublisherCore::stand_alone(&self.info, &self.segment)))
+        Ok(Publisher::from_core(PublisherCore::stand_alone(&self.info, &self.segment, home)))
     }
 
     /// Takes the subscribing end.
@@ -109,10 +115,11 @@ impl<T: Payload + ?Sized> Channel<T> {
     /// # Errors
     /// Somebody has taken it before.
     pub fn subscriber(&self) -> Result<Subscriber<T>, ChannelError> {
+        let home = Home::here().map_err(ChannelError::Process)?;
         if !topic::channel_header(&self.segment).take(End::Receiver) {
             return Err(ChannelError::Taken("subscriber"));
         }
-        Ok(Subscriber::from_core(SubscriberCore::stand_alone(self.info.clone(), &self.segment)))
+        Ok(Subscriber::from_core(SubscriberCore::stand_alone(self.info.clone(), &self.segment, home)))
     }
 }
 

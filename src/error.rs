@@ -507,6 +507,16 @@ pub enum PublishError {
         /// The oldest sequence (position, on topics with many publishers) it has not released.
         held: u64,
     },
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
 }
 
 /// An envelope that cannot be published.
@@ -687,7 +697,8 @@ pub enum WildcardError {
         /// What is wrong.
         source: AttachError,
     },
-    /// New topics were announced, and the coordinator that has them cannot be reached any more.
+    /// New topics were announced, and the coordinator that has them cannot be reached any more; or the handle was used in a
+    /// forked child ([`ConnectError::Forked`]).
     #[error(transparent)]
     Connect(#[from] ConnectError),
 }
@@ -731,9 +742,16 @@ pub enum RecvError {
     /// The consumer may not take messages any more.
     #[error("this consumer is fenced: its group was rewound or removed, or its leases were reclaimed; open it again")]
     Fenced,
-    /// A consumer was used in a forked child.
-    #[error("this consumer was opened before a fork; open the bus and the consumer again in the child")]
-    Forked,
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
 }
 
 /// Why waiting for a group has ended.
@@ -752,6 +770,16 @@ pub enum SettleError {
     /// The coordinator could not be asked for the group.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
 }
 
 /// Why an ack, nack, reject or extend changed nothing.
@@ -776,9 +804,16 @@ pub enum AckError {
         /// The message.
         sequence: Sequence,
     },
-    /// A consumer was used in a forked child.
-    #[error("this consumer was opened before a fork; its leases are the parent's")]
-    Forked,
+    /// The handle was opened by this process's parent, before it forked.
+    #[error(
+        "this handle was opened by process {opened_by}, before a fork; open the bus again in the child (process {pid})"
+    )]
+    Forked {
+        /// The process that opened it.
+        opened_by: u32,
+        /// The process that used it.
+        pid: u32,
+    },
     /// The consumer's leases are void.
     #[error("this consumer is fenced: its group was rewound or removed, or its leases were reclaimed; open it again")]
     Fenced,

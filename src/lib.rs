@@ -13,6 +13,8 @@ mod channel;
 mod client;
 #[cfg(not(loom))]
 pub mod coordinator;
+#[cfg(not(loom))]
+pub mod doctor;
 mod error;
 mod group;
 #[cfg(not(loom))]
@@ -36,7 +38,8 @@ pub use crate::{
         WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
-        ConsumerStatus, GroupStatus, LeaseStatus, NameStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
+        BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,
+        ParticipantStatus, PublisherStatus, Purged, SubscriberStatus, TopicStatus,
     },
     group::{DEAD_LETTER_GROUP, GroupOptions, Guarantee},
     pattern::{check_pattern, is_pattern},

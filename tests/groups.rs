@@ -608,29 +608,6 @@ fn typed_messages_and_names_in_the_manner_of_activemq() {
     }
 }
 
-#[test]
-fn a_forked_child_is_told_so() {
-    let mut stage = Stage::new(Mode::Exclusive, at_least_once());
-    stage.publish(0, 2);
-    let mut consumer = stage.consumer();
-    let kept = take(&mut consumer).keep();
-    // SAFETY: the child calls the library and exits; it was forked from a process with other threads, so it allocates
-    // nothing it could wait for: these calls fail before they do.
-    match unsafe { nix::unistd::fork() }.unwrap() {
-        nix::unistd::ForkResult::Child => {
-            let told =
-                consumer.ack(&kept) == Err(AckError::Forked) && matches!(consumer.try_recv(), Err(RecvError::Forked));
-            // SAFETY: `_exit` runs nothing of ours.
-            unsafe { nix::libc::_exit(i32::from(!told)) }
-        }
-        nix::unistd::ForkResult::Parent { child } => {
-            let status = nix::sys::wait::waitpid(child, None).unwrap();
-            assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
-        }
-    }
-    consumer.ack(&kept).unwrap();
-}
-
 /// The dead-letter topic of the stage's group `g`.
 fn letters(stage: &Stage) -> Topic<[u8]> {
     Topic::named(format!("dlq.{}.g", stage.topic().name())).hold().envelope()

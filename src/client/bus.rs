@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::client::control::Control;
 use crate::client::launch;
 use crate::coordinator::directory::Place;
-use crate::coordinator::protocol::{Answer, NameStatus, Purged, Request, TopicStatus};
+use crate::coordinator::protocol::{Answer, BusReport, NameStatus, Purged, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
 use crate::topic::{Payload, Topic, TopicOptions};
 
@@ -177,6 +177,14 @@ impl Bus {
                 }
                 other => return Err(unexpected(&other)),
             }
+        }
+    }
+
+    /// Who serves the bus, who is on it and who holds whom up. True at some moment while the answer was made.
+    pub fn report(&self) -> Result<BusReport, OpenError> {
+        match self.control.request(&Request::Report)?.0 {
+            Answer::Report(report) => Ok(report),
+            other => Err(unexpected(&other)),
         }
     }
 

@@ -2,8 +2,7 @@
 //! has died.
 //!
 //! Handles work without it; it is needed to open and close them, and it is where descriptors of new arenas arrive. A
-//! connection is never given up from this side while handles are held, since the coordinator takes a hang-up for
-//! "everything was dropped": an answer that came too late is skipped, not cut off.
+//! connection that breaks gives nothing back: who drops its bus and its last handle says good-bye.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -19,6 +18,7 @@ use crate::client::pushed::Pushed;
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
 use crate::error::{ConnectError, OpenError, Refusal};
+use crate::os::home::Home;
 use crate::os::socket;
 
 /// How long a request waits for its answer, a restart of the coordinator included.
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// is being restarted.
 const ARENA_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long the last handle's end waits for the coordinator to confirm it.
+/// How long the last handle's end waits for the coordinator's farewell.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Longest single wait: another thread may have received the answer that this one waits for.
@@ -49,7 +49,7 @@ pub(crate) enum IntroduceError {
 pub(crate) struct Control {
     place: Place,
     /// The process it belongs to; a forked child must leave it alone.
-    opened_by: u32,
+    home: Home,
     /// Held for a whole request: one at a time.
     turn: Mutex<()>,
     /// Held for moments only, never while waiting.
@@ -104,6 +104,8 @@ impl Control {
     /// Says Hello over a new connection and waits to be welcomed.
     pub(crate) fn introduce(place: Place, socket: OwnedFd, deadline: Instant) -> Result<Control, IntroduceError> {
         check_peer(&place, &socket).map_err(IntroduceError::Failed)?;
+        let home = Home::here()
+            .map_err(|source| IntroduceError::Failed(ConnectError::io("cannot mark this process", source)))?;
         let mut inner = Inner::new(place.clone());
         // A coordinator that hangs up before it has welcomed us is leaving.
         inner.say_hello(socket).map_err(|_| IntroduceError::Leaving)?;
@@ -121,7 +123,12 @@ impl Control {
             }
         }
         let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
-        Ok(Control { place, opened_by: std::process::id(), turn, inner: Mutex::new(inner), given_up })
+        Ok(Control { place, home, turn, inner: Mutex::new(inner), given_up })
+    }
+
+    /// The process that opened the bus, and so whatever is opened on it.
+    pub(crate) fn home(&self) -> Home {
+        self.home
     }
 
     pub(crate) fn bus_name(&self) -> &str {
@@ -245,7 +252,7 @@ impl Control {
                 sent_on = Some(inner.generation);
             }
             if Instant::now() >= deadline {
-                // The answer may come yet; cutting the connection would release what we hold.
+                // The answer may come yet; what it opens is given back then.
                 inner.expected.iter_mut().for_each(|waited_for| *waited_for = false);
                 return Err(ConnectError::Timeout {
                     bus: self.place.bus.clone(),
@@ -259,12 +266,13 @@ impl Control {
         }
     }
 
-    fn check_process(&self) -> Result<(), ConnectError> {
-        let pid = std::process::id();
-        if pid == self.opened_by {
+    /// Refuses forked children.
+    #[inline]
+    pub(crate) fn check_process(&self) -> Result<(), ConnectError> {
+        if self.home.is_here() {
             return Ok(());
         }
-        Err(ConnectError::Forked { opened_by: self.opened_by, pid })
+        Err(ConnectError::Forked { opened_by: self.home.pid(), pid: std::process::id() })
     }
 }
 
@@ -373,23 +381,38 @@ impl Inner {
         }
     }
 
-    /// Makes sure that the coordinator, or its successor if it dies just now, learns that nothing is held any more.
+    /// Makes sure that the coordinator, or its successor if it dies just now, learns that nothing is held any more: a
+    /// mere hang-up would leave our places to us until this process ends.
     fn take_leave(&mut self) {
         let deadline = Instant::now() + LEAVE_PATIENCE;
-        self.receive_all();
-        let handles: Vec<HandleRef> = self.holds.iter().copied().collect();
-        if !handles.is_empty() {
-            self.close(&handles);
-        }
-        while let Some(socket) = self.socket.clone().filter(|_| !self.expected.is_empty() && Instant::now() < deadline)
-        {
-            pause(Some(&socket), deadline);
+        let mut said_on = None;
+        self.holds.clear();
+        loop {
             self.receive_all();
-        }
-        if self.socket.is_none() {
-            // The listening socket keeps our Hello for the successor.
+            // Farewell is an end, too. Where connecting fails otherwise, it may succeed in a moment.
             let _ = self.connect();
+            if self.end.is_some() {
+                return;
+            }
+            if said_on != Some(self.generation) && self.say_goodbye() {
+                said_on = Some(self.generation);
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            let socket = self.socket.clone();
+            pause(socket.as_deref(), deadline);
         }
+        if said_on != Some(self.generation) {
+            // The socket is full: its coordinator is stopped. A new one waits for it, and comes behind the full one.
+            self.socket = None;
+            let _ = self.connect();
+            self.say_goodbye();
+        }
+    }
+
+    fn say_goodbye(&mut self) -> bool {
+        self.send(&Request::Goodbye, false).is_ok_and(|sent| sent)
     }
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
@@ -442,7 +465,14 @@ impl Inner {
                     _ => return self.end = Some(End::Garbled("the coordinator sent something unreadable".to_owned())),
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.socket = None,
+                Err(error) => {
+                    let lost = self.socket.take();
+                    // The program has closed it behind our back: the number is free, or names something of its own that
+                    // is not ours to close.
+                    if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) {
+                        std::mem::forget(lost);
+                    }
+                }
             }
         }
     }
@@ -472,6 +502,7 @@ impl Inner {
                     other => End::Refused(other),
                 });
             }
+            Answer::Farewell => self.end = Some(End::Ended),
             answer if self.expected.pop_front() != Some(true) => {
                 // Opened for somebody who had given up waiting.
                 if let Answer::WildcardOpened { wildcard } = answer {

@@ -13,6 +13,7 @@ use crate::client::held::Held;
 use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
+use crate::os::home::Home;
 use crate::ring::arena::Span;
 use crate::ring::cursor::Cursor;
 use crate::ring::cursor::Readers;
@@ -53,7 +54,7 @@ pub(crate) struct PublisherCore {
     runs: Runs,
     wait: Wait,
     held: Option<Held>,
-    opened_by: u32,
+    home: Home,
 }
 
 /// Puts messages into envelopes.
@@ -156,7 +157,7 @@ impl PublisherCore {
             runs: Runs::default(),
             wait: Wait::default(),
             held: Some(held),
-            opened_by: std::process::id(),
+            home: control.home(),
         })
     }
 }
@@ -301,7 +302,7 @@ impl Sealer {
 
 impl PublisherCore {
     /// A stand-alone channel's sender.
-    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment) -> Self {
+    pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment, home: Home) -> Self {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
         PublisherCore {
@@ -316,7 +317,7 @@ impl PublisherCore {
             runs: Runs::default(),
             wait: Wait::default(),
             held: None,
-            opened_by: std::process::id(),
+            home,
         }
     }
 
@@ -338,8 +339,19 @@ impl PublisherCore {
         Ok(())
     }
 
+    /// A forked child has a copy of its parent's handle; the place is the parent's.
+    #[inline]
+    fn check_home(&self) -> Result<(), PublishError> {
+        if self.home.is_here() {
+            return Ok(());
+        }
+        Err(PublishError::Forked { opened_by: self.home.pid(), pid: std::process::id() })
+    }
+
+    /// Whether there is a topic to publish to, and a publisher to do it.
     #[inline]
     fn check_gone(&self) -> Result<(), PublishError> {
+        self.check_home()?;
         match with_port!(&self.port, port => port.gone()) {
             None => Ok(()),
             Some(reason) => Err(PublishError::Gone(reason)),
@@ -349,6 +361,9 @@ impl PublisherCore {
     /// The few stores that publish a small message where nothing stands in the way.
     #[inline(always)]
     fn publish_fast(&mut self, bytes: &[u8]) -> Option<Sequence> {
+        if !self.home.is_here() {
+            return None;
+        }
         with_port!(&mut self.port, port => port.publish_fast(bytes)).map(Sequence::new)
     }
 
@@ -471,6 +486,7 @@ impl PublisherCore {
 
     /// Whether a message with this number comes next.
     fn check_number(&mut self, number: u64) -> Result<(), PublishError> {
+        self.check_home()?;
         let last = self.last_number();
         if number == last + 1 {
             return Ok(());
@@ -557,6 +573,9 @@ impl PublisherCore {
     }
 
     fn wait_settled(&mut self, group: &str, sequence: u64, limit: Duration) -> Result<(), SettleError> {
+        if !self.home.is_here() {
+            return Err(SettleError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
+        }
         let deadline = Instant::now().checked_add(limit);
         loop {
             let line = match self.groups.iter().position(|line| line.name == group) {
@@ -606,7 +625,7 @@ impl PublisherCore {
 impl Drop for PublisherCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original is its parent's.
-        if self.opened_by != std::process::id() {
+        if !self.home.is_here() {
             return;
         }
         with_port!(&mut self.port, port => port.leave());
@@ -848,6 +867,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
     /// # Errors
     /// As [`Publisher::publish`].
     pub fn publish(mut self) -> Result<Sequence, PublishError> {
+        self.core.check_home()?;
         self.write_envelope();
         match self.space {
             Space::Inline(small, len) => {
@@ -878,6 +898,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
 
     /// The payload.
     fn bytes(&self) -> &[u8] {
+        self.core.home.assert_here("loan");
         match &self.space {
             Space::Inline(small, len) => &small.0[..*len],
             Space::Arena(span) => {
@@ -897,6 +918,7 @@ impl<'a, T: Payload + ?Sized> Loan<'a, T> {
 
     /// All of the space.
     fn body_mut(&mut self) -> &mut [u8] {
+        self.core.home.assert_here("loan");
         match &mut self.space {
             Space::Inline(small, len) => &mut small.0[..*len],
             Space::Arena(span) => {

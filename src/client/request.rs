@@ -216,7 +216,7 @@ impl Requester {
 
 impl Drop for Requester {
     fn drop(&mut self) {
-        // If it fails, the inbox goes with the connection.
+        // If it fails, the inbox goes with the good-bye of this process, or its death.
         let _ = self.bus.remove_topic(&self.inbox, true);
     }
 }
@@ -283,6 +283,8 @@ impl Incoming<'_> {
     /// # Errors
     /// [`ReplyError`]; the requester will not see the reply.
     pub fn reply(self, payload: &[u8]) -> Result<(), ReplyError> {
+        // A forked child may not even look at the message.
+        self.replies.bus.control().check_process().map_err(|error| ReplyError::Open(error.into()))?;
         let address = ReplyAddress::of(&self.message).ok_or(ReplyError::NoAddress)?;
         self.replies.send(&address, payload)
     }

@@ -15,6 +15,7 @@ use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, O
 use crate::client::select::{Parts, Waitable};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError, Refusal};
+use crate::os::home::Home;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
@@ -85,7 +86,7 @@ pub(crate) struct SubscriberCore {
     options: TopicOptions,
     wait: Wait,
     held: Option<Held>,
-    opened_by: u32,
+    home: Home,
 }
 
 /// The kinds of ring: closed, so that receiving is a branch and not an indirect call.
@@ -230,7 +231,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             options,
             wait: self.wait,
             held: Some(held),
-            opened_by: std::process::id(),
+            home: control.home(),
         })
     }
 }
@@ -323,7 +324,7 @@ impl Port {
 
 impl SubscriberCore {
     /// A stand-alone channel's receiver.
-    pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment) -> Self {
+    pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment, home: Home) -> Self {
         let options = info.options.clone();
         let info = Arc::new(info);
         SubscriberCore {
@@ -333,7 +334,7 @@ impl SubscriberCore {
             options,
             wait: Wait::default(),
             held: None,
-            opened_by: std::process::id(),
+            home,
         }
     }
 
@@ -346,12 +347,12 @@ impl SubscriberCore {
         droppable: bool,
         segments: impl Iterator<Item = (SegmentRef, OwnedFd)>,
     ) -> Result<Self, AttachError> {
-        let (options, asked) = (info.options.clone(), place.sequence);
+        let (options, asked, home) = (info.options.clone(), place.sequence, control.home());
         let info = Arc::new(info);
         let opener = Opener::new(&info);
         let port = Opened { info, control, cursor, place, asked, exactly: false, droppable }.attach(segments)?;
-        let (found, wait, opened_by) = (Found::nothing(), Wait::default(), std::process::id());
-        Ok(SubscriberCore { port, found, opener, options, wait, held: None, opened_by })
+        let (found, wait) = (Found::nothing(), Wait::default());
+        Ok(SubscriberCore { port, found, opener, options, wait, held: None, home })
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -379,11 +380,20 @@ impl SubscriberCore {
     /// Finds the next message of the ring.
     #[inline(always)]
     fn poll_ring(&mut self) -> Result<bool, RecvError> {
+        if !self.home.is_here() {
+            return Err(self.forked());
+        }
         match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
             Glance::Found => Ok(true),
             Glance::Nothing => Ok(false),
             Glance::Unclear => self.poll_slow(),
         }
+    }
+
+    /// A forked child has a copy of its parent's handle; the cursor is the parent's.
+    #[cold]
+    fn forked(&self) -> RecvError {
+        RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() }
     }
 
     fn poll_slow(&mut self) -> Result<bool, RecvError> {
@@ -423,17 +433,22 @@ impl SubscriberCore {
 
     /// Whether a receive would return at once.
     pub(crate) fn is_ready(&mut self) -> bool {
-        with_port!(&mut self.port, port => port.is_ready()) || with_port!(&self.port, port => port.gone()).is_some()
+        // In a forked child with an error, and without giving back what the parent holds.
+        !self.home.is_here()
+            || with_port!(&mut self.port, port => port.is_ready())
+            || with_port!(&self.port, port => port.gone()).is_some()
     }
 
-    /// The message found last.
+    /// The message found last. In a forked child it is not ours: our parent reads on.
     #[inline]
     pub(crate) fn found(&self) -> &Found {
+        self.home.assert_here("message");
         &self.found
     }
 
     /// The envelope of the message found last, where the topic has them.
     pub(crate) fn envelope(&self) -> Option<EnvelopeView<'_>> {
+        self.home.assert_here("message");
         self.opener.as_ref().map(Opener::envelope)
     }
 
@@ -444,14 +459,14 @@ impl SubscriberCore {
 
     /// Publisher and its number of the message found last, as far as they are known.
     pub(crate) fn publisher_and_number(&self) -> Option<(u64, u64)> {
-        with_port!(&self.port, port => port.publisher_of(self.found.origin()))
+        with_port!(&self.port, port => port.publisher_of(self.found().origin()))
     }
 }
 
 impl Drop for SubscriberCore {
     fn drop(&mut self) {
         // A forked child drops a copy: the original, and its cursor, are its parent's.
-        if self.opened_by != std::process::id() {
+        if !self.home.is_here() {
             return;
         }
         with_port!(&mut self.port, port => port.leave());

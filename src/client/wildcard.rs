@@ -208,6 +208,9 @@ impl WildcardCore {
 
     /// Finds the next message, beginning with the topic whose turn it is.
     fn look(&mut self) -> Look<Result<(), WildcardError>> {
+        if let Err(forked) = self.control.check_process() {
+            return Look::Found(Err(forked.into()));
+        }
         if let Some(trouble) = self.trouble.take() {
             return Look::Found(Err(trouble));
         }
@@ -239,8 +242,8 @@ impl WildcardCore {
                     let topic = self.remove(turn);
                     return Look::Found(Err(WildcardError::Corrupt { topic, problem }));
                 }
-                // The last two are for consumers alone.
-                Err(RecvError::TimedOut | RecvError::Fenced | RecvError::Forked) => self.next = turn + 1,
+                // None of them comes from here: nothing waits, fences are for consumers, and forks were asked about before.
+                Err(RecvError::TimedOut | RecvError::Fenced | RecvError::Forked { .. }) => self.next = turn + 1,
             }
         }
         match cut_off {
@@ -284,6 +287,9 @@ impl WildcardCore {
     }
 
     fn glance(&mut self) -> Look<()> {
+        if self.control.check_process().is_err() {
+            return Look::Found(());
+        }
         let news = self.look_for_topics();
         let ready = |member: &mut Member| member.core.is_ready();
         match news {

@@ -74,7 +74,7 @@ impl Connection {
             match socket::send(self.socket.as_fd(), bytes, &fds) {
                 Ok(()) => drop(self.queue.pop_front()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                // Gone: the hang-up is received like any other, and releases what the client held.
+                // Gone: what it said last, and its hang-up, are received like any other.
                 Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
                     self.queue.clear();
                     return Ok(());

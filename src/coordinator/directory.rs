@@ -29,6 +29,7 @@ pub(crate) struct Place {
     directory: PathBuf,
     socket: PathBuf,
     lock: PathBuf,
+    socket_is_given: bool,
 }
 
 impl Place {
@@ -47,7 +48,7 @@ impl Place {
             return Err(refused(&socket, &problem, "choose a shorter SHMBUS_DIR or bus name"));
         }
         let lock = directory.join(format!("{bus}.lock"));
-        Ok(Place { bus: bus.to_owned(), directory, socket, lock })
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock, socket_is_given: false })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -56,6 +57,30 @@ impl Place {
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The buses that have a socket or a lock in this directory.
+    pub(crate) fn buses_in(directory: &Path) -> io::Result<Vec<String>> {
+        let mut buses = std::collections::BTreeSet::new();
+        for entry in fs::read_dir(directory)? {
+            let name = entry?.file_name();
+            let bus = name.to_str().and_then(|name| name.strip_suffix(".sock").or_else(|| name.strip_suffix(".lock")));
+            buses.extend(bus.filter(|bus| check_name(bus).is_ok()).map(str::to_owned));
+        }
+        Ok(buses.into_iter().collect())
+    }
+
+    /// The names that exist of this bus.
+    pub(crate) fn names_present(&self) -> Vec<&Path> {
+        [&self.socket, &self.lock]
+            .into_iter()
+            .map(PathBuf::as_path)
+            .filter(|path| path.symlink_metadata().is_ok())
+            .collect()
+    }
+
+    pub(crate) fn lock_path(&self) -> &Path {
+        &self.lock
     }
 
     /// Takes the lock; `None` when somebody serves the bus.
@@ -81,10 +106,22 @@ impl Place {
         socket::listen(&self.socket).map_err(|source| self.io(&self.socket, "cannot listen at", source))
     }
 
+    /// The same place, whose socket a service manager made and will remove.
+    pub(crate) fn with_given_socket(mut self) -> Place {
+        self.socket_is_given = true;
+        self
+    }
+
+    pub(crate) fn socket_is_given(&self) -> bool {
+        self.socket_is_given
+    }
+
     /// Removes both names, if they still belong to this lock; those of a successor stay.
     pub(crate) fn remove(&self, lock: BorrowedFd<'_>) -> io::Result<()> {
         if self.names(lock)? {
-            remove(&self.socket)?;
+            if !self.socket_is_given {
+                remove(&self.socket)?;
+            }
             remove(&self.lock)?;
         }
         Ok(())
@@ -97,7 +134,7 @@ impl Place {
     }
 
     /// Whether the lock's name still leads to this file.
-    fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
+    pub(crate) fn names(&self, lock: BorrowedFd<'_>) -> io::Result<bool> {
         let held = File::from(lock.try_clone_to_owned()?).metadata()?;
         match fs::symlink_metadata(&self.lock) {
             Ok(named) => Ok((named.dev(), named.ino()) == (held.dev(), held.ino())),
@@ -108,6 +145,15 @@ impl Place {
 
     fn io(&self, path: &Path, what: &str, source: io::Error) -> ConnectError {
         ConnectError::io(format!("bus {:?}: {what} {}", self.bus, path.display()), source)
+    }
+}
+
+/// The socket directory that [`Place::find`] would use, checked and not created: it may not exist.
+pub(crate) fn in_use(directory: Option<&Path>) -> Result<PathBuf, ConnectError> {
+    let directory = directory.map_or_else(usual_directory, Path::to_owned);
+    match fs::symlink_metadata(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(directory),
+        _ => check(&directory).map(|()| directory),
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
-use crate::coordinator::link::{self, Link, participant_name, segment_name};
+use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
@@ -26,7 +26,7 @@ use crate::coordinator::protocol::{
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
 use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
-use crate::os::pidfd;
+use crate::os::{address_space, pidfd};
 use crate::ring::log::TopicState;
 use crate::topic::Mode;
 
@@ -54,6 +54,8 @@ pub(crate) struct Estate {
     registry: Registry,
     memories: BTreeMap<u64, TopicMemory>,
     pidfds: BTreeMap<u64, OwnedFd>,
+    /// The address spaces in which participants have their handles, as far as we may look into them.
+    spaces: BTreeMap<u64, OwnedFd>,
     /// The keeper; `None` where the bus is hosted on a thread, or while the keeper is dead.
     link: Option<Link>,
     /// Topics whose messages are given up by age.
@@ -158,6 +160,7 @@ impl Estate {
             memories: BTreeMap::new(),
             ageing: Vec::new(),
             pidfds: BTreeMap::new(),
+            spaces: BTreeMap::new(),
             link,
             joined: None,
             announcements: Vec::new(),
@@ -186,6 +189,7 @@ impl Estate {
                 Some(pidfd) => drop(self.pidfds.insert(incarnation, pidfd)),
                 None => losses.extend(self.state.leave(incarnation)),
             }
+            self.spaces.extend(store.remove(&space_name(incarnation)).map(|space| (incarnation, space)));
         }
         for &wildcard in self.state.wildcards().keys() {
             let fd = store.remove(&notice_name(wildcard));
@@ -226,6 +230,7 @@ impl Estate {
         let mut items = vec![(link::REGISTRY.to_owned(), self.registry.as_fd())];
         items.extend(self.notices.stored());
         items.extend(self.pidfds.iter().map(|(incarnation, fd)| (participant_name(*incarnation), fd.as_fd())));
+        items.extend(self.spaces.iter().map(|(incarnation, fd)| (space_name(*incarnation), fd.as_fd())));
         for (topic, memory) in &self.memories {
             items
                 .extend(memory.segments().into_iter().map(|segment| (segment_name(*topic, &segment.name), segment.fd)));
@@ -360,6 +365,22 @@ impl Estate {
         Ok(incarnation)
     }
 
+    /// Notes the address space that a participant joined from.
+    pub(crate) fn watch_space(&mut self, incarnation: u64, space: OwnedFd) {
+        if let Some(link) = &mut self.link {
+            // Without it a successor only learns later that the process runs another program.
+            let _ = link.store(&space_name(incarnation), space.as_fd());
+        }
+        self.spaces.insert(incarnation, space);
+    }
+
+    /// Whether no store of this participant can follow: its process is dead, or has executed another program and left
+    /// the address space behind in which it had its handles. In doubt one can.
+    pub(crate) fn is_past(&self, incarnation: u64) -> bool {
+        self.spaces.get(&incarnation).is_some_and(|space| address_space::is_gone(space.as_fd()))
+            || self.pidfds.get(&incarnation).is_some_and(|pidfd| pidfd::is_dead(pidfd.as_fd()).unwrap_or(false))
+    }
+
     /// Lets a process back in whose connection broke, if it is the one it says it is.
     pub(crate) fn readmit(
         &mut self,
@@ -374,14 +395,14 @@ impl Estate {
         let lives = !pidfd::is_dead(registered.as_fd()).map_err(|error| system("looking at a process", &error))?;
         let same =
             pidfd::may_be_same(registered.as_fd(), pidfd).map_err(|error| system("comparing processes", &error))?;
-        if !(lives && same && participant.pid == pid) {
+        if !(lives && same && participant.pid == pid) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         let plan = self.state.rejoin(incarnation, holds)?;
         self.carry_out_all(plan.events)
     }
 
-    /// Releases everything a participant had: it is dead, or has closed its connection.
+    /// Releases everything a participant had: it is dead, or has said good-bye.
     pub(crate) fn bury(&mut self, incarnation: u64) -> Result<(), Refusal> {
         if self.state.participant(incarnation).is_none() {
             return Ok(());
@@ -494,6 +515,7 @@ impl Estate {
             }
             Event::Left { incarnation } => {
                 self.pidfds.remove(incarnation);
+                self.spaces.remove(incarnation);
                 self.give_up_notices();
             }
             Event::Closed { handle: HandleRef::Wildcard { .. } } => self.give_up_notices(),
@@ -526,7 +548,7 @@ impl Estate {
             Event::Left { incarnation } => {
                 let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == *incarnation);
                 let notices = wildcards.map(|(wildcard, _)| notice_name(*wildcard));
-                notices.chain([participant_name(*incarnation)]).collect()
+                notices.chain([participant_name(*incarnation), space_name(*incarnation)]).collect()
             }
             Event::Closed { handle: HandleRef::Wildcard { wildcard } } => vec![notice_name(*wildcard)],
             _ => Vec::new(),
@@ -786,10 +808,14 @@ impl Estate {
         Answer::Status { topics: page, more }
     }
 
+    /// A participant's process; 0 where it has left.
+    fn pid_of(&self, incarnation: u64) -> u32 {
+        self.state.participant(incarnation).map_or(0, |participant| participant.pid)
+    }
+
     fn topic_status(&self, entry: &TopicEntry) -> TopicStatus {
         let memory = self.memories.get(&entry.info.id);
         let (oldest, tail) = memory.and_then(|memory| memory.range().ok()).unwrap_or((0, 0));
-        let pid = |incarnation: u64| self.state.participant(incarnation).map_or(0, |p| p.pid);
         let publishers = entry.publishers.iter();
         let subscribers = entry.subscribers.iter();
         TopicStatus {
@@ -800,14 +826,14 @@ impl Estate {
             tail_sequence: tail,
             memory_bytes: entry.bytes,
             publishers: publishers
-                .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: pid(p.incarnation) })
+                .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: self.pid_of(p.incarnation) })
                 .collect(),
             groups: self.group_statuses(entry, tail),
             subscribers: subscribers
                 .map(|(&cursor, s)| {
                     let sequence = memory.map_or(0, |memory| memory.cursor_sequence(cursor));
                     let lag = tail.saturating_sub(sequence);
-                    SubscriberStatus { cursor, pid: pid(s.incarnation), sequence, lag, droppable: s.droppable }
+                    SubscriberStatus { cursor, pid: self.pid_of(s.incarnation), sequence, lag, droppable: s.droppable }
                 })
                 .collect(),
         }
@@ -834,6 +860,9 @@ fn system(context: &str, error: &std::io::Error) -> Refusal {
 fn broken(problem: &str) -> Refusal {
     Refusal::System { context: "coordinator".to_owned(), problem: problem.to_owned() }
 }
+
+#[path = "report.rs"]
+mod report;
 
 #[cfg(test)]
 #[path = "estate_tests.rs"]

@@ -2,9 +2,9 @@
 //! is little in it that could fail; if it dies all the same, the coordinator starts the next one (ARCHITECTURE.md §4.7).
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::coordinator::directory::Place;
-use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Message};
+use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Message};
 use crate::coordinator::registry::{FIRST_HALF_BYTES, Registry};
 use crate::coordinator::roles::{self, Role};
 use crate::coordinator::state::Event;
 use crate::error::ConnectError;
+use crate::os::systemd::{self, Manager};
 use crate::os::{process, socket};
 
 /// A coordinator that lived for less has failed at once.
@@ -43,43 +44,110 @@ enum Outcome {
     Died,
 }
 
+/// Every descriptor of the bus, by name.
+type Store = BTreeMap<String, OwnedFd>;
+
 /// The keeper's whole state.
 struct Keeper {
     place: Place,
-    store: BTreeMap<String, OwnedFd>,
+    store: Store,
+    /// Keeps the same as we do, for the case that all of us die.
+    manager: Option<Manager>,
     signals: SignalFd,
     /// Since a signal told us to end the bus.
     stopping: Option<Instant>,
     short_lives: u32,
 }
 
-/// Starts a bus and keeps it until it ends. `stay`: also while nobody needs it.
-pub(crate) fn run_first(place: Place, stay: bool) -> Result<(), ConnectError> {
-    let lock = place.lock()?.ok_or_else(|| ConnectError::AlreadyServed { bus: place.bus.clone() })?;
-    let listener = place.listen()?;
-    let bus = crate::coordinator::random_u64();
-    let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay }])
-        .map_err(|source| ConnectError::io("cannot create the registry", source))?;
-    let registry =
-        registry.as_fd().try_clone_to_owned().map_err(|source| ConnectError::io("cannot keep the registry", source))?;
-    let store = [(LOCK, lock), (LISTENER, listener), (link::REGISTRY, registry)];
-    let store = store.into_iter().map(|(name, fd)| (name.to_owned(), fd)).collect();
-    Keeper::new(place, store)?.run(None)
+/// Starts a bus and keeps it until it ends, in the background: it goes away when nobody needs it.
+pub(crate) fn run_spawned(place: Place) -> Result<(), ConnectError> {
+    let store = found(&place, false, Store::new())?;
+    Keeper::new(place, store, None)?.run(None)
+}
+
+/// Serves a bus in the foreground until it is stopped. Under a service manager: on the socket that it hands over, if it
+/// does, and with what it kept of the bus when all of its processes died.
+pub(crate) fn run_foreground(place: Place) -> Result<(), ConnectError> {
+    let handed_over = systemd::handed_over()
+        .map_err(|source| ConnectError::io("taking what the service manager hands over", source))?;
+    let manager = systemd::Manager::from_environment();
+    let (store, strange) = service_store(&place, handed_over)?;
+    let store = found(&place, true, store)?;
+    if let Some(manager) = &manager {
+        strange.iter().for_each(|name| manager.forget(name));
+        store.iter().for_each(|(name, fd)| manager.store(name, fd.as_fd()));
+    }
+    Keeper::new(place, store, manager)?.run(None)
+}
+
+/// What of the descriptors that a service manager handed over belongs to the bus, and the names of the rest.
+fn service_store(place: &Place, items: Vec<(String, OwnedFd)>) -> Result<(Store, Vec<String>), ConnectError> {
+    let (mut store, mut strange) = (Store::new(), Vec::new());
+    for (name, fd) in items {
+        if socket::adopt_listener(fd.as_fd(), place.socket()).unwrap_or(false) {
+            let name = if name == LISTENER { LISTENER } else { GIVEN_LISTENER };
+            store.insert(name.to_owned(), fd);
+        } else {
+            // A registry that was outgrown may lie beside its successor, under the same name: the larger one counts.
+            match store.get(&name) {
+                Some(known) if len_of(known) >= len_of(&fd) => {}
+                _ => drop(store.insert(name, fd)),
+            }
+        }
+    }
+    let is_alive = match (store.get(LOCK), store.contains_key(link::REGISTRY)) {
+        (Some(lock), true) => {
+            place.names(lock.as_fd()).map_err(|source| ConnectError::io("cannot look at the lock", source))?
+        }
+        _ => false,
+    };
+    if !is_alive {
+        // Of a bus whose names are gone nobody knows any more; a listener serves the next one as well.
+        let is_socket = |name: &str| name == GIVEN_LISTENER;
+        strange.extend(store.keys().filter(|name| !is_socket(name)).cloned());
+        store.retain(|name, _| is_socket(name));
+    }
+    Ok((store, strange))
+}
+
+fn len_of(fd: &OwnedFd) -> u64 {
+    fd.try_clone().and_then(|fd| File::from(fd).metadata()).map_or(0, |metadata| metadata.len())
+}
+
+/// Adds to `store` what a bus cannot do without and is not there: lock, listener, registry.
+fn found(place: &Place, stay: bool, mut store: Store) -> Result<Store, ConnectError> {
+    if !store.contains_key(LOCK) {
+        let lock = place.lock()?.ok_or_else(|| ConnectError::AlreadyServed { bus: place.bus.clone() })?;
+        store.insert(LOCK.to_owned(), lock);
+    }
+    if !store.contains_key(LISTENER) && !store.contains_key(GIVEN_LISTENER) {
+        store.insert(LISTENER.to_owned(), place.listen()?);
+    }
+    if !store.contains_key(link::REGISTRY) {
+        let bus = crate::coordinator::random_u64();
+        let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay }])
+            .map_err(|source| ConnectError::io("cannot create the registry", source))?;
+        let registry = registry.as_fd().try_clone_to_owned();
+        let registry = registry.map_err(|source| ConnectError::io("cannot keep the registry", source))?;
+        store.insert(link::REGISTRY.to_owned(), registry);
+    }
+    Ok(store)
 }
 
 /// Takes the place of a keeper that died: the coordinator at the other end of `link` hands everything over.
 pub(crate) fn run_successor(place: Place, link: OwnedFd) -> Result<(), ConnectError> {
     let store =
         link::take_over(link.as_fd()).map_err(|source| ConnectError::io("taking over from the coordinator", source))?;
-    Keeper::new(place, store.into_iter().collect())?.run(Some(link))
+    Keeper::new(place, store.into_iter().collect(), None)?.run(Some(link))
 }
 
 impl Keeper {
-    fn new(place: Place, store: BTreeMap<String, OwnedFd>) -> Result<Keeper, ConnectError> {
+    fn new(place: Place, store: Store, manager: Option<Manager>) -> Result<Keeper, ConnectError> {
+        let place = if store.contains_key(GIVEN_LISTENER) { place.with_given_socket() } else { place };
         process::set_title(c"shmbus-keeper");
         let signals =
             process::termination_signals().map_err(|source| ConnectError::io("cannot take signals", source))?;
-        Ok(Keeper { place, store, signals, stopping: None, short_lives: 0 })
+        Ok(Keeper { place, store, manager, signals, stopping: None, short_lives: 0 })
     }
 
     /// Restarts the coordinator until the bus has ended. `link` leads to one that runs already.
@@ -95,7 +163,7 @@ impl Keeper {
             drop(link);
             reap(child, &outcome);
             match outcome {
-                Ok(Outcome::Ended) => return Ok(()),
+                Ok(Outcome::Ended) => return self.give_up_store(),
                 _ if self.stopping.is_some() => return self.remove_names(),
                 Ok(Outcome::Died) => {}
                 Err(error) => eprintln!("shmbus keeper: lost the coordinator: {error}"),
@@ -121,9 +189,9 @@ impl Keeper {
     fn serve(&mut self, link: BorrowedFd<'_>) -> io::Result<Outcome> {
         loop {
             match link::receive(link)? {
-                Incoming::Message(Message::Store { name }, Some(fd)) => drop(self.store.insert(name, fd)),
-                Incoming::Message(Message::Forget { name }, _) => drop(self.store.remove(&name)),
-                Incoming::Message(Message::Ready, _) => notify_ready(),
+                Incoming::Message(Message::Store { name }, Some(fd)) => self.keep(name, fd),
+                Incoming::Message(Message::Forget { name }, _) => self.forget(&name),
+                Incoming::Message(Message::Ready, _) => self.tell("READY=1"),
                 Incoming::Message(Message::Leaving, _) => return Ok(Outcome::Ended),
                 Incoming::Message(..) => {}
                 Incoming::HungUp => return Ok(Outcome::Died),
@@ -137,6 +205,37 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// Keeps a descriptor here, and with the service manager.
+    fn keep(&mut self, name: String, fd: OwnedFd) {
+        if let Some(manager) = &self.manager {
+            manager.store(&name, fd.as_fd());
+        }
+        self.store.insert(name, fd);
+    }
+
+    fn forget(&mut self, name: &str) {
+        if self.store.remove(name).is_some()
+            && let Some(manager) = &self.manager
+        {
+            manager.forget(name);
+        }
+    }
+
+    fn tell(&self, state: &str) {
+        if let Some(manager) = &self.manager {
+            manager.tell(state);
+        }
+    }
+
+    /// The bus has ended: the next process of the service begins a new one.
+    fn give_up_store(&self) -> Result<(), ConnectError> {
+        self.tell("STOPPING=1");
+        if let Some(manager) = &self.manager {
+            self.store.keys().for_each(|name| manager.forget(name));
+        }
+        Ok(())
     }
 
     /// Waits for the coordinator or a signal; whether it was a signal, for the first time.
@@ -169,6 +268,7 @@ impl Keeper {
 
     /// Ends the bus without a coordinator.
     fn remove_names(&self) -> Result<(), ConnectError> {
+        self.give_up_store()?;
         let Some(lock) = self.store.get(LOCK) else { return Ok(()) };
         self.place.remove(lock.as_fd()).map_err(|source| ConnectError::io("cannot remove the socket", source))
     }
@@ -182,21 +282,4 @@ fn reap(child: Option<Child>, outcome: &io::Result<Outcome>) {
         let _ = child.kill();
     }
     let _ = child.wait();
-}
-
-/// Tells systemd that the service is up, if it asked for it.
-fn notify_ready() {
-    use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::net::SocketAddr;
-
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let address = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        eprintln!("shmbus keeper: cannot notify {}: {error}", path.display());
-    }
 }

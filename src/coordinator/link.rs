@@ -26,6 +26,8 @@ const HANDOVER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Names in the store that every bus has.
 pub(crate) const LISTENER: &str = "listener";
+/// In the place of [`LISTENER`]: the socket is a service manager's, which made its name and will remove it.
+pub(crate) const GIVEN_LISTENER: &str = "given-listener";
 pub(crate) const LOCK: &str = "lock";
 pub(crate) const REGISTRY: &str = "registry";
 
@@ -37,6 +39,11 @@ pub(crate) fn segment_name(topic: u64, segment: &str) -> String {
 /// A participant's pidfd in the store.
 pub(crate) fn participant_name(incarnation: u64) -> String {
     format!("participant-{incarnation}")
+}
+
+/// A participant's address space in the store.
+pub(crate) fn space_name(incarnation: u64) -> String {
+    format!("space-{incarnation}")
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,6 +192,13 @@ impl Link {
 
     pub(crate) fn receive(&self) -> io::Result<Incoming> {
         receive(self.socket.as_fd())
+    }
+
+    /// The keeper's process.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        // A keeper that started us has made both ends of the socket.
+        let started_us = || socket::peer(self.socket.as_fd()).ok().map(|peer| peer.pid);
+        self.child.as_ref().map(Child::id).or_else(started_us)
     }
 
     /// Makes sure that a keeper which hung up is dead, and reaps it.

@@ -510,6 +510,14 @@ impl TopicMemory {
         segments.cursor_lines(&self.info).get(cursor as usize)?.place()
     }
 
+    /// Whether a publisher waits for room, or was refused for want of it and no reader has moved since.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        match &self.parts {
+            Parts::Channel { segment, .. } => topic::channel_header(segment).writers.is_waited_on(),
+            Parts::Log { segments, .. } => segments.readers().writers.is_waited_on(),
+        }
+    }
+
     /// Marks the topic as removed or its bus as stopped, and wakes everybody.
     pub(crate) fn end(&self, state: TopicState) {
         match &self.parts {

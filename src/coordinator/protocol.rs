@@ -13,7 +13,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 2;
+pub(crate) const PROTOCOL_VERSION: u32 = 3;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -60,6 +60,12 @@ pub(crate) enum Request {
     Names { topic: String, after: Option<String> },
     /// Ends the bus.
     Stop,
+    /// Who serves the bus, who is on it and who holds whom up.
+    Report,
+    /// The process has dropped its bus and every handle: whatever it holds is given back, and it is no participant any
+    /// more. A connection that ends without it says nothing: only proof of death, or of an address space that is gone,
+    /// releases what its process holds.
+    Goodbye,
 }
 
 /// Who a publisher is, across processes and restarts: the numbers it gives its messages go on.
@@ -191,6 +197,10 @@ pub(crate) enum Answer {
     Status { topics: Vec<TopicStatus>, more: bool },
     /// To `Names`, in the order of names. `more`: ask again `after` the last one.
     Names { names: Vec<NameStatus>, more: bool },
+    /// To `Goodbye`: everything has been given back. The last packet of a connection.
+    Farewell,
+    /// To `Report`.
+    Report(BusReport),
     /// The request was declined; nothing changed.
     Refused(Refusal),
     /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
@@ -229,6 +239,75 @@ pub struct Purged {
     pub holder_pid: Option<u32>,
     /// The holder's name, where it is a group.
     pub holder_group: Option<String>,
+}
+
+/// A bus as `shmbus doctor` looks at it. True at some moment while it was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BusReport {
+    /// The coordinator's process.
+    pub coordinator_pid: u32,
+    /// The keeper's process; `None` where the bus is hosted on a thread, or while there is no keeper.
+    pub keeper_pid: Option<u32>,
+    /// Shared memory that each user may reserve.
+    pub budget_bytes: u64,
+    /// What the user with most of it has reserved.
+    pub most_reserved_bytes: u64,
+    /// Every process on the bus, in the order in which they came.
+    pub participants: Vec<ParticipantStatus>,
+    /// Topics whose publishers have no room, at most 64 of them.
+    pub blocked: Vec<BlockedTopic>,
+}
+
+/// A process on the bus.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ParticipantStatus {
+    /// Its number, never given twice on a bus.
+    pub incarnation: u64,
+    /// Its process, as the coordinator sees it.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Places that it holds: publishers, subscribers, consumers, wildcard subscriptions.
+    pub handles: u32,
+    /// Whether it has a connection. One without keeps its places; it comes back with its next request.
+    pub connected: bool,
+}
+
+/// A topic whose publishers have no room, and who keeps it from them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BlockedTopic {
+    /// The topic.
+    pub topic: String,
+    /// Whether it is a channel.
+    pub channel: bool,
+    /// The cursor that is furthest behind.
+    pub cursor: u32,
+    /// Its process, as the coordinator sees it: the subscriber's, or that of the consumer with the group's oldest lease. 0
+    /// where a group is behind and nobody has a lease on what it waits for.
+    pub pid: u32,
+    /// The next sequence it will read; a group's floor.
+    pub sequence: u64,
+    /// How many sequences it is behind.
+    pub lag: u64,
+    /// The group whose cursor it is; `None`: a subscriber's.
+    pub group: Option<BlockingGroup>,
+}
+
+/// A group that holds a full ring.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BlockingGroup {
+    /// Its name.
+    pub name: String,
+    /// How many consumers it has.
+    pub consumers: u32,
+    /// Messages on their way to the dead-letter topic.
+    pub moving: u64,
+    /// The lease on the lowest unsettled message; `None` where nobody has one.
+    pub oldest_lease: Option<LeaseStatus>,
 }
 
 /// One topic as `ls` and `show` print it. Positions and sequences were true at some moment while it was made.
@@ -292,7 +371,7 @@ pub struct GroupStatus {
 }
 
 /// One lease.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LeaseStatus {
     /// The message.

@@ -37,8 +37,8 @@ pub fn serve(options: ServeOptions) -> Result<(), ConnectError> {
     process::raise_descriptor_limit()
         .map_err(|source| ConnectError::io("cannot raise the descriptor limit", source))?;
     match (options.role, options.fd) {
-        (None, _) => keeper::run_first(place, true),
-        (Some(Role::Keeper), None) => keeper::run_first(place, false),
+        (None, _) => keeper::run_foreground(place),
+        (Some(Role::Keeper), None) => keeper::run_spawned(place),
         (Some(Role::Keeper), Some(fd)) => keeper::run_successor(place, inherited(fd)?),
         (Some(Role::Coordinator), Some(fd)) => coordinate(place, inherited(fd)?),
         (Some(Role::Coordinator), None) => {

@@ -16,10 +16,11 @@ use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
 use crate::coordinator::limits::{LINGER, RENEW_DUE};
-use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Link, Message};
+use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
+use crate::os::address_space;
 use crate::os::socket::{self, Peer};
 
 /// A bus that nobody has found yet waits longer than one that was left.
@@ -30,6 +31,11 @@ const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
 /// How often a bus on which nobody is looks whether it can still be found.
 const NAMES_LOOK: Duration = Duration::from_secs(30);
+
+/// When to look again at participants that have lost their connection and live; doubled from there, since most of them
+/// come back or stay for good.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LONGEST_LOOK: Duration = Duration::from_secs(30);
 
 /// Connections accepted in one round, and events looked at.
 const ACCEPTS_PER_ROUND: usize = 16;
@@ -69,6 +75,8 @@ pub(crate) struct Server {
     keeper_at: Option<Instant>,
     /// When to look for messages that have grown too old; never while no topic gives them up by age.
     age_at: Option<Instant>,
+    /// When to look at those without a connection, and how long was waited for it.
+    look: Option<(Instant, Duration)>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -85,6 +93,9 @@ impl Server {
     /// The bus that the keeper at the other end of `link` holds.
     pub(crate) fn resume(place: Place, link: OwnedFd, signals: SignalFd) -> io::Result<Server> {
         let mut store: BTreeMap<String, OwnedFd> = link::take_over(link.as_fd())?.into_iter().collect();
+        let given = store.remove(GIVEN_LISTENER);
+        let place = if given.is_some() { place.with_given_socket() } else { place };
+        store.extend(given.map(|listener| (LISTENER.to_owned(), listener)));
         let mut take = |name: &str| {
             let missing = || io::Error::other(format!("the keeper handed over no {name}"));
             store.remove(name).ok_or_else(missing)
@@ -113,7 +124,7 @@ impl Server {
         let age_at = estate.age_look().map(|look| Instant::now() + look);
         // Our predecessor died while it ended the bus: nothing is left but to leave.
         let ended = estate.state().ending;
-        let server = Server {
+        let mut server = Server {
             place,
             lock,
             listener,
@@ -128,11 +139,13 @@ impl Server {
             renew_at: Instant::now(),
             keeper_at: None,
             age_at,
+            look: None,
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
         };
         server.watch_all()?;
+        server.look_soon();
         Ok(server)
     }
 
@@ -179,7 +192,8 @@ impl Server {
 
     /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
-        let sometimes = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at);
+        let look_at = self.look.map(|(at, _)| at);
+        let sometimes = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(look_at);
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -215,6 +229,9 @@ impl Server {
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
+        }
+        if let Some((_, waited)) = self.look.filter(|(at, _)| *at <= now) {
+            self.look_after_the_lost(waited)?;
         }
         if !self.estate.state().participants().is_empty() {
             self.leave_at = None;
@@ -309,24 +326,63 @@ impl Server {
         Ok(self.epoll.modify(client, &mut EpollEvent::new(flags, token(KIND_CLIENT, id)))?)
     }
 
-    /// The client closed its connection: it has dropped the bus and every handle, or is dead.
+    /// The connection broke without a good-bye: the process is dead, about to be, or runs another program. If it can be
+    /// proven right now, so much the better; a living one keeps its places, for it may still write (SPEC §4.2).
     fn hang_up(&mut self, id: u64) -> io::Result<()> {
-        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
-        match incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
-            Some(incarnation) => self.bury(incarnation),
-            None => Ok(()),
+        match self.disconnect(id) {
+            Some(incarnation) if self.estate.is_past(incarnation) => self.bury(incarnation),
+            _ => Ok(()),
         }
     }
 
     /// We close the connection. What the process holds stays in force: it may come back, and if not, it will die.
     fn expel(&mut self, id: u64) {
-        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
-        if let Some(incarnation) = incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id)) {
-            self.connected.remove(&incarnation);
-        }
+        self.disconnect(id);
     }
 
-    /// A participant is dead, or has left.
+    /// Forgets a connection; whose it was, if that participant has no other one now.
+    fn disconnect(&mut self, id: u64) -> Option<u64> {
+        let incarnation = self.clients.remove(&id).and_then(|client| client.incarnation);
+        let incarnation = incarnation.filter(|incarnation| self.connected.get(incarnation) == Some(&id))?;
+        self.connected.remove(&incarnation);
+        self.look_soon();
+        Some(incarnation)
+    }
+
+    fn look_soon(&mut self) {
+        self.look = Some((Instant::now() + FIRST_LOOK, FIRST_LOOK));
+    }
+
+    /// Buries participants without a connection that have executed another program since. Nothing tells us when they do:
+    /// their connection may have broken long before, with an earlier coordinator. Deaths are told by the pidfd.
+    fn look_after_the_lost(&mut self, waited: Duration) -> io::Result<()> {
+        let everybody = self.estate.state().participants().keys().copied();
+        let lost: Vec<u64> = everybody.filter(|incarnation| !self.connected.contains_key(incarnation)).collect();
+        let next = (waited * 2).min(LONGEST_LOOK);
+        self.look = (!lost.is_empty()).then(|| (Instant::now() + next, next));
+        for incarnation in lost {
+            if self.estate.is_past(incarnation) {
+                self.bury(incarnation)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A participant has dropped everything. It is told once that is noted, so that it can turn to our successor if we
+    /// die before.
+    fn bid_farewell(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+        let client = self.clients.remove(&id);
+        if self.connected.get(&incarnation) == Some(&id) {
+            self.bury(incarnation)?;
+        }
+        if let Some(mut client) = client {
+            // Whoever does not wait for it needs it no more.
+            let _ = client.send(&Answer::Farewell, Vec::new());
+        }
+        Ok(())
+    }
+
+    /// A participant is past, or has left.
     fn bury(&mut self, incarnation: u64) -> io::Result<()> {
         if let Some(id) = self.connected.remove(&incarnation) {
             self.clients.remove(&id);
@@ -362,6 +418,8 @@ impl Server {
                 self.expel(id);
                 Ok(())
             }
+            (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
+            (Some(_), Request::Report) => self.report(id),
             (Some(incarnation), request) => self.grant(id, incarnation, &request),
         }
     }
@@ -375,8 +433,16 @@ impl Server {
         }
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let peer = client.peer;
-        let admitted = match socket::peer_pidfd(client.as_fd(), peer) {
-            Ok(pidfd) => self.let_in(peer, pidfd, incarnation, holds)?,
+        let watched = socket::peer_pidfd(client.as_fd(), peer);
+        let space = address_space::open(peer.pid);
+        // A newcomer that is still connected is still the process and the program that connected: both descriptors are
+        // its own, and no newcomer's that was given its number.
+        if incarnation.is_none() && socket::is_hung_up(client.as_fd()) {
+            self.expel(id);
+            return Ok(());
+        }
+        let admitted = match watched {
+            Ok(pidfd) => self.let_in(peer, pidfd, space.ok(), incarnation, holds)?,
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -395,6 +461,7 @@ impl Server {
         &mut self,
         peer: Peer,
         pidfd: OwnedFd,
+        space: Option<OwnedFd>,
         incarnation: Option<u64>,
         holds: &[HandleRef],
     ) -> io::Result<Result<u64, Refusal>> {
@@ -406,6 +473,7 @@ impl Server {
             && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
         {
             self.watch(pidfd, token(KIND_PARTICIPANT, incarnation))?;
+            space.into_iter().for_each(|space| self.estate.watch_space(incarnation, space));
         }
         Ok(admitted)
     }
@@ -473,6 +541,12 @@ impl Server {
         Ok(())
     }
 
+    fn report(&mut self, id: u64) -> io::Result<()> {
+        let keeper = self.estate.link().and_then(Link::pid);
+        let report = self.estate.report(keeper, |incarnation| self.connected.contains_key(&incarnation));
+        self.send(id, &Answer::Report(report), Vec::new())
+    }
+
     /// Hands new arenas to their readers, before the publisher that will write them learns that it may.
     fn announce(&mut self) -> io::Result<()> {
         for (topic, slot) in self.estate.take_announcements() {
@@ -514,7 +588,8 @@ impl Server {
             return Ok(());
         }
         let started = roles::start(Role::Keeper, &self.place).and_then(|(link, child)| {
-            let names = [(LOCK, self.lock.as_fd()), (LISTENER, self.listener.as_fd())];
+            let listener = if self.place.socket_is_given() { GIVEN_LISTENER } else { LISTENER };
+            let names = [(LOCK, self.lock.as_fd()), (listener, self.listener.as_fd())];
             let names = names.into_iter().map(|(name, fd)| (name.to_owned(), fd));
             let link = Link::new(link, Some(child));
             let handed = link::hand_over(link.as_fd(), names.chain(self.estate.stored()));

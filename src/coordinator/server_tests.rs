@@ -229,6 +229,12 @@ fn a_participant_that_comes_back_keeps_its_handles() {
     drop(first);
     assert_eq!(attached(&observer, "kept").0, 1, "the old connection no longer counts");
     drop(second);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(attached(&observer, "kept").0, 1, "we live, and may publish yet");
+    let third = stage.raw();
+    say(&third, &back).unwrap();
+    say(&third, &Request::Goodbye).unwrap();
+    drop(third);
     wait_for("the kept handle's release", || attached(&observer, "kept").0 == 0);
 }
 

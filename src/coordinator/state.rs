@@ -218,6 +218,11 @@ impl State {
         self.reserved.values().sum()
     }
 
+    /// What the user with most of it has reserved.
+    pub(crate) fn most_reserved_bytes(&self) -> u64 {
+        self.reserved.values().copied().max().unwrap_or(0)
+    }
+
     /// Every handle of a participant.
     pub(crate) fn handles_of(&self, incarnation: u64) -> Vec<HandleRef> {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
@@ -531,7 +536,10 @@ impl State {
         let participant = self.participants.get(&incarnation).ok_or(Refusal::UnknownParticipant { incarnation })?;
         let decider = Decider { state: self, limits, footprint, incarnation, uid: participant.uid };
         match request {
-            Request::Hello { .. } => Err(Refusal::Protocol { problem: "a second Hello".to_owned() }),
+            // These are the server's business, and never come here from a connection that is what it should be.
+            Request::Hello { .. } | Request::Goodbye | Request::Report => {
+                Err(Refusal::Protocol { problem: "out of turn".to_owned() })
+            }
             Request::CreateTopic { topic, options, exist_ok, ephemeral } => {
                 decider.create_topic(topic, options, *exist_ok, *ephemeral)
             }

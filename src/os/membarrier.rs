@@ -18,6 +18,11 @@ fn membarrier(command: libc::c_int) -> bool {
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0u32, 0) == 0 }
 }
 
+/// Whether the kernel has the barriers that this file is about.
+pub(crate) fn is_available() -> bool {
+    register() && membarrier(GLOBAL_EXPEDITED)
+}
+
 /// Registers this process for other processes' heavy barriers, once; before it rings a doorbell for the first time.
 pub(crate) fn register() -> bool {
     static REGISTERED: OnceLock<bool> = OnceLock::new();

@@ -5,13 +5,14 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
-    accept4, bind, getsockopt, listen as listen_on, recvmsg, sendmsg, socket, socketpair, sockopt,
+    accept4, bind, getsockname, getsockopt, listen as listen_on, recvmsg, sendmsg, socket, socketpair, sockopt,
 };
 
 use crate::os::pidfd;
@@ -83,6 +84,33 @@ pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> 
     }
 }
 
+/// How long a datagram waits for room at its receiver.
+const DATAGRAM_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The same, waiting a moment for room.
+pub(crate) fn send_waiting(fd: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    match send(fd, bytes, fds) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            wait(fd, PollFlags::POLLOUT, Some(Instant::now() + DATAGRAM_PATIENCE))?;
+            send(fd, bytes, fds)
+        }
+        other => other,
+    }
+}
+
+/// Whether this is a socket that listens at `path`, as a service manager hands it over; makes it non-blocking, like all
+/// of ours.
+pub(crate) fn adopt_listener(fd: BorrowedFd<'_>, path: &Path) -> io::Result<bool> {
+    let is_ours = getsockopt(&fd, sockopt::SockType)? == SockType::SeqPacket
+        && getsockopt(&fd, sockopt::AcceptConn)?
+        && getsockname::<UnixAddr>(fd.as_raw_fd())?.path() == Some(path);
+    if is_ours {
+        let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(is_ours)
+}
+
 /// Receives one packet into `buffer`, with at most `max_fds` descriptors; `WouldBlock` when there is none.
 pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], max_fds: usize) -> io::Result<Packet> {
     let mut control = vec![0; control_len(max_fds)];
@@ -135,9 +163,15 @@ pub(crate) fn peer(fd: BorrowedFd<'_>) -> io::Result<Peer> {
     Ok(Peer { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
 }
 
-/// A pidfd of the peer. Kernels before 6.5 cannot say it of the socket, so there it is opened by number: were the peer
-/// to die and its number to be given away in between, the newcomer would be watched instead, and the socket's hang-up
-/// remains as the sign of death.
+/// Whether the other end is closed, though what it sent may still be unread.
+pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    wait(fd, closed, Some(Instant::now())).unwrap_or(true)
+}
+
+/// A pidfd of the peer. Kernels before 6.5 cannot say it of the socket, so there it is opened by number: whoever asks
+/// must check afterwards that the peer [has not hung up](is_hung_up). Were it dead and its number given away, it would
+/// have, unless a child that it forked still has the socket.
 pub(crate) fn peer_pidfd(fd: BorrowedFd<'_>, peer: Peer) -> io::Result<OwnedFd> {
     match getsockopt(&fd, sockopt::PeerPidfd) {
         Err(Errno::ENOPROTOOPT | Errno::EINVAL) => pidfd::open(peer.pid),
@@ -181,7 +215,6 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
-    use std::time::Duration;
 
     use super::*;
     use crate::os::memfd;

@@ -1,6 +1,7 @@
 //! What the tests of the library share: a bus of their own, other processes, deadlines, payloads that check themselves.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -60,8 +61,19 @@ impl Scene {
 
     /// What [`Self::start`] runs.
     pub(crate) fn command(&self, role: &str, arguments: &str) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
+        self.command_inside(&[], role, arguments)
+    }
+
+    /// [`Self::start`] through another program that starts what its last arguments name.
+    pub(crate) fn start_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Process {
+        Process::new(self.command_inside(starter, role, arguments))
+    }
+
+    fn command_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Command {
+        let this = std::env::current_exe().unwrap();
+        let line: Vec<&OsStr> = starter.iter().map(OsStr::new).chain([this.as_os_str()]).collect();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
         command

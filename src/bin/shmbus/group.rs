@@ -108,7 +108,7 @@ struct RemoveArgs {
 
 /// [`Guarantee`] as an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[allow(clippy::enum_variant_names, reason = "the guarantees' own names")]
+#[expect(clippy::enum_variant_names, reason = "the words of the contract")]
 pub(crate) enum GuaranteeArg {
     /// Never delivered twice; a death loses what was in hand
     AtMostOnce,

@@ -4,6 +4,7 @@ mod bench;
 mod create;
 mod demo;
 mod dlq;
+mod doctor;
 mod group;
 mod ls;
 mod output;
@@ -107,11 +108,14 @@ enum Command {
     Purge(purge::Args),
     Peek(peek::Args),
     Bench(bench::Args),
+    Doctor(doctor::Args),
 }
 
 /// How a command ended when it did not fail.
 enum Ended {
     Well,
+    /// It did what it was asked to, and the answer is no: exit code 1 without a word more.
+    Badly,
     /// By this signal (SIGINT, SIGTERM), tidily.
     BySignal(i32),
 }
@@ -123,6 +127,7 @@ fn main() -> ExitCode {
     };
     match run(cli) {
         Ok(Ended::Well) => ExitCode::SUCCESS,
+        Ok(Ended::Badly) => ExitCode::FAILURE,
         Ok(Ended::BySignal(signal)) => ExitCode::from(128 + signal as u8),
         // `shmbus sub t | head -1`: the reader has all it wanted.
         Err(e) if stdout_is_closed(&e) => ExitCode::SUCCESS,
@@ -154,6 +159,7 @@ fn run(cli: Cli) -> anyhow::Result<Ended> {
         Command::Purge(args) => purge::run(globals, args),
         Command::Peek(args) => peek::run(globals, args),
         Command::Bench(args) => bench::run(globals, args),
+        Command::Doctor(args) => doctor::run(globals, args),
     }
 }
 

@@ -20,7 +20,8 @@ use crate::client::read::Lengths;
 use crate::coordinator::protocol::{GroupInfo, Request};
 use crate::error::{AckError, GoneReason, RecvError};
 use crate::group::{Guarantee, LEASE_MS, whole_ms};
-use crate::os::{clock, fork};
+use crate::os::clock;
+use crate::os::home::Home;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::ledger::{Ledger, MoveReason, Seen, State};
 use crate::ring::sequence::Sequence;
@@ -78,7 +79,7 @@ pub(crate) struct Core {
     pub(super) items: Vec<Item>,
     pub(super) flush: Flush,
     held: Option<Held>,
-    forks: u64,
+    pub(super) home: Home,
 }
 
 /// When the floor was last looked at.
@@ -114,8 +115,8 @@ pub(super) struct Parts {
 impl Core {
     pub(super) fn new(parts: Parts, wait: Wait, max_in_flight: u64) -> Core {
         static TOKENS: AtomicU64 = AtomicU64::new(0);
-        fork::watch();
         let Parts { log, ledger, readers, cursors, info, group, control, me, held } = parts;
+        let home = control.home();
         let period = (info.options.messages.min(ledger.window()) / 16).clamp(1, ACKS_PER_FLUSH) as u32;
         let (moves, lengths) = (Moves::new(&info, &group), Lengths::of_payload(&info.options));
         Core {
@@ -143,7 +144,7 @@ impl Core {
             items: Vec::new(),
             flush: Flush { period, ..Flush::default() },
             held: Some(held),
-            forks: fork::generation(),
+            home,
         }
     }
 
@@ -157,12 +158,6 @@ impl Core {
         due_after(now, self.group.options.lease_ms)
     }
 
-    /// Whether this process may use the handle at all.
-    #[inline]
-    pub(super) fn is_forked(&self) -> bool {
-        self.forks != fork::generation()
-    }
-
     pub(super) fn gone(&self) -> Option<GoneReason> {
         if self.readers.readers.wants_attention() { self.log.header().gone() } else { None }
     }
@@ -170,8 +165,8 @@ impl Core {
     /// Whether leases still mean anything.
     #[inline]
     fn check_settle(&self) -> Result<(), AckError> {
-        if self.is_forked() {
-            return Err(AckError::Forked);
+        if !self.home.is_here() {
+            return Err(AckError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
         if self.ledger.is_fenced(self.me) {
             return Err(AckError::Fenced);
@@ -379,7 +374,7 @@ fn due_after(now: u64, ms: u64) -> u64 {
 impl Drop for Core {
     fn drop(&mut self) {
         // A forked child drops a copy: the original, and its leases, are its parent's.
-        if self.is_forked() {
+        if !self.home.is_here() {
             return;
         }
         if self.gone().is_none() && !self.ledger.is_fenced(self.me) {

@@ -54,8 +54,8 @@ impl Core {
     pub(super) fn poll(&mut self, count: usize) -> Result<bool, RecvError> {
         self.items.clear();
         self.copies.clear();
-        if self.is_forked() {
-            return Err(RecvError::Forked);
+        if !self.home.is_here() {
+            return Err(RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
         if self.ledger.is_fenced(self.me) {
             return Err(RecvError::Fenced);

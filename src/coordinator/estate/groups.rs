@@ -249,23 +249,11 @@ impl Estate {
     }
 
     fn group_status(&self, group: &GroupEntry, count: &LedgerCount, tail: u64) -> GroupStatus {
-        let pid = |incarnation: &u64| self.state.participant(*incarnation).map_or(0, |p| p.pid);
         let consumer = |(&consumer, incarnation): (&u32, &u64)| ConsumerStatus {
             consumer,
-            pid: pid(incarnation),
+            pid: self.pid_of(*incarnation),
             in_flight: count.leases.get(&consumer).copied().unwrap_or(0),
             active: group.info.options.exclusive && count.active.map(u32::from) == Some(consumer),
-        };
-        let now_ms = clock::now_ms();
-        let lease = |seen: Seen| {
-            let consumer = u32::from(seen.owner?);
-            Some(LeaseStatus {
-                sequence: seen.sequence(),
-                consumer,
-                pid: group.consumers.get(&consumer).map_or(0, pid),
-                attempt: seen.attempt.into(),
-                ends_in_ms: seen.due_in(now_ms),
-            })
         };
         GroupStatus {
             id: group.info.id,
@@ -281,9 +269,20 @@ impl Estate {
             redelivered: count.redelivered,
             expired: count.expired,
             dead_lettered: count.dead_lettered,
-            oldest_lease: count.oldest.and_then(lease),
+            oldest_lease: count.oldest.and_then(|seen| self.lease_status(group, seen)),
             consumers: group.consumers.iter().map(consumer).collect(),
         }
+    }
+
+    pub(super) fn lease_status(&self, group: &GroupEntry, seen: Seen) -> Option<LeaseStatus> {
+        let consumer = u32::from(seen.owner?);
+        Some(LeaseStatus {
+            sequence: seen.sequence(),
+            consumer,
+            pid: group.consumers.get(&consumer).map_or(0, |incarnation| self.pid_of(*incarnation)),
+            attempt: seen.attempt.into(),
+            ends_in_ms: seen.due_in(clock::now_ms()),
+        })
     }
 }
 

@@ -1,0 +1,81 @@
+//! What the coordinator tells `shmbus doctor` of its bus.
+
+use super::Estate;
+use crate::coordinator::memory::TopicMemory;
+use crate::coordinator::protocol::{BlockedTopic, BlockingGroup, BusReport, ParticipantStatus};
+use crate::coordinator::state::{GroupEntry, TopicEntry};
+use crate::topic::{Full, Mode};
+
+/// Blocked topics that are named, at most; a page is a packet.
+const MAX_BLOCKED: usize = 64;
+
+impl Estate {
+    /// The bus as it is now.
+    pub(crate) fn report(&self, keeper_pid: Option<u32>, is_connected: impl Fn(u64) -> bool) -> BusReport {
+        let participants = self.state().participants().iter().map(|(&incarnation, participant)| ParticipantStatus {
+            incarnation,
+            pid: participant.pid,
+            uid: participant.uid,
+            handles: participant.handles.len() as u32,
+            connected: is_connected(incarnation),
+        });
+        BusReport {
+            coordinator_pid: std::process::id(),
+            keeper_pid,
+            budget_bytes: self.limits().budget_bytes,
+            most_reserved_bytes: self.state().most_reserved_bytes(),
+            participants: participants.collect(),
+            blocked: self.state().topics().values().filter_map(|t| self.blocked(t)).take(MAX_BLOCKED).collect(),
+        }
+    }
+
+    /// Who holds a full ring, if the topic has one.
+    fn blocked(&self, entry: &TopicEntry) -> Option<BlockedTopic> {
+        let memory = self.memories.get(&entry.info.id)?;
+        let options = &entry.info.options;
+        if options.full == Full::Overwrite {
+            return None;
+        }
+        let gating = entry.subscribers.iter().filter(|(_, subscriber)| !subscriber.droppable);
+        let subscribers = gating.map(|(&cursor, subscriber)| (cursor, Holder::Subscriber(subscriber.incarnation)));
+        let groups = entry.living_groups().map(|group| (group.info.cursor, Holder::Group(group)));
+        let places = subscribers.chain(groups).map(|(cursor, holder)| (memory.cursor_sequence(cursor), cursor, holder));
+        let (sequence, cursor, holder) = places.min_by_key(|(sequence, cursor, _)| (*sequence, *cursor))?;
+        let lag = memory.range().ok()?.1.saturating_sub(sequence);
+        // A publisher that spins leaves no mark, so a ring that holds all it promises counts as well.
+        let is_full = memory.is_waited_for() || lag >= options.messages;
+        if !is_full || lag == 0 {
+            return None;
+        }
+        let group = match holder {
+            Holder::Group(group) => Some(self.blocking_group(memory, group)),
+            Holder::Subscriber(_) => None,
+        };
+        let pid = match holder {
+            Holder::Subscriber(incarnation) => self.pid_of(incarnation),
+            Holder::Group(_) => {
+                group.as_ref().and_then(|group| group.oldest_lease.as_ref()).map_or(0, |lease| lease.pid)
+            }
+        };
+        let (topic, channel) = (entry.info.name.clone(), options.mode == Mode::Channel);
+        Some(BlockedTopic { topic, channel, cursor, pid, sequence, lag, group })
+    }
+
+    fn blocking_group(&self, memory: &TopicMemory, group: &GroupEntry) -> BlockingGroup {
+        let count = memory.count_ledger(group.info.id).unwrap_or_default();
+        BlockingGroup {
+            name: group.info.name.clone(),
+            consumers: group.consumers.len() as u32,
+            moving: count.moving,
+            oldest_lease: count.oldest.and_then(|seen| self.lease_status(group, seen)),
+        }
+    }
+}
+
+/// Whose cursor it is.
+#[derive(Clone, Copy)]
+enum Holder<'a> {
+    /// A participant's.
+    Subscriber(u64),
+    Group(&'a GroupEntry),
+}
