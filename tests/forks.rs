@@ -10,8 +10,8 @@ use common::{LIMIT, MODES, Scene, of_mode, raw, receive};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use shmbus::{
-    AckError, Bus, Channel, ConnectError, Mode, OpenError, PipelineError, PublishError, RecvError, ReplyError,
-    RequestError, SettleError, Start, Topic, Wait, WildcardError, wait_any,
+    AckError, Bus, Channel, ConnectError, Delivery, Mode, OpenError, Outputs, PipelineError, PublishError, RecvError,
+    ReplyError, RequestError, SettleError, Start, Topic, Wait, WildcardError, wait_any,
 };
 
 /// Runs `body` in a forked child; what it finds wrong fails the test.
@@ -237,7 +237,11 @@ fn a_childs_pipeline_wildcard_and_requests_are_refused_and_stay() {
     let (mut pipeline, mut wildcard, mut requester, mut responder) = copied.unwrap();
     assert_eq!(census(&bus), before);
     assert_eq!(**wildcard.recv_timeout(LIMIT).unwrap(), b"input"[..]);
-    assert!(pipeline.step_timeout(LIMIT, |input, outputs| Ok(outputs.push(input))).unwrap());
+    let copy = |input: &Delivery<'_, [u8]>, outputs: &mut Outputs<[u8]>| {
+        outputs.push(input);
+        Ok(())
+    };
+    assert!(pipeline.step_timeout(LIMIT, copy).unwrap());
     std::thread::scope(|scope| {
         let reply = scope.spawn(|| requester.request(b"request", LIMIT).unwrap());
         let mut incoming = Some(responder.recv_timeout(LIMIT).unwrap());
