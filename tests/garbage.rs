@@ -7,8 +7,9 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Random, Scene, of_mode, seed};
-use shmbus::{Bus, Envelope, Full, Mode, Sequence, Start, Topic};
+use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
+use nix::sys::signal::{Signal, kill};
+use shmbus::{Bus, Envelope, Full, Mode, Sequence, Start, Topic, WildcardError};
 
 /// Topics whose memory is garbled, of each kind.
 const TOPICS: u64 = 12;
@@ -109,4 +110,32 @@ fn a_garbled_topic_harms_nobody_else() {
             assert_eq!(scene.server("coordinator"), coordinator, "{mode} {n}: the coordinator died");
         }
     }
+}
+
+/// A topic that dropped out because it was garbled has been read in part: a new coordinator does not begin it again.
+#[test]
+fn what_a_wildcard_has_given_up_stays_away() {
+    let scene = Scene::new("given-up");
+    let bus = scene.open();
+    let mut wildcard = bus.wildcard::<[u8]>("given.*").open().unwrap();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("given.up")).messages(64).bytes(4096);
+    let mut publisher = bus.publisher(topic).unwrap();
+    publisher.publish(b"sound").unwrap();
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"sound");
+    let (log, second) = (segment(&scene, "given.up:log"), BODY + RING + 8);
+    publisher.publish(b"garbled").unwrap();
+    // Its record's place.
+    let mut word = [0; 8];
+    log.read_exact_at(&mut word, second).unwrap();
+    log.write_all_at(&(u64::from_le_bytes(word) ^ 1 << 4).to_le_bytes(), second).unwrap();
+    let outcome = wildcard.recv_timeout(LIMIT).map(|message| message.as_bytes().to_vec());
+    assert!(matches!(outcome, Err(WildcardError::Corrupt { .. })), "{outcome:?}");
+    // What is sound again could be read again.
+    log.write_all_at(&word, second).unwrap();
+    await_that("its end", || bus.topic("given.up").unwrap().subscribers.is_empty());
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    // In force before it is answered.
+    bus.publisher(Topic::<[u8]>::new("given.new")).unwrap().publish(b"new").unwrap();
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"new");
+    assert_eq!(wildcard.topics().collect::<Vec<_>>(), ["given.new"]);
 }
