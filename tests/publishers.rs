@@ -321,10 +321,12 @@ fn who_slept_through_its_replacement_is_fenced_and_never_seen() {
     let mut random = Random::new(seed());
     let topic = topic_created(&bus, &topic(Mode::Many));
     let done = AtomicBool::new(false);
+    // Before the first life: without a reader the ring keeps only the newest.
+    let subscriber = subscriber(&bus, &topic);
     thread::scope(|scope| {
         // Also when an assertion fails: the scope waits for its reader.
         let end = OnDrop(&done);
-        let reading = scope.spawn(|| read_lives(subscriber(&bus, &topic), &done));
+        let reading = scope.spawn(|| read_lives(subscriber, &done));
         let mut zombies: Vec<(Process, u64)> = Vec::new();
         let mut last = 0;
         for life in 1..=FENCED {

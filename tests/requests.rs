@@ -221,3 +221,18 @@ fn the_command_line_asks_and_replies() {
     assert_eq!(late.status.code(), Some(1));
     assert!(String::from_utf8(late.stderr).unwrap().contains("no reply on topic \"upper\" within 50ms"));
 }
+
+/// What a failed opening had created is gone: a program that tries again and again uses nothing up.
+#[test]
+fn a_requester_that_cannot_be_opened_leaves_no_inbox() {
+    let scene = Scene::new("no-inbox");
+    let bus = scene.open();
+    // As many as an inbox has readers.
+    let spies: Vec<_> = (0..8).map(|_| bus.wildcard::<[u8]>("_inbox.*").open().unwrap()).collect();
+    for _ in 0..3 {
+        assert!(matches!(bus.requester(TOPIC).err(), Some(OpenError::Refused(Refusal::Limit { .. }))));
+        assert_eq!(inboxes(&bus), 0);
+    }
+    drop(spies);
+    drop(bus.requester(TOPIC).unwrap());
+}

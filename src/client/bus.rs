@@ -105,7 +105,7 @@ impl Bus {
         self.create_as(name, options, false, true).map(drop)
     }
 
-    fn create_as(
+    pub(crate) fn create_as(
         &self,
         name: &str,
         options: &TopicOptions,

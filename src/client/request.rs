@@ -100,8 +100,12 @@ impl Bus {
         let inbox = format!("{INBOX}{:016x}", crate::coordinator::random_u64());
         let declared = Topic::<[u8]>::named(inbox.as_str()).messages(INBOX_MESSAGES).bytes(reply_bytes);
         let options = TopicOptions { max_subscribers: 8, ..declared.full(Full::Reject).envelope().options() };
-        self.create_ephemeral(&inbox, &options)?;
-        let replies = self.subscriber(Topic::named(inbox.as_str())).open()?;
+        // Where it exists we have created it, and the coordinator died before it could say so: nobody else has the name.
+        self.create_as(&inbox, &options, true, true)?;
+        let replies = self.subscriber(Topic::named(inbox.as_str())).open().inspect_err(|_| {
+            // If this fails, too, the inbox goes with the connection.
+            let _ = self.remove_topic(&inbox, true);
+        })?;
         let next_id = crate::coordinator::random_u64();
         Ok(Requester { topic: name, requests, replies, inbox, next_id, wait: Wait::default(), bus: self.clone() })
     }

@@ -629,8 +629,9 @@ impl Decider<'_> {
             (Some(entry), _) => {
                 let slot = self.publisher_slot(entry)?;
                 identity.map_or(Ok(()), |identity| names::check_room(entry, identity))?;
-                events.extend(identity.and_then(|identity| names::fencing(entry, identity)));
+                // First what may fail for want of memory: a holder is fenced for a successor that comes.
                 events.extend(self.arena_for(entry, slot)?);
+                events.extend(identity.and_then(|identity| names::fencing(entry, identity)));
                 (entry.info.clone(), slot, (entry.publishers_seen % TENANCIES) as u32)
             }
         };

@@ -255,8 +255,8 @@ impl Checkpoint {
             let sequences = [0, 1].map(|i: usize| self.pairs[i].sequence.load(Ordering::Acquire));
             if positions() == before {
                 let places = [0, 1].map(|i| Place { position: before[i], sequence: sequences[i] });
-                // Garbage must not overflow what is added to positions later.
-                let whole = places.into_iter().filter(|place| place.position < u64::MAX / 2);
+                // Garbage must not overflow what is added to positions and sequences later.
+                let whole = places.into_iter().filter(|place| place.position.max(place.sequence) < u64::MAX / 2);
                 return whole.max_by_key(|place| place.position);
             }
             pause();

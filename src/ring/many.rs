@@ -227,7 +227,8 @@ impl ManyLog {
     /// The first position from `position` on that is no fence, and thus has a record or is not committed yet: sequences are found
     /// in records, and a fence is one sequence.
     pub(crate) fn past_fences(&self, position: u64) -> u64 {
-        let end = position + self.ring.len();
+        // Saturating: an intent that is garbage must not overflow.
+        let end = position.saturating_add(self.ring.len());
         (position..end).find(|at| !self.committed(*at).is_some_and(EntryWord::is_fence)).unwrap_or(end)
     }
 

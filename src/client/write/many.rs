@@ -79,6 +79,10 @@ impl Records<'_> {
         let align = self.info.batch_align();
         let Some((word, arena, start, record)) = self.at(log, position)? else { return Ok(()) };
         let table = if word.count() == 1 { 0 } else { (word.count() * 4).next_multiple_of(align) };
+        // Garbled: whoever reads the batch will say so.
+        if table > record.body_bytes {
+            return Ok(());
+        }
         let (mut at, end) = (start + table, start + record.body_bytes);
         let mut buffer = [0; ID_WITHIN_BYTES.next_multiple_of(8)];
         for index in 0..word.count() {
@@ -181,8 +185,7 @@ impl ManyPort {
         let place = match ids.as_mut().filter(|_| with_id) {
             None => writer.publish(arena, offset, unit, count, last, |_, _| Ok(()))?,
             Some(ids) => writer.publish(arena, offset, unit, count, last, |log, at| {
-                // Acquire: A-INTENT, as a joiner would look at it.
-                let oldest = log.header.intent.0.load(Ordering::Acquire);
+                let oldest = oldest_retained(log, at.position);
                 ids.catch_up(oldest, at.position, |position, found| records.ids_at(log, position, found))?;
                 ids.check(messages.iter().copied())
             })?,
@@ -192,6 +195,12 @@ impl ManyPort {
         self.writer.notify();
         Ok(place.sequence)
     }
+}
+
+/// Where what is retained below `tail` begins; at most a lap of it, whatever the memory says.
+fn oldest_retained(log: &ManyLog, tail: u64) -> u64 {
+    // Acquire: A-INTENT, as a joiner would look at it.
+    log.header.intent.0.load(Ordering::Acquire).max(tail.saturating_sub(log.ring.len()))
 }
 
 impl WritePort for ManyPort {
@@ -274,9 +283,8 @@ impl WritePort for ManyPort {
     fn runs_of(&mut self, publisher: u64) -> Vec<Run> {
         let log = self.writer.log().clone();
         let log = &log;
-        // Acquire: A-INTENT, as a joiner would look at it.
-        let oldest = log.header.intent.0.load(Ordering::Acquire);
-        let tail = log.tail_from(Some(self.writer.at())).map_or(oldest, |tail| tail.position);
+        let Some(tail) = log.tail_from(Some(self.writer.at())).map(|tail| tail.position) else { return Vec::new() };
+        let oldest = oldest_retained(log, tail);
         let ManyPort { info, arena, others, .. } = self;
         let mut records = Records { info, slot: self.slot, arena, others };
         let mut runs = Vec::new();

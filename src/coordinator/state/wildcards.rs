@@ -47,12 +47,13 @@ impl State {
     }
 
     /// Cursors that wildcard subscriptions ought to have and have not: their coordinator died between the creation of the
-    /// topic and theirs. Nobody has been told that the topic exists, so nothing was missed yet.
+    /// topic and theirs. Nobody has been told that the topic exists, so nothing was missed yet. A topic that has had a
+    /// publisher had them all: there one is missing because its owner has given it up.
     pub(crate) fn missing_cursors(&self) -> Vec<(u64, u64)> {
         let lacks =
             |entry: &&TopicEntry, wildcard: u64| entry.subscribers.values().all(|s| s.wildcard != Some(wildcard));
         let of = |(&wildcard, entry): (&u64, &WildcardEntry)| {
-            let wanted = self.topics.values().filter(|topic| entry.wants(&topic.info));
+            let wanted = self.topics.values().filter(|topic| topic.publishers_seen == 0 && entry.wants(&topic.info));
             wanted.filter(|topic| lacks(topic, wildcard)).map(|topic| (wildcard, topic.info.id)).collect::<Vec<_>>()
         };
         self.wildcards.iter().flat_map(of).collect()

@@ -1,0 +1,141 @@
+//! What a publisher of a topic may write into the topic's memory harms that topic at most: errors, but no crash, no hang, and no
+//! effect on the coordinator or on other topics (SPEC §7.3).
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
+use nix::sys::signal::{Signal, kill};
+use shmbus::{Bus, Envelope, Full, Mode, Sequence, Start, Topic, WildcardError};
+
+/// Topics whose memory is garbled, of each kind.
+const TOPICS: u64 = 12;
+
+/// Rounds of garbage on each.
+const ROUNDS: u64 = 6;
+
+/// Where a segment's body begins, and a log's ring in it.
+const BODY: u64 = 4096;
+const RING: u64 = 20_480;
+
+/// In a log's body: intent, floor, released, and the first checkpoint's two pairs. The state, before them, is left alone: a topic
+/// that says it is gone is gone.
+const PLACES: [u64; 7] = [128, 256, 384, 512, 520, 528, 536];
+
+/// Words that have been mistaken for something in many a program.
+const WORDS: [u64; 8] = [0, 1, u64::MAX, u64::MAX - 1, 1 << 63, u64::MAX >> 1, u64::MAX >> 2, 1 << 32];
+
+/// A segment of a topic, found with the coordinator, which has it open for writing as a publisher has.
+fn segment(scene: &Scene, name: &str) -> File {
+    let fds = fs::read_dir(format!("/proc/{}/fd", scene.server("coordinator"))).unwrap();
+    let wanted = format!("/memfd:shmbus:{name} (deleted)");
+    let of_name = |path: &std::path::PathBuf| fs::read_link(path).is_ok_and(|to| to.to_str() == Some(&wanted));
+    let path = fds.map(|entry| entry.unwrap().path()).find(of_name).unwrap_or_else(|| panic!("no {wanted}"));
+    OpenOptions::new().read(true).write(true).open(path).unwrap()
+}
+
+/// Overwrites a few words of a log's head or ring, or of an arena.
+fn garble(random: &mut Random, log: &File, arena: &File) {
+    for _ in 0..=random.below(3) {
+        let word = match random.below(3) {
+            0 => random.below(u64::MAX),
+            _ => WORDS[random.below(WORDS.len() as u64) as usize],
+        };
+        let (file, at) = match random.below(5) {
+            0 | 1 => (log, BODY + PLACES[random.below(PLACES.len() as u64) as usize]),
+            2 => (log, BODY + 128 + 8 * random.below((RING - 128) / 8)),
+            3 => (log, BODY + RING + 8 * random.below(64)),
+            _ => (arena, BODY + 8 * random.below(512)),
+        };
+        let len = file.metadata().unwrap().len();
+        if at + 8 <= len {
+            file.write_all_at(&word.to_le_bytes(), at).unwrap();
+        }
+    }
+}
+
+/// Uses the topic in every way that looks at what publishers wrote. Outcomes do not matter.
+fn use_it(bus: &Bus, topic: &Topic<[u8]>, random: &mut Random) {
+    let id = |random: &mut Random| Envelope::new().id(&random.below(20).to_le_bytes());
+    for name in [None, Some("name")] {
+        let opened = match name {
+            None => bus.publisher(topic.clone()),
+            Some(name) => bus.publisher_as(topic.clone(), name),
+        };
+        let Ok(mut publisher) = opened else { continue };
+        let _ = publisher.publish_timeout(b"plain", Duration::from_millis(1));
+        let envelopes = [id(random), id(random)];
+        let _ = publisher.publish_numbered(b"again", 1 + random.below(10));
+        // No reader holds the topic, so these wait for nobody.
+        let _ = publisher.publish_with(&[7; 300], &envelopes[0]);
+        let _ = publisher.publish_batch_with(envelopes.iter().map(|envelope| (&b"batch"[..], envelope)));
+    }
+    let starts = [Start::Oldest, Start::Latest, Start::Last(3), Start::Sequence(Sequence::new(2)), Start::LastPerKey];
+    for start in starts {
+        let Ok(mut subscriber) = bus.subscriber(topic.clone()).start(start).open() else { continue };
+        (0..100).for_each(|_| drop(subscriber.try_recv().map(|message| message.map(|m| m.as_bytes().to_vec()))));
+        let _ = subscriber.lag();
+    }
+    let _ = (bus.topic(topic.name()), bus.publisher_names(topic.name()), bus.purge_topic(topic.name()));
+}
+
+#[test]
+fn a_garbled_topic_harms_nobody_else() {
+    let scene = Scene::new("garbage");
+    let bus = scene.open();
+    let coordinator = scene.server("coordinator");
+    let mut random = Random::new(seed());
+    let mut sound = bus.publisher(Topic::<[u8]>::new("sound")).unwrap();
+    let mut reader = bus.subscriber(Topic::<[u8]>::new("sound")).open().unwrap();
+    for mode in [Mode::Many, Mode::Exclusive] {
+        for n in 0..TOPICS {
+            let topic = Topic::<[u8]>::named(format!("garbled-{mode}-{n}")).messages(16).bytes(4096).max_age(LIMIT);
+            let topic = of_mode(mode, topic).full(Full::Overwrite).dedup();
+            bus.create(&topic).unwrap();
+            let log = segment(&scene, &format!("{}:log", topic.name()));
+            let arena = segment(&scene, &format!("{}:arena-0", topic.name()));
+            (0..3).for_each(|_| use_it(&bus, &topic, &mut random));
+            for round in 0..ROUNDS {
+                garble(&mut random, &log, &arena);
+                let started = Instant::now();
+                use_it(&bus, &topic, &mut random);
+                assert!(started.elapsed() < LIMIT, "{mode} {n} {round}");
+                sound.publish(b"sound").unwrap();
+                assert_eq!(reader.recv_timeout(LIMIT).unwrap().as_bytes(), b"sound");
+            }
+            bus.remove_topic(topic.name(), true).unwrap();
+            assert_eq!(scene.server("coordinator"), coordinator, "{mode} {n}: the coordinator died");
+        }
+    }
+}
+
+/// A topic that dropped out because it was garbled has been read in part: a new coordinator does not begin it again.
+#[test]
+fn what_a_wildcard_has_given_up_stays_away() {
+    let scene = Scene::new("given-up");
+    let bus = scene.open();
+    let mut wildcard = bus.wildcard::<[u8]>("given.*").open().unwrap();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("given.up")).messages(64).bytes(4096);
+    let mut publisher = bus.publisher(topic).unwrap();
+    publisher.publish(b"sound").unwrap();
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"sound");
+    let (log, second) = (segment(&scene, "given.up:log"), BODY + RING + 8);
+    publisher.publish(b"garbled").unwrap();
+    // Its record's place.
+    let mut word = [0; 8];
+    log.read_exact_at(&mut word, second).unwrap();
+    log.write_all_at(&(u64::from_le_bytes(word) ^ 1 << 4).to_le_bytes(), second).unwrap();
+    let outcome = wildcard.recv_timeout(LIMIT).map(|message| message.as_bytes().to_vec());
+    assert!(matches!(outcome, Err(WildcardError::Corrupt { .. })), "{outcome:?}");
+    // What is sound again could be read again.
+    log.write_all_at(&word, second).unwrap();
+    await_that("its end", || bus.topic("given.up").unwrap().subscribers.is_empty());
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    // In force before it is answered.
+    bus.publisher(Topic::<[u8]>::new("given.new")).unwrap().publish(b"new").unwrap();
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"new");
+    assert_eq!(wildcard.topics().collect::<Vec<_>>(), ["given.new"]);
+}
