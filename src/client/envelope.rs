@@ -13,6 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::error::EnvelopeError;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_HEADERS_BYTES, MAX_ID_BYTES, MAX_KEY_BYTES};
 
+/// What the lengths of a header's name and value take, at most.
+pub(crate) const HEADER_LENGTHS_BYTES: usize = 6;
+
 /// What goes with a message: key, headers, the caller's own id, a time-to-live. The timestamp goes by itself.
 ///
 /// ```

@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use super::core::Core;
 use super::fetch::Got;
-use crate::client::envelope::{self, Envelope, EnvelopeView};
+use crate::client::envelope::{self, Envelope, EnvelopeView, HEADER_LENGTHS_BYTES};
 use crate::client::publisher::OriginPublisher;
 use crate::coordinator::protocol::{Answer, GroupInfo, Identity, Request, StartAt, TopicInfo};
 use crate::error::PublishError;
 use crate::group::{DEAD_LETTER_GROUP, GroupOptions};
 use crate::os::clock;
 use crate::ring::ledger::{MoveReason, Seen, State};
+use crate::shm::layout::MAX_HEADERS_BYTES;
 use crate::sync::Ordering;
 use crate::topic::{Topic, TopicOptions};
 
@@ -23,6 +24,12 @@ const FULL_RETRY_MS: u64 = 10;
 
 /// How long moves wait when the dead-letter topic could not be opened or used: that takes the coordinator, or people.
 const BROKEN_RETRY_MS: u64 = 1000;
+
+/// What a letter tells of the reason, at most.
+const MAX_REASON_BYTES: usize = 1024;
+
+/// Room for the original's headers in a letter: what is left by the letter's own, whose names and numbers are short.
+const COPIED_HEADERS_BYTES: usize = MAX_HEADERS_BYTES - 4096;
 
 /// What this consumer is moving.
 pub(super) struct Moves {
@@ -203,6 +210,7 @@ fn letter(
         (None, State::Moving(MoveReason::Expired)) => "expired",
         _ => "attempts exhausted",
     };
+    let reason = shortened(reason);
     let number = |number: u64| number.to_string();
     let mut letter = Envelope::new()
         .ttl(std::time::Duration::MAX)
@@ -216,7 +224,24 @@ fn letter(
     }
     let Some(original) = original else { return letter };
     letter = letter.key(original.key().unwrap_or_default());
-    original.headers().fold(letter, |letter, (name, value)| letter.header(name, value))
+    // A letter that was too long to be published would hold the group's floor for ever.
+    let (mut copied_bytes, mut left_out) = (0, 0);
+    for (name, value) in original.headers() {
+        let bytes = name.len() + value.len() + HEADER_LENGTHS_BYTES;
+        if copied_bytes + bytes > COPIED_HEADERS_BYTES {
+            left_out += 1;
+            continue;
+        }
+        copied_bytes += bytes;
+        letter = letter.header(name, value);
+    }
+    if left_out > 0 { letter.header("headers-left-out", number(left_out).as_bytes()) } else { letter }
+}
+
+/// As much of a reason as a letter has room for.
+fn shortened(reason: &str) -> &str {
+    let ends = reason.char_indices().map(|(at, char)| at + char.len_utf8());
+    &reason[..ends.take_while(|end| *end <= MAX_REASON_BYTES).last().unwrap_or(0)]
 }
 
 /// Publishes the copy without waiting. A topic that somebody made without envelopes gets the payload alone.
