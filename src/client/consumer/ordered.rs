@@ -87,21 +87,31 @@ impl Core {
 
     /// Takes a head if it is to be had; otherwise in how many milliseconds it may be.
     fn try_head(&mut self, head: u64, now: u64) -> Result<Option<u64>, RecvError> {
-        let seen = self.ledger.look(head);
-        if seen.state == State::Settled {
-            self.ordered.pop(head);
+        let due_in = self.head_due_in(head, now);
+        if due_in != Some(0) {
+            return Ok(due_in);
+        }
+        let taken = self.items.len();
+        self.try_take(head, now)?;
+        if self.items.len() > taken {
             return Ok(None);
         }
-        let due_in = match seen.state {
-            State::Returned | State::Leased => seen.due_in(now),
-            State::Moving(_) if seen.owner.is_some() => seen.due_in(now).min(MOVE_LOOK_MS),
-            _ => 0,
-        };
-        if due_in > 0 {
-            return Ok(Some(due_in));
+        // It had expired: the next of its key comes at once. Or somebody was faster: until the end of that lease.
+        Ok(self.head_due_in(head, now).filter(|ms| *ms > 0))
+    }
+
+    /// In how many milliseconds a head may be had. `None`: it is settled, and the next of its key in its place.
+    fn head_due_in(&mut self, head: u64, now: u64) -> Option<u64> {
+        let seen = self.ledger.look(head);
+        match seen.state {
+            State::Settled => {
+                self.ordered.pop(head);
+                None
+            }
+            State::Returned | State::Leased => Some(seen.due_in(now)),
+            State::Moving(_) if seen.owner.is_some() => Some(seen.due_in(now).min(MOVE_LOOK_MS)),
+            _ => Some(0),
         }
-        self.try_take(head, now)?;
-        Ok(None)
     }
 
     /// Reads some more messages along. `false`: there are no more, or the window is full.
