@@ -10,9 +10,9 @@ use crate::client::envelope::Envelope;
 use crate::client::publisher::OriginPublisher;
 use crate::client::subscriber::Start;
 use crate::coordinator::protocol::Identity;
-use crate::error::{AckError, OpenError, PipelineError, PublishError, RecvError};
+use crate::error::{AckError, OpenError, PipelineError, PublishError, RecvError, Refusal};
 use crate::group::{GroupOptions, Guarantee};
-use crate::topic::{Payload, Topic, TopicOptions};
+use crate::topic::{Mode, Payload, Topic, TopicOptions};
 use crate::wait::Wait;
 
 /// Takes messages of one topic as a consumer of a group and publishes what a transform makes of each to another.
@@ -121,16 +121,36 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> PipelineBuilder<I, O> {
     /// Opens it.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::open`] and [`Bus::publisher`]; the output topic is not for many publishers.
+    /// As [`ConsumerBuilder::open`] and [`Bus::publisher`]; the output topic is not for many publishers, or is the group's
+    /// dead-letter topic.
     pub fn open(self) -> Result<Pipeline<I, O>, OpenError> {
         let consumer = self.consumer.open()?;
         let (topic, group) = consumer.place();
         let origin = Identity::Origin { topic, group, consumer: consumer.number() };
         let publisher = OriginPublisher::open(self.bus.control(), self.to.name(), self.to.options(), origin)?;
+        check_output(&consumer, publisher.options(), self.to.name())?;
         let lease = Duration::from_millis(consumer.group_options().lease_ms);
         let outputs = Outputs { bytes: Vec::new(), messages: Vec::new(), payload: PhantomData };
         Ok(Pipeline { consumer, publisher, outputs, lease })
     }
+}
+
+/// Whether the coordinator could tell which outputs are there: exclusive topics keep no notes of it, and dead letters on the
+/// same topic would go through another publisher of the same consumer, which fences this one.
+fn check_output<I: ?Sized + Payload>(
+    consumer: &Consumer<I>,
+    options: &TopicOptions,
+    topic: &str,
+) -> Result<(), OpenError> {
+    let dead_letters = consumer.group_options().dead_letter_topic(consumer.topic(), consumer.group());
+    let problem = if options.mode != Mode::Many {
+        format!("a pipeline's output must be a topic for many publishers, this one is {}", options.mode)
+    } else if dead_letters == topic {
+        "a pipeline's output cannot also be the dead-letter topic of its group; name another".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Refusal::Options { topic: topic.to_owned(), problem }.into())
 }
 
 impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
@@ -212,11 +232,15 @@ fn finish<I: Payload + ?Sized, O: Payload + ?Sized>(
     if !outputs.messages.is_empty() {
         let sequence = input.sequence().get();
         let batch = outputs.batch();
-        // A full output topic is waited for, and meanwhile the input stays ours.
+        // A full output topic is waited for, and meanwhile the input stays ours: the transform may have used its lease up.
+        let mut patience = Duration::ZERO;
         loop {
-            match publisher.publish(sequence, &batch, Instant::now() + lease / 3) {
+            match publisher.publish(sequence, &batch, Instant::now() + patience) {
                 Ok(_) => break,
-                Err(PublishError::TimedOut { .. }) => input.extend(lease)?,
+                Err(PublishError::TimedOut { .. }) => {
+                    input.extend(lease)?;
+                    patience = lease / 3;
+                }
                 Err(error) => return Err(error.into()),
             }
         }

@@ -380,6 +380,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
         &self.core.info.options
     }
 
+    /// The topic's name.
+    pub(crate) fn topic(&self) -> &str {
+        &self.core.info.name
+    }
+
     /// Topic and group by their numbers on the bus.
     pub(crate) fn place(&self) -> (u64, u32) {
         (self.core.info.id, self.core.group.id)
