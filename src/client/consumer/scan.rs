@@ -51,6 +51,12 @@ impl Scan {
         self.due_at = due_in.map(|ms| now + ms);
     }
 
+    /// Something was not as it had been seen: look again when the clock has moved on.
+    pub(super) fn look_again(&mut self, now: u64) {
+        let next = now + 1;
+        self.due_at = Some(self.due_at.map_or(next, |due_at| due_at.min(next)));
+    }
+
     /// Whether the coordinator may be asked about `owner` again; notes that it is.
     pub(super) fn may_reclaim(&mut self, owner: u8, now: u64) -> bool {
         let last = self.reclaimed.get(&owner);

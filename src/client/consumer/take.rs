@@ -135,7 +135,7 @@ impl Core {
         for _ in 0..RESERVE_ATTEMPTS {
             let hint = self.ledger.hint();
             let window_end = self.ledger.floor().saturating_add(self.ledger.window());
-            let to = (hint + wanted.max(stride)).min(window_end);
+            let to = hint.saturating_add(wanted.max(stride)).min(window_end);
             if to <= hint {
                 return false;
             }
@@ -190,6 +190,8 @@ impl Core {
         };
         let Some(lease) = taken else {
             self.copies.undo(body);
+            // Whoever was faster has a lease that no scan of ours has seen.
+            self.scan.look_again(now);
             return Ok(());
         };
         if seen.state != State::Fresh {
@@ -255,7 +257,8 @@ impl Core {
             }
             _ => {}
         }
-        if !seen.is_due(now) {
+        // A clock read before the word might be a clock of long ago, if we slept between.
+        if !seen.is_due(clock::now_ms()) {
             return Ok(false);
         }
         let moving = matches!(seen.state, State::Moving(_));
@@ -342,7 +345,15 @@ impl Core {
                 seen.state == State::Leased && seen.owner == Some(*active) && seen.is_due(now)
             })
         });
-        let superseded = overdue.is_some_and(|overdue| self.ledger.supersede(overdue, self.me));
+        let superseded = match overdue {
+            // Its outputs may be there, or come yet: until the coordinator has fenced it and freed its place, it works.
+            Some(overdue) if self.guarantee() == Guarantee::EffectivelyOnce => {
+                self.reclaim(overdue, now);
+                false
+            }
+            Some(overdue) => self.ledger.supersede(overdue, self.me),
+            None => false,
+        };
         if !superseded {
             self.candidates.clear();
         }
