@@ -31,8 +31,9 @@ const DUE_BITS: u32 = 28;
 const DUE_MASK: u64 = (1 << DUE_BITS) - 1;
 
 /// Longest time in milliseconds that a due time may lie ahead of now. What seems further ahead has long been due; the
-/// field tells that for two days more ([`Ledger::renew_due`]).
-const MAX_AHEAD_MS: u64 = *crate::group::LEASE_MS.end();
+/// field tells that for two days more ([`Ledger::renew_due`]). Half an hour beyond the longest lease: a coarse clock rounds
+/// it up, and who compares may have read the clock before the lease was taken.
+const MAX_AHEAD_MS: u64 = *crate::group::LEASE_MS.end() + 30 * 60 * 1000;
 
 /// How long ago a time may have come before [`Ledger::renew_due`] sets it anew: half a day.
 const RENEW_MS: u64 = MAX_AHEAD_MS / 2;
@@ -106,7 +107,7 @@ impl Seen {
         self.due_in(now) == 0
     }
 
-    /// Milliseconds until due; 24 hours at most, what seems to lie further ahead is taken for the past.
+    /// Milliseconds until due; what seems to lie further ahead than any due time can is taken for the past.
     pub fn due_in(self, now: u64) -> u64 {
         let ahead = self.due.wrapping_sub(now) & DUE_MASK;
         if ahead > MAX_AHEAD_MS { 0 } else { ahead }
@@ -387,6 +388,12 @@ impl Ledger {
         // Relaxed: a number that stands for nothing but itself. Who has seen a word taken, or a floor above it, finds
         // the hint above it too: it was raised first, and what came before a swap is seen with it (A-LEDGER).
         self.header.hint.0.load(Ordering::Relaxed)
+    }
+
+    /// Whether everything that the floor allows has been handed out.
+    #[inline]
+    pub fn is_window_full(&self) -> bool {
+        self.hint() >= self.floor().saturating_add(self.window())
     }
 
     /// Reserves `count` sequences from `from` on, which is the hint as last seen. It keeps others from trying the same
@@ -856,7 +863,7 @@ mod tests {
 
         #[test]
         fn times_are_told_from_a_day_ahead_to_two_days_ago(
-            now: u64, ahead in 0..=24 * HOUR, ago in 0..=50 * HOUR,
+            now: u64, ahead in 0..=24 * HOUR + HOUR / 2, ago in 0..=50 * HOUR,
         ) {
             let ledger = ledger(2, 0);
             let at = |due| ledger.read(0, ledger.pack(0, due, 1, 1, LEASED));

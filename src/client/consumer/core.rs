@@ -188,7 +188,7 @@ impl Core {
         if !self.ledger.settle(lease) {
             return Err(self.why_lost(lease));
         }
-        self.has_settled();
+        self.has_settled(lease);
         Ok(())
     }
 
@@ -207,7 +207,7 @@ impl Core {
             return Err(self.why_lost(lease));
         }
         self.ring_readers();
-        self.in_flight = self.in_flight.saturating_sub(1);
+        self.has_ended(lease);
         Ok(())
     }
 
@@ -223,8 +223,13 @@ impl Core {
         self.check_settle()?;
         self.check_unsettled(lease)?;
         let time = whole_ms(time).clamp(*LEASE_MS.start(), *LEASE_MS.end());
-        let due = due_after(clock::now_ms(), time);
-        self.ledger.extend(lease, due).ok_or_else(|| self.why_lost(lease))
+        let now = clock::now_ms();
+        let Some(extended) = self.ledger.extend(lease, due_after(now, time)) else {
+            return Err(self.why_lost(lease));
+        };
+        // It may have been left out of the count because it had ended.
+        self.in_flight += u64::from(lease.is_due(now));
+        Ok(extended)
     }
 
     fn move_away(&mut self, lease: Seen, reason: MoveReason, text: Option<&str>) -> Result<(), AckError> {
@@ -232,7 +237,11 @@ impl Core {
         let Some(seen) = self.ledger.begin_move(lease, self.me, due, reason) else {
             return Err(self.why_lost(lease));
         };
-        self.in_flight = self.in_flight.saturating_sub(1);
+        self.has_ended(lease);
+        if self.group.options.max_in_flight > 0 {
+            // There is room for others again.
+            self.ring_readers();
+        }
         self.moves.add(seen, text);
         self.work_off_moves();
         Ok(())
@@ -256,12 +265,21 @@ impl Core {
         }
     }
 
+    /// One of our leases is no more. One that had run out may not have been among those counted last; counting too many
+    /// is mended at the limit, counting too few is not.
+    #[inline]
+    fn has_ended(&mut self, lease: Seen) {
+        let counted = self.max_in_flight == u64::MAX || !lease.is_due(clock::now_ms());
+        self.in_flight = self.in_flight.saturating_sub(counted.into());
+    }
+
     /// After one of our leases has been settled.
     #[inline]
-    pub(super) fn has_settled(&mut self) {
-        self.in_flight = self.in_flight.saturating_sub(1);
+    pub(super) fn has_settled(&mut self, lease: Seen) {
+        self.has_ended(lease);
         self.flush.settled += 1;
-        if self.flush.settled >= self.flush.period || self.readers.writers.is_waited_on() {
+        let others_wait = || !self.readers.readers.is_quiet() && self.ledger.is_window_full();
+        if self.flush.settled >= self.flush.period || self.readers.writers.is_waited_on() || others_wait() {
             self.raise_floor();
         }
         if self.group.options.max_in_flight > 0 || self.group.options.ordered_by_key {
@@ -279,12 +297,17 @@ impl Core {
         }
     }
 
-    /// Moves the floor over what is settled, raises the group's line and wakes publishers that wait for it. Also mends
-    /// what a consumer that died between two of these steps left undone.
+    /// Moves the floor over what is settled, raises the group's line, and wakes publishers and consumers that wait for it.
+    /// Also mends what a consumer that died between two of these steps left undone.
     #[cold]
     pub(super) fn raise_floor(&mut self) {
         self.flush.settled = 0;
+        let before = self.ledger.floor();
         let floor = self.ledger.advance_floor();
+        // The hint after the floor: who found the window full sleeps, or looks once more and finds the new floor.
+        if floor > before && self.ledger.hint() >= before.saturating_add(self.ledger.window()) {
+            self.ring_readers();
+        }
         let line = &self.cursors[self.group.cursor as usize];
         if floor == self.flush.floor && line.sequence() >= floor {
             return;
@@ -364,11 +387,10 @@ impl Core {
     }
 }
 
-/// A due time that is not before `ms` milliseconds have passed. Words tell no more than a day ahead, so a whole day's is the
-/// few milliseconds short by which the clock is coarse.
+/// A due time that is not before `ms` milliseconds, a day at most, have passed.
 #[inline]
 fn due_after(now: u64, ms: u64) -> u64 {
-    clock::after(now, ms).min(now + LEASE_MS.end())
+    clock::after(now, ms.min(*LEASE_MS.end()))
 }
 
 impl Drop for Core {
