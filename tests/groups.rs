@@ -9,7 +9,7 @@ use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode
 use nix::sys::signal::Signal;
 use shmbus::{
     AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
-    SettleError, Start, Topic,
+    SettleError, Start, Topic, Wait,
 };
 
 const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
@@ -25,6 +25,7 @@ fn role() {
     match role.as_str() {
         "consume" => consume(&bus, &arguments),
         "obey" => obey(&bus, &arguments),
+        "pipe" => pipe(&bus, arguments.trim()),
         _ => panic!("no role {role}"),
     }
 }
@@ -88,6 +89,29 @@ fn obey(bus: &Bus, arguments: &str) {
             "reject" => say(&format!("{:?}", consumer.reject(&leases.pop().unwrap(), "bad"))),
             "ack" => say(&format!("{:?}", consumer.ack(&leases.pop().unwrap()))),
             other => panic!("no command {other}"),
+        }
+    }
+}
+
+/// What pipelines of the stage publish: input and the process that transformed it.
+fn outputs() -> Topic<[u64; 2]> {
+    Topic::new("outputs").messages(512)
+}
+
+/// Role: transforms one input after the other when it is told to. Argument: mode.
+fn pipe(bus: &Bus, mode: &str) {
+    let mut pipeline = bus.pipeline(topic(mode), "g", outputs()).open().unwrap();
+    say("ready");
+    loop {
+        let step = pipeline.step(|input, outputs| {
+            say(&format!("{} {}", input.sequence(), input.attempt()));
+            hear();
+            outputs.push(&[input.sequence().get(), u64::from(std::process::id())]);
+            Ok(())
+        });
+        say(&format!("{step:?}"));
+        if step.is_err() {
+            hear();
         }
     }
 }
@@ -780,4 +804,195 @@ fn expired_messages_are_settled_and_counted() {
             assert_eq!(status.floor, 2);
         }
     }
+}
+
+#[test]
+fn a_batch_without_a_limit_takes_all_there_is() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 20);
+        let mut consumer = stage.consumer();
+        take(&mut consumer).ack().unwrap();
+        let mut taken = 1;
+        while taken < 20 {
+            let batch = consumer.recv_batch_timeout(usize::MAX, LIMIT).unwrap();
+            taken += batch.len();
+            batch.ack().unwrap();
+        }
+        stage.publish(20, 5);
+        let batch = consumer.recv_batch_timeout(usize::MAX, LIMIT).unwrap();
+        assert!(!batch.is_empty());
+        batch.ack().unwrap();
+    }
+}
+
+#[test]
+fn no_letter_is_too_long_to_be_written() {
+    let options = at_least_once();
+    let (_scene, bus, mut publisher, topic) = keyed(Mode::Many, &options);
+    let full = Envelope::new().header("short", b"s").header("long", &[b'x'; 16_000]).header("last", b"l");
+    publisher.publish_with(&payload(0), &full).unwrap();
+    publisher.publish(&payload(1)).unwrap();
+    let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+    take(&mut consumer).reject(&"\u{e4}".repeat(20_000)).unwrap();
+    take(&mut consumer).reject("bad").unwrap();
+    let letters = Topic::<[u8]>::named(format!("dlq.{}.g", topic.name())).hold().envelope();
+    let mut subscriber = bus.subscriber(letters).start(Start::Oldest).open().unwrap();
+    let letter = subscriber.recv_timeout(LIMIT / 10).unwrap();
+    assert_eq!(*letter, *payload(0));
+    assert_eq!((letter.header("short"), letter.header("last")), (Some(b"s" as &[u8]), Some(b"l" as &[u8])));
+    assert_eq!((letter.header("long"), letter.header("headers-left-out")), (None, Some(b"1" as &[u8])));
+    let reason = std::str::from_utf8(letter.header("reason").unwrap()).unwrap();
+    assert_eq!(reason, "\u{e4}".repeat(512));
+    let letter = subscriber.recv_timeout(LIMIT / 10).unwrap();
+    assert_eq!((&*letter, letter.header("reason")), (&*payload(1), Some(b"bad" as &[u8])));
+}
+
+#[test]
+fn expired_messages_of_one_key_do_not_hide_the_next() {
+    for mode in RINGS {
+        let options = at_least_once().ordered_by_key();
+        let (_scene, bus, mut publisher, topic) = keyed(mode, &options);
+        let short = Envelope::new().key(b"a").ttl(Duration::from_nanos(1));
+        (0..10).for_each(|number| assert!(publisher.publish_with(&payload(number), &short).is_ok()));
+        publisher.publish_with(&payload(10), &Envelope::new().key(b"a")).unwrap();
+        let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+        let message = consumer.try_recv().unwrap().expect("a living message is there");
+        assert_eq!(seen(&message), (10, 1));
+        message.ack().unwrap();
+    }
+}
+
+/// How long a consumer that sleeps takes to receive after `act`, which another one does. Sleepers look again after a
+/// second whatever happens, so what comes much sooner has been woken.
+fn wake_up(stage: &Stage, act: impl FnOnce()) -> Duration {
+    let mut sleeper = stage.bus.consumer(stage.topic(), "g").existing().wait(Wait::Park).open().unwrap();
+    let (begin, begun) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let sleeping = scope.spawn(move || {
+            begin.send(nix::unistd::gettid()).unwrap();
+            sleeper.recv_timeout(LIMIT).unwrap().ack().unwrap();
+            Instant::now()
+        });
+        let status = format!("/proc/self/task/{}/stat", begun.recv().unwrap());
+        await_that("a sleeper", || {
+            std::thread::sleep(Duration::from_millis(20));
+            std::fs::read_to_string(&status).unwrap().contains(") S ")
+        });
+        let started = Instant::now();
+        act();
+        sleeping.join().unwrap().saturating_duration_since(started)
+    })
+}
+
+#[test]
+fn a_window_that_opens_wakes_who_sleeps_before_it() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once().window(64));
+        let mut consumer = stage.consumer();
+        for round in 0..4 {
+            stage.publish(round * 65, 65);
+            let leases: Vec<_> = (0..64).map(|_| take(&mut consumer).keep()).collect();
+            leases[1..].iter().for_each(|lease| consumer.ack(lease).unwrap());
+            let waited = wake_up(&stage, || consumer.ack(&leases[0]).unwrap());
+            assert!(waited < Duration::from_millis(300), "{mode}: {waited:?}");
+        }
+    }
+}
+
+#[test]
+fn a_rejection_makes_room_for_who_sleeps_before_the_limit() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once().max_in_flight(1));
+        let mut consumer = stage.consumer();
+        for round in 0..4 {
+            stage.publish(round * 2, 2);
+            let lease = take(&mut consumer).keep();
+            let waited = wake_up(&stage, || consumer.reject(&lease, "bad").unwrap());
+            assert!(waited < Duration::from_millis(300), "{mode}: {waited:?}");
+        }
+    }
+}
+
+#[test]
+fn a_lease_that_had_ended_makes_no_room_when_it_is_settled() {
+    for mode in RINGS {
+        let options = GroupOptions::new().effectively_once().lease(Duration::from_millis(50));
+        let mut stage = Stage::new(mode, options);
+        stage.publish(0, 5);
+        let mut consumer = stage.bus.consumer(stage.topic(), "g").max_in_flight(2).open().unwrap();
+        let ended = take(&mut consumer).keep();
+        let mut lasting = take(&mut consumer).keep();
+        consumer.extend(&mut lasting, LONG).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        // One lease has ended and counts no more.
+        let mut third = take(&mut consumer).keep();
+        consumer.extend(&mut third, LONG).unwrap();
+        consumer.ack(&ended).unwrap();
+        expect_nothing(&mut consumer);
+    }
+}
+
+#[test]
+fn a_pipeline_that_slept_past_its_lease_is_fenced_and_its_input_has_one_output() {
+    for mode in RINGS {
+        for exclusive in [false, true] {
+            let options = GroupOptions::new().effectively_once().lease(Duration::from_millis(100));
+            let mut stage = Stage::new(mode, if exclusive { options.exclusive() } else { options });
+            stage.bus.create(&outputs()).unwrap();
+            let mut subscriber = stage.bus.subscriber(outputs()).start(Start::Oldest).open().unwrap();
+            let mut sleeper = stage.start("pipe", "");
+            stage.publish(0, 2);
+            sleeper.expect("0 1");
+            sleeper.signal(Signal::SIGSTOP);
+            let mut other = stage.start("pipe", "");
+            let mut inputs: Vec<String> = Vec::new();
+            while inputs.len() < 2 {
+                inputs.push(other.line());
+                other.tell("go on");
+                other.expect("Ok(())");
+            }
+            if exclusive {
+                assert_eq!(inputs, ["0 2", "1 1"], "one at a time, in order");
+            }
+            inputs.sort();
+            assert_eq!(inputs, ["0 2", "1 1"]);
+            sleeper.signal(Signal::SIGCONT);
+            sleeper.tell("go on");
+            sleeper.expect("Err(Publish(Fenced))");
+            let mut found: Vec<_> = (0..2).map(|_| *subscriber.recv_timeout(LIMIT).unwrap()).collect();
+            found.sort_unstable();
+            let by = other.pid().as_raw() as u64;
+            assert_eq!(found, [[0, by], [1, by]]);
+            assert!(subscriber.try_recv().unwrap().is_none(), "an input has a second output");
+            await_that("the floor", || group_status(&stage).floor == 2);
+        }
+    }
+}
+
+#[test]
+fn a_pipeline_has_an_output_on_which_its_outputs_can_be_told() {
+    let stage = Stage::new(Mode::Many, GroupOptions::new().effectively_once());
+    let refused = |output: Topic<[u8]>| {
+        let opened = stage.bus.pipeline(stage.topic(), "g", output).open();
+        opened.err().expect("an output that cannot be told apart").to_string()
+    };
+    let problem = refused(Topic::named("alone").exclusive());
+    assert!(problem.contains("many publishers"), "{problem}");
+    let problem = refused(letters(&stage));
+    assert!(problem.contains("dead-letter topic"), "{problem}");
+}
+
+#[test]
+fn a_letter_too_large_for_its_topic_holds_up_no_other() {
+    let mut stage = Stage::new(Mode::Many, at_least_once());
+    stage.bus.create(&letters(&stage).messages(64).bytes(64 << 10)).unwrap();
+    stage.publisher.publish(&vec![7; 100 << 10]).unwrap();
+    stage.publish(1, 1);
+    let mut consumer = stage.consumer();
+    consumer.recv_timeout(LIMIT).unwrap().reject("large").unwrap();
+    take(&mut consumer).reject("small").unwrap();
+    assert_eq!(read_letters(&stage, 1), [(1, "small 1".to_owned())]);
+    let status = group_status(&stage);
+    assert_eq!((status.moving, status.dead_lettered, status.floor), (1, 1, 0), "what waits is visible");
 }

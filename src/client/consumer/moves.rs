@@ -46,14 +46,18 @@ struct Move {
     seen: Seen,
     /// What the program said when it rejected the message.
     text: Option<String>,
+    /// Not before this moment, where it is the message itself that cannot be moved.
+    retry_at: u64,
 }
 
 /// How far a move came.
 enum Outcome {
     /// The word is settled, or not ours any more.
     Over,
-    /// To be tried again.
+    /// To be tried again, and all others with it.
     Later(u64),
+    /// This one cannot be moved: the dead-letter topic is too small for it, or it is garbled. The others can.
+    Stuck,
 }
 
 impl Moves {
@@ -67,7 +71,7 @@ impl Moves {
 
     /// Notes a move that has begun.
     pub(super) fn add(&mut self, seen: Seen, text: Option<&str>) {
-        self.queue.push_back(Move { seen, text: text.map(str::to_owned) });
+        self.queue.push_back(Move { seen, text: text.map(str::to_owned), retry_at: 0 });
     }
 
     /// Closes the publisher: before the consumer's own place is given back, so that its note is final by then.
@@ -94,12 +98,25 @@ impl Core {
     fn carry_moves_on(&mut self) {
         let now = clock::now_ms();
         self.keep_moves(now);
-        while now >= self.moves.retry_at
-            && let Some(next) = self.moves.queue.pop_front()
-        {
-            if let Outcome::Later(ms) = self.carry_out(&next) {
-                self.moves.queue.push_front(next);
-                self.moves.retry_at = now + ms;
+        for _ in 0..self.moves.queue.len() {
+            if now < self.moves.retry_at {
+                return;
+            }
+            let Some(mut next) = self.moves.queue.pop_front() else { return };
+            if now < next.retry_at {
+                self.moves.queue.push_back(next);
+                continue;
+            }
+            match self.carry_out(&next) {
+                Outcome::Over => {}
+                Outcome::Later(ms) => {
+                    self.moves.queue.push_front(next);
+                    self.moves.retry_at = now + ms;
+                }
+                Outcome::Stuck => {
+                    next.retry_at = now + BROKEN_RETRY_MS;
+                    self.moves.queue.push_back(next);
+                }
             }
         }
     }
@@ -130,7 +147,7 @@ impl Core {
                 self.flush.count(settled);
                 return Outcome::Over;
             }
-            Got::Unsound(_) if self.ledger.look(sequence) == next.seen => return Outcome::Later(BROKEN_RETRY_MS),
+            Got::Unsound(_) if self.ledger.look(sequence) == next.seen => return Outcome::Stuck,
             Got::Unsound(_) => return Outcome::Over,
         };
         let publisher = self.log.publisher_of(origin).map(|(publisher, _)| publisher);
@@ -145,7 +162,10 @@ impl Core {
                 let letter = letter(next, &self.info, &self.group, publisher, view);
                 publish(outlet, sequence, payload, &letter)
             }
-            _ => Err(PublishError::Corrupt("a message's envelope is garbled")),
+            _ => {
+                self.copies.undo(copy);
+                return Outcome::Stuck;
+            }
         };
         self.copies.undo(copy);
         match published {
@@ -154,6 +174,7 @@ impl Core {
                 Outcome::Over
             }
             Err(PublishError::Full { .. } | PublishError::TimedOut { .. }) => Outcome::Later(FULL_RETRY_MS),
+            Err(PublishError::TooLarge { .. } | PublishError::Envelope(_)) => Outcome::Stuck,
             Err(_) => {
                 // Removed, perhaps: opening it again creates it again. Where we have been fenced, that is refused.
                 self.moves.close();
