@@ -29,6 +29,8 @@ pub(super) struct Scan {
     returned: u64,
     /// Up to where messages had been handed out then.
     hint: u64,
+    /// Whether it looked at everything: also for what others had reserved and not taken.
+    was_whole: bool,
     /// The earliest moment at which something seen comes due.
     due_at: Option<u64>,
     reclaimed: HashMap<u8, u64>,
@@ -85,7 +87,7 @@ impl Core {
     /// Looks at everything between floor and hint, with nothing better to do: also takes over what others have reserved
     /// and not taken. Whether that was just done.
     pub(super) fn scan_idle(&mut self, now: u64) -> bool {
-        if now == self.scan.at_ms && self.ledger.returned() == self.scan.returned {
+        if now == self.scan.at_ms && self.scan.was_whole && self.ledger.returned() == self.scan.returned {
             // What was handed out since will be looked at when the clock has moved on.
             if self.scan.hint != self.ledger.hint() {
                 self.scan.due_at = Some(now + 1);
@@ -106,6 +108,7 @@ impl Core {
     #[cold]
     fn scan(&mut self, now: u64, stranded: u64) {
         self.scan.at_ms = now;
+        self.scan.was_whole = stranded == u64::MAX;
         // Before the words: what is given back while we look is looked for again.
         self.scan.returned = self.ledger.returned();
         self.scan.hint = self.ledger.hint();
