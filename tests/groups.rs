@@ -996,3 +996,45 @@ fn a_letter_too_large_for_its_topic_holds_up_no_other() {
     let status = group_status(&stage);
     assert_eq!((status.moving, status.dead_lettered, status.floor), (1, 1, 0), "what waits is visible");
 }
+
+#[test]
+fn dead_letters_need_a_topic_for_many() {
+    let stage = Stage::new(Mode::Many, at_least_once());
+    stage.bus.create(&Topic::<[u8]>::new("letters").exclusive().envelope()).unwrap();
+    let options = at_least_once().dead_letter("letters");
+    let created = stage.bus.create_group(stage.topic().name(), "other", &options, Start::Oldest, true);
+    let problem = created.unwrap_err().to_string();
+    assert!(problem.contains("the dead-letter topic \"letters\" is exclusive"), "{problem}");
+}
+
+/// A topic has 64 publishers.
+#[test]
+fn more_consumers_than_publishers_can_write_letters() {
+    let mut stage = Stage::new(Mode::Many, at_least_once());
+    stage.bus.create(&letters(&stage).messages(128).bytes(64 << 10)).unwrap();
+    stage.publish(0, 70);
+    let mut consumers: Vec<_> = (0..70).map(|_| stage.consumer()).collect();
+    consumers.iter_mut().for_each(|consumer| take(consumer).reject("bad").unwrap());
+    await_that("every letter", || {
+        consumers.iter_mut().for_each(expect_nothing);
+        group_status(&stage).floor == 70
+    });
+    assert_eq!(read_letters(&stage, 70).len(), 70);
+}
+
+#[test]
+fn a_newcomer_finds_what_another_has_reserved_and_not_taken() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, at_least_once());
+        stage.publish(0, 10);
+        let mut slow = stage.consumer();
+        let kept = take(&mut slow).keep();
+        for expected in 1..10 {
+            let mut newcomer = stage.consumer();
+            let message = newcomer.try_recv().unwrap().expect("nobody works on it");
+            assert_eq!(seen(&message), (expected, 1));
+            message.ack().unwrap();
+        }
+        slow.ack(&kept).unwrap();
+    }
+}

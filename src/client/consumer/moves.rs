@@ -17,13 +17,16 @@ use crate::os::clock;
 use crate::ring::ledger::{MoveReason, Seen, State};
 use crate::shm::layout::MAX_HEADERS_BYTES;
 use crate::sync::Ordering;
-use crate::topic::{Topic, TopicOptions};
+use crate::topic::{Mode, Topic, TopicOptions};
 
 /// How long a move waits that met a full dead-letter topic.
 const FULL_RETRY_MS: u64 = 10;
 
 /// How long moves wait when the dead-letter topic could not be opened or used: that takes the coordinator, or people.
 const BROKEN_RETRY_MS: u64 = 1000;
+
+/// How long the publisher stays open without moves.
+const UNUSED_MS: u64 = 1000;
 
 /// What a letter tells of the reason, at most.
 const MAX_REASON_BYTES: usize = 1024;
@@ -38,6 +41,7 @@ pub(super) struct Moves {
     queue: VecDeque<Move>,
     /// Opened for the first move.
     outlet: Option<OriginPublisher>,
+    used_at: u64,
     /// Not before this moment.
     retry_at: u64,
 }
@@ -66,7 +70,7 @@ impl Moves {
         // Whatever the topic carries must fit.
         let least = Topic::<[u8]>::named(topic.clone()).hold().envelope().options();
         let options = TopicOptions { bytes: least.bytes.max(info.options.bytes), ..least };
-        Moves { topic, options, queue: VecDeque::new(), outlet: None, retry_at: 0 }
+        Moves { topic, options, queue: VecDeque::new(), outlet: None, used_at: 0, retry_at: 0 }
     }
 
     /// Notes a move that has begun.
@@ -77,6 +81,13 @@ impl Moves {
     /// Closes the publisher: before the consumer's own place is given back, so that its note is final by then.
     pub(super) fn close(&mut self) {
         self.outlet = None;
+    }
+
+    /// Closes a publisher that has not been used for a while: a topic has so many, and a group may have more consumers.
+    pub(super) fn close_unused(&mut self, now: u64) {
+        if self.is_open() && self.queue.is_empty() && now >= self.used_at + UNUSED_MS {
+            self.close();
+        }
     }
 
     /// Whether moves can be carried out without asking the coordinator.
@@ -97,6 +108,7 @@ impl Core {
     #[cold]
     fn carry_moves_on(&mut self) {
         let now = clock::now_ms();
+        self.moves.used_at = now;
         self.keep_moves(now);
         for _ in 0..self.moves.queue.len() {
             if now < self.moves.retry_at {
@@ -201,7 +213,8 @@ impl Core {
         let (topic, group, consumer) = (self.info.id, self.group.id, self.me.into());
         let origin = Identity::Origin { topic, group, consumer };
         let opened = OriginPublisher::open(&self.control, &self.moves.topic, self.moves.options.clone(), origin);
-        self.moves.outlet = opened.ok();
+        // An exclusive topic, made by hand, keeps no note of what was moved: a death would move it twice. So the move waits.
+        self.moves.outlet = opened.ok().filter(|outlet| outlet.options().mode == Mode::Many);
         self.moves.is_open()
     }
 

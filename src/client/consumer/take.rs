@@ -105,6 +105,7 @@ impl Core {
     fn take_idle(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
         self.raise_floor();
         self.work_off_moves();
+        self.moves.close_unused(now);
         if self.group.options.ordered_by_key {
             return self.take_ordered(count, now);
         }

@@ -311,6 +311,13 @@ impl Decider<'_> {
             let shown = shown(&dead_letter);
             return refused(format!("the dead-letter topic cannot be {shown:?}: {error}; name another"));
         }
+        let existing = self.state.names.get(&dead_letter).and_then(|id| self.state.topics.get(id));
+        if let Some(mode) = existing.map(|topic| topic.info.options.mode).filter(|mode| *mode != Mode::Many) {
+            let mend = "name another, or create it for many publishers";
+            return refused(format!(
+                "the dead-letter topic {dead_letter:?} is {mode}, so only one could write it; {mend}"
+            ));
+        }
         if self.dead_letters_reach(&dead_letter, &entry.info.name) {
             let topic = &entry.info.name;
             let path = format!("what fails in topic {topic:?} goes to {dead_letter:?} and from there back");
