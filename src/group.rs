@@ -191,8 +191,10 @@ impl GroupOptions {
                 self.window
             ));
         }
-        if self.guarantee == Guarantee::AtMostOnce && (self.max_attempts > 0 || !self.back_off_ms.is_empty()) {
-            return Err("at-most-once delivers each message once; leave out max attempts and back-off".to_owned());
+        let of_leases = self.max_attempts > 0 || self.max_in_flight > 0 || !self.back_off_ms.is_empty();
+        if self.guarantee == Guarantee::AtMostOnce && of_leases {
+            let found = "at-most-once delivers each message once and leases nothing";
+            return Err(format!("{found}; leave out max attempts, max in flight and back-off"));
         }
         Ok(())
     }

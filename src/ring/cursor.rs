@@ -92,8 +92,9 @@ impl Cursor {
     /// Moves the cursor forward, after everything below `position` has been read for the last time.
     #[inline]
     pub fn advance(&self, position: u64, sequence: u64) {
-        // Relaxed: only shown to people.
-        self.sequence.store(sequence, Ordering::Relaxed);
+        // Release: R-SETTLED pairs with A-SETTLED (settled_below): when a group's line has become another reader's, who sees
+        // the new sequence sees the new owner.
+        self.sequence.store(sequence, Ordering::Release);
         // Release: R-CURSOR pairs with A-CURSOR (lowest): our reads are over before the publisher overwrites.
         self.position.store(position, Ordering::Release);
     }

@@ -66,6 +66,8 @@ pub(crate) struct Core {
     /// Sequences reserved for us and not tried yet.
     pub(super) reserved: Range<u64>,
     pub(super) stride: Stride,
+    /// The clock at the last poll.
+    pub(super) polled_ms: u64,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
     /// Whether we were the one at work of an exclusive group when last looked at.
@@ -134,6 +136,7 @@ impl Core {
             in_flight: 0,
             reserved: 0..0,
             stride: Stride::default(),
+            polled_ms: 0,
             candidates: VecDeque::new(),
             at_work: false,
             scan: Scan::default(),
@@ -347,7 +350,9 @@ impl Core {
         }
         let (topic, group, consumer) = (self.info.id, self.group.id, owner.into());
         // If it cannot be told now, the next scan asks again.
-        self.control.tell(&Request::Reclaim { topic, group, consumer });
+        if self.control.tell(&Request::Reclaim { topic, group, consumer }) {
+            self.scan.has_reclaimed(owner, now);
+        }
     }
 
     /// Takes up to `count` messages into `items`; waits for the first.

@@ -59,14 +59,14 @@ impl Scan {
         self.due_at = Some(self.due_at.map_or(next, |due_at| due_at.min(next)));
     }
 
-    /// Whether the coordinator may be asked about `owner` again; notes that it is.
-    pub(super) fn may_reclaim(&mut self, owner: u8, now: u64) -> bool {
-        let last = self.reclaimed.get(&owner);
-        if last.is_some_and(|last| now < last + RECLAIM_EVERY_MS) {
-            return false;
-        }
+    /// Whether the coordinator may be asked about `owner` again.
+    pub(super) fn may_reclaim(&self, owner: u8, now: u64) -> bool {
+        self.reclaimed.get(&owner).is_none_or(|last| now >= last + RECLAIM_EVERY_MS)
+    }
+
+    /// The coordinator has been asked about `owner`.
+    pub(super) fn has_reclaimed(&mut self, owner: u8, now: u64) {
         self.reclaimed.insert(owner, now);
-        true
     }
 }
 

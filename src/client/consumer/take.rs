@@ -61,6 +61,10 @@ impl Core {
             return Err(RecvError::Fenced);
         }
         let now = clock::now_ms();
+        if now != self.polled_ms {
+            self.polled_ms = now;
+            self.drop_settled();
+        }
         self.raise_floor_now_and_then(now);
         self.work_off_moves();
         if self.group.options.exclusive && !self.is_at_work(now) {
@@ -73,6 +77,15 @@ impl Core {
         }
         let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
         if taken || self.take_idle(count, now)? { Ok(true) } else { self.nothing() }
+    }
+
+    /// Forgets what others have settled while we were away: far behind the floor, words are those of other messages.
+    fn drop_settled(&mut self) {
+        let floor = self.ledger.floor();
+        if self.reserved.start < floor {
+            self.reserved.start = floor.min(self.reserved.end);
+        }
+        self.candidates.retain(|sequence| *sequence >= floor);
     }
 
     /// Nothing can be taken: because the topic is gone?
