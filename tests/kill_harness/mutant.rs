@@ -12,7 +12,7 @@ use crate::tracer::between_markers;
 pub(crate) const NAME: &str = "mutant: claims first, writes later";
 
 /// Where a log's ring starts: a page of header, then the log's own (ARCHITECTURE.md §3).
-const RING_OFFSET: usize = 4096 + 16_384;
+const RING_OFFSET: usize = 4096 + 20_480;
 
 /// Where the header says how long the ring is.
 const SLOTS_OFFSET: usize = 48;
