@@ -23,7 +23,7 @@ const MAX_VIOLATIONS: usize = 5;
 pub(crate) const MAX_STEPS: usize = 5_000_000;
 
 /// How long a victim may take to come to its moment.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(300);
 
 /// What came of a scenario.
 #[derive(Debug, Default)]
