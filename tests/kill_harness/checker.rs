@@ -15,7 +15,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a sleeper may sleep on once its waker's death has been noticed: 10 ms by contract, and then what a busy machine
 /// adds; less than the second after which a sleeper looks up by itself.
-const REPAIR: Duration = Duration::from_millis(500);
+pub(crate) const REPAIR: Duration = Duration::from_millis(500);
 
 /// What the harness's own messages carry in the place of a life.
 pub(crate) const SURVIVOR: u64 = u64::MAX;
@@ -218,7 +218,7 @@ impl Reader {
 }
 
 /// Waits until a thread of ours sleeps in the kernel.
-fn await_asleep(thread: Pid) -> Result<(), Violation> {
+pub(crate) fn await_asleep(thread: Pid) -> Result<(), Violation> {
     await_within("a thread falls asleep", || {
         let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
         Ok(stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('S')))

@@ -4,13 +4,16 @@
 //! The victim says how far it has come ([`reached`]): of the n-th message 2n + 1 when it has it in hand, 2n + 2 when the call
 //! that ends it has returned. What must hold follows from that, message by message ([`Plan::judge`]).
 
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 use shmbus::{Bus, Consumer, GroupOptions, GroupStatus, Mode, Pipeline, Publisher, Start, Subscriber, Topic, Wait};
 
 use crate::checker::{
-    DEADLINE, Kill, SURVIVOR, Survivors, Violation, await_within, message, publish, publisher, subscriber,
+    DEADLINE, Kill, REPAIR, SURVIVOR, Survivors, Violation, await_asleep, await_within, message, publish, publisher,
+    subscriber,
 };
 use crate::mutant::mapping_of;
 use crate::scenarios::{Grain, Scenario, topic};
@@ -44,6 +47,8 @@ const OUTPUTS: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Acked,
+    /// Acked while the ring is full and a publisher sleeps until there is room.
+    AckedAwaited,
     GivenBack,
     /// Given back at its last attempt.
     Exhausted,
@@ -85,6 +90,8 @@ pub(crate) fn all() -> Vec<Scenario> {
     vec![
         consuming!("consume exclusive ack", Exclusive, Acked, stride: 400, Instruction),
         consuming!("consume many ack", Many, Acked, stride: 800, Instruction),
+        consuming!("consume exclusive ack, publisher waits", Exclusive, AckedAwaited, stride: 2000, Access),
+        consuming!("consume many ack, publisher waits", Many, AckedAwaited, stride: 2000, Access),
         consuming!("consume exclusive nack", Exclusive, GivenBack, stride: 400, Access),
         consuming!("move exclusive last attempt", Exclusive, Exhausted, stride: 10_000, Access),
         consuming!("move many reject", Many, Rejected, stride: 10_000, Access),
@@ -132,7 +139,7 @@ impl Plan {
     fn worked(self) -> u64 {
         match self.ending {
             Ending::Acked | Ending::TakenOver => MESSAGES,
-            Ending::Exhausted | Ending::Rejected | Ending::Piped => 2,
+            Ending::Exhausted | Ending::Rejected | Ending::Piped | Ending::AckedAwaited => 2,
             _ => 1,
         }
     }
@@ -229,7 +236,9 @@ impl Plan {
         };
         let (delivered, results) = (seen.delivered.len(), seen.results.len());
         let right = match self.ending {
-            Ending::Acked | Ending::TakenOver => results == 0 && (again && !done || delivered == 0 && had),
+            Ending::Acked | Ending::AckedAwaited | Ending::TakenOver => {
+                results == 0 && (again && !done || delivered == 0 && had)
+            }
             Ending::GivenBack => results == 0 && again,
             Ending::Rejected | Ending::SettledFirst => {
                 (again && !done && results == 0) || (delivered == 0 && results == 1 && had)
@@ -285,12 +294,17 @@ enum Peer {
     Pipeline(Box<Pipeline<[u8], [u8]>>),
 }
 
+/// The publisher that waited, and what it published.
+type Waited = (Publisher<[u8]>, Result<u64, Violation>);
+
 /// Lives through the deaths of consumers: a publisher, another consumer of the group, and who reads its dead letters or
 /// outputs.
 struct Colleagues {
     plan: Plan,
     bus: Bus,
-    publisher: Publisher<[u8]>,
+    publisher: Option<Publisher<[u8]>>,
+    /// Gives it back when it has found room.
+    waiting: Option<Receiver<Waited>>,
     peer: Peer,
     results: Subscriber<[u8]>,
     /// The first message of this life.
@@ -313,24 +327,82 @@ impl Colleagues {
             _ => Peer::Consumer(Box::new(bus.consumer(plan.topic(), GROUP).existing().open().map_err(open)?)),
         };
         let results = subscriber(bus, &plan.results(), Start::Oldest, Wait::Adaptive)?;
-        let publisher = publisher(bus, &plan.topic())?;
-        let (bus, messages) = (bus.clone(), Vec::new());
-        Ok(Colleagues { plan, bus, publisher, peer, results, first: 0, messages, number: 0, memory_bytes: None })
+        let publisher = Some(publisher(bus, &plan.topic())?.wait(Wait::Park));
+        let (bus, messages, waiting) = (bus.clone(), Vec::new(), None);
+        Ok(Colleagues {
+            plan,
+            bus,
+            publisher,
+            waiting,
+            peer,
+            results,
+            first: 0,
+            messages,
+            number: 0,
+            memory_bytes: None,
+        })
     }
 
     fn tail(&self) -> u64 {
         self.first + self.messages.len() as u64
     }
 
-    fn publish(&mut self) -> Result<(), Violation> {
+    /// The next message of the harness's own.
+    fn message(&mut self) -> Vec<u8> {
         self.number += 1;
-        let message = message(SURVIVOR, self.number, 40);
-        let sequence = publish(&mut self.publisher, &message)?;
+        message(SURVIVOR, self.number, 40)
+    }
+
+    fn publisher(&mut self) -> Result<&mut Publisher<[u8]>, Violation> {
+        self.publisher.as_mut().ok_or_else(|| "the publisher was lost with an earlier violation".to_owned())
+    }
+
+    fn publish(&mut self) -> Result<(), Violation> {
+        let message = self.message();
+        let sequence = publish(self.publisher()?, &message)?;
+        self.note(sequence, message)
+    }
+
+    fn note(&mut self, sequence: u64, message: Vec<u8>) -> Result<(), Violation> {
         if sequence != self.tail() {
             return Err(format!("a survivor published sequence {sequence}, expected {}", self.tail()));
         }
         self.messages.push(message);
         Ok(())
+    }
+
+    /// Fills the ring, which the group holds, and lets a publisher sleep until there is room.
+    fn start_waiting(&mut self) -> Result<(), Violation> {
+        loop {
+            let message = self.message();
+            match self.publisher()?.try_publish(&message) {
+                Ok(sequence) => self.note(sequence.get(), message)?,
+                Err(shmbus::PublishError::Full { .. }) => break,
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let mut publisher = self.publisher.take().ok_or("no publisher")?;
+        let (message, (done, waiting), (tell, told)) = (self.message(), channel(), channel());
+        self.messages.push(message.clone());
+        thread::spawn(move || {
+            let _ = tell.send(gettid());
+            let published = publish(&mut publisher, &message);
+            let _ = done.send((publisher, published));
+        });
+        self.waiting = Some(waiting);
+        await_asleep(told.recv().map_err(|error| error.to_string())?)
+    }
+
+    /// The publisher is woken as soon as there is room, which the survivors make.
+    fn stop_waiting(&mut self, killed: Instant) -> Result<(), Violation> {
+        let Some(waiting) = self.waiting.take() else { return Ok(()) };
+        let (publisher, published) = waiting.recv_timeout(DEADLINE).map_err(|_| "a publisher sleeps on".to_owned())?;
+        self.publisher = Some(publisher);
+        let (slept, last) = (killed.elapsed(), self.tail() - 1);
+        if slept > REPAIR {
+            return Err(format!("a publisher slept for {slept:?} though there was room"));
+        }
+        if published? == last { Ok(()) } else { Err("the message that waited came elsewhere".to_owned()) }
     }
 
     fn group(&self) -> Result<GroupStatus, Violation> {
@@ -474,14 +546,19 @@ impl Survivors for Colleagues {
         match self.plan.ending {
             Ending::TakenOver => self.be_late(),
             Ending::Adopted => self.leave_a_move(),
+            Ending::AckedAwaited => self.start_waiting(),
             _ => Ok(()),
         }
     }
 
     fn after(&mut self, kill: Kill) -> Result<(), Violation> {
-        // Nobody waits for the repair.
-        self.publish()?;
+        let killed = Instant::now();
+        if self.waiting.is_none() {
+            // Nobody waits for the repair.
+            self.publish()?;
+        }
         let outcomes = self.drain()?;
+        self.stop_waiting(killed)?;
         for (number, outcome) in (0..).zip(&outcomes) {
             self.plan.judge(number, kill.progress, outcome)?;
         }
