@@ -14,7 +14,7 @@ use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 use crate::checker::{Violation, message};
 use crate::common::{Process, Random, Scene};
 use crate::group_deeds;
-use crate::runner::{MAX_STEPS, Report, is_long};
+use crate::runner::{MAX_STEPS, Report, covers_reads, is_long};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Place, Stop, Tracee};
 
@@ -301,7 +301,8 @@ fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
     loop {
         let registers = tracee.registers()?;
         let effect = lens.look(&tracee, &registers)?;
-        let notable = matches!(effect, Effect::Write | Effect::SystemCall) || (is_long() && effect == Effect::Read);
+        let notable =
+            matches!(effect, Effect::Write | Effect::SystemCall) || (covers_reads() && effect == Effect::Read);
         // A string instruction stays where it is; a breakpoint there is met once.
         if notable && registers.rip != last {
             let visit = visits.entry(registers.rip).or_insert(0);

@@ -5,7 +5,7 @@
 //! outside, and at one in so many of the other instructions, densest on the fast paths; of what the coordinator does it takes a
 //! sample, and of its deeds for groups one. `SHMBUS_TEST_SEED` repeats it. `SHMBUS_KILL_LONG=1` covers every instruction of the operations (hours in a debug
 //! build), of the long ones (moves, pipelines, take-overs) and of the coordinator's every shared access and system call
-//! (minutes). `SHMBUS_KILL_ONLY=move` runs only what has that in its name. Where processes must not be traced the tests say so
+//! (many minutes; with `=writes` before what writes or enters the kernel only: minutes). `SHMBUS_KILL_ONLY=move` runs only what has that in its name. Where processes must not be traced the tests say so
 //! and pass.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 

@@ -10,7 +10,7 @@ use crate::scenarios::{Grain, Scenario};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Stop, Tracee};
 
-/// Set: everything is covered, however long it takes.
+/// Set: everything is covered, however long it takes; `writes`: but for what only reads shared memory, or nothing.
 const LONG: &str = "SHMBUS_KILL_LONG";
 
 /// Set: only scenarios and deeds whose names contain it are run.
@@ -50,6 +50,11 @@ impl fmt::Display for Report {
 /// Whether a scenario or deed of this name is to be run.
 pub(crate) fn is_chosen(name: &str) -> bool {
     std::env::var(ONLY).map_or(true, |part| name.contains(&part))
+}
+
+/// Whether a long run also covers what only reads.
+pub(crate) fn covers_reads() -> bool {
+    is_long() && std::env::var(LONG).is_ok_and(|value| value != "writes")
 }
 
 pub(crate) fn is_long() -> bool {
@@ -125,12 +130,12 @@ impl Moment {
 /// How many instructions to execute before each kill.
 fn points(scenario: &Scenario, steps: &[Step], random: &mut Random) -> Vec<usize> {
     let last = steps.len() - 1;
-    if is_long() && scenario.grain == Grain::Instruction {
+    if covers_reads() && scenario.grain == Grain::Instruction {
         return (0..=last).collect();
     }
     // Others can tell apart only what a write or a system call separates: before each is after the one before it.
     let notable = |at: &usize| match steps[*at].effect {
-        Effect::Read => is_long(),
+        Effect::Read => covers_reads(),
         effect => matches!(effect, Effect::Write | Effect::SystemCall),
     };
     let mut points: Vec<usize> = (0..last).filter(notable).chain([0, last]).collect();
