@@ -11,14 +11,14 @@ use shmbus::{Bus, Mode, OpenError, Publisher, Refusal, Sequence, Start, Subscrib
 use crate::common::Random;
 
 /// How long anything may take that the contract does at once; for a machine that is very busy.
-const DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a sleeper may sleep on once its waker's death has been noticed: 10 ms by contract, and then what a busy machine
 /// adds; less than the second after which a sleeper looks up by itself.
-const REPAIR: Duration = Duration::from_millis(500);
+pub(crate) const REPAIR: Duration = Duration::from_millis(500);
 
 /// What the harness's own messages carry in the place of a life.
-const SURVIVOR: u64 = u64::MAX;
+pub(crate) const SURVIVOR: u64 = u64::MAX;
 
 /// What the contract does not allow.
 pub(crate) type Violation = String;
@@ -39,6 +39,8 @@ pub(crate) struct Kill {
     pub(crate) before_all: bool,
     /// All of it was.
     pub(crate) after_all: bool,
+    /// How far the victim said it was.
+    pub(crate) progress: u64,
 }
 
 /// Those who live through the kills of one scenario.
@@ -62,7 +64,10 @@ pub(crate) fn message(life: u64, number: u64, len: usize) -> Vec<u8> {
 }
 
 /// Waits until something holds, within the deadline.
-fn await_within(what: &str, mut condition: impl FnMut() -> Result<bool, Violation>) -> Result<(), Violation> {
+pub(crate) fn await_within(
+    what: &str,
+    mut condition: impl FnMut() -> Result<bool, Violation>,
+) -> Result<(), Violation> {
     let end = Instant::now() + DEADLINE;
     while !condition()? {
         if Instant::now() > end {
@@ -97,7 +102,12 @@ pub(crate) fn publisher(bus: &Bus, topic: &Topic<[u8]>) -> Result<Publisher<[u8]
     opened.ok_or_else(|| "no publisher".to_owned())
 }
 
-fn subscriber(bus: &Bus, topic: &Topic<[u8]>, start: Start, wait: Wait) -> Result<Subscriber<[u8]>, Violation> {
+pub(crate) fn subscriber(
+    bus: &Bus,
+    topic: &Topic<[u8]>,
+    start: Start,
+    wait: Wait,
+) -> Result<Subscriber<[u8]>, Violation> {
     let mut opened = None;
     await_within("a subscriber's place", || match bus.subscriber(topic.clone()).start(start).wait(wait).open() {
         Ok(subscriber) => Ok(opened.insert(subscriber).lag() < u64::MAX),
@@ -107,7 +117,7 @@ fn subscriber(bus: &Bus, topic: &Topic<[u8]>, start: Start, wait: Wait) -> Resul
     opened.ok_or_else(|| "no subscriber".to_owned())
 }
 
-fn publish(publisher: &mut Publisher<[u8]>, message: &[u8]) -> Result<u64, Violation> {
+pub(crate) fn publish(publisher: &mut Publisher<[u8]>, message: &[u8]) -> Result<u64, Violation> {
     let published = publisher.publish_timeout(message, DEADLINE);
     published.map(|sequence| sequence.get()).map_err(|error| format!("a survivor cannot publish: {error}"))
 }
@@ -208,7 +218,7 @@ impl Reader {
 }
 
 /// Waits until a thread of ours sleeps in the kernel.
-fn await_asleep(thread: Pid) -> Result<(), Violation> {
+pub(crate) fn await_asleep(thread: Pid) -> Result<(), Violation> {
     await_within("a thread falls asleep", || {
         let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
         Ok(stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('S')))

@@ -13,7 +13,8 @@ use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 
 use crate::checker::{Violation, message};
 use crate::common::{Process, Random, Scene};
-use crate::runner::{MAX_STEPS, Report, is_long};
+use crate::group_deeds;
+use crate::runner::{MAX_STEPS, Report, covers_reads, is_long};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Place, Stop, Tracee};
 
@@ -30,30 +31,52 @@ const IDLE: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_millis(300);
 
 /// How long recovery and what a client asks for may take; for a machine that is very busy.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Something that a coordinator does for a client.
 pub(crate) struct Deed {
     pub(crate) name: &'static str,
     /// What must be there before: done anew for each kill.
-    prepare: fn(&Scene, &Bus) -> Result<Option<Process>, Violation>,
-    /// The client's part, beside that of the process that `prepare` started.
-    act: fn(&Bus) -> Result<(), OpenError>,
-    /// That process is killed; otherwise it is told to go on.
-    buries: bool,
+    pub(crate) prepare: fn(&Scene, &Bus) -> Result<Option<Process>, Violation>,
+    /// What is asked for, of the bus or of the process that `prepare` started, and whether it was done right.
+    pub(crate) act: fn(&Bus, Option<Process>) -> Result<(), Violation>,
 }
 
 /// All deeds.
 pub(crate) fn all() -> Vec<Deed> {
-    vec![
-        Deed { name: "join", prepare: prepare_newcomer, act: |_| Ok(()), buries: false },
-        Deed { name: "create a topic", prepare: nothing, act: create, buries: false },
-        Deed { name: "open a publisher", prepare: prepare_topic, act: open_publisher, buries: false },
-        Deed { name: "open one of many publishers", prepare: prepare_many, act: open_publisher_of_many, buries: false },
-        Deed { name: "open a subscriber", prepare: prepare_topic, act: open_subscriber, buries: false },
-        Deed { name: "remove a topic", prepare: prepare_topic, act: remove, buries: false },
-        Deed { name: "bury a participant", prepare: prepare_participant, act: |_| Ok(()), buries: true },
-    ]
+    let mut all = vec![
+        Deed { name: "join", prepare: prepare_newcomer, act: go_on },
+        Deed { name: "create a topic", prepare: nothing, act: |bus, _| text(create(bus)) },
+        Deed { name: "open a publisher", prepare: prepare_topic, act: |bus, _| text(open_publisher(bus)) },
+        Deed {
+            name: "open one of many publishers",
+            prepare: prepare_many,
+            act: |bus, _| text(open_publisher_of_many(bus)),
+        },
+        Deed { name: "open a subscriber", prepare: prepare_topic, act: |bus, _| text(open_subscriber(bus)) },
+        Deed { name: "remove a topic", prepare: prepare_topic, act: |bus, _| remove(bus) },
+        Deed { name: "bury a participant", prepare: prepare_participant, act: bury },
+    ];
+    all.extend(group_deeds::all());
+    all
+}
+
+fn text<T>(outcome: Result<T, OpenError>) -> Result<T, Violation> {
+    outcome.map_err(|error| format!("the client's request failed: {error}"))
+}
+
+/// The process is told to go on, and does.
+pub(crate) fn go_on(_: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    let mut process = process.ok_or("no process")?;
+    process.tell("go on");
+    process.expect("done");
+    Ok(())
+}
+
+/// The process is killed.
+fn bury(_: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    process.ok_or("no process")?.kill();
+    Ok(())
 }
 
 fn traffic() -> Topic<[u8]> {
@@ -61,11 +84,11 @@ fn traffic() -> Topic<[u8]> {
 }
 
 /// The topic of the deed; not there between two kills.
-fn subject() -> Topic<[u8]> {
+pub(crate) fn subject() -> Topic<[u8]> {
     Topic::new("subject").exclusive().messages(64).bytes(64 << 10)
 }
 
-fn subject_of_many() -> Topic<[u8]> {
+pub(crate) fn subject_of_many() -> Topic<[u8]> {
     Topic::new("subject.many").messages(64).bytes(64 << 10)
 }
 
@@ -105,7 +128,7 @@ pub(crate) fn join() {
     crate::common::say("here");
     crate::common::hear();
     let bus = Bus::open_default().unwrap();
-    crate::common::say("joined");
+    crate::common::say("done");
     crate::common::hear();
     drop(bus);
 }
@@ -145,8 +168,12 @@ fn open_subscriber(bus: &Bus) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn remove(bus: &Bus) -> Result<(), OpenError> {
-    bus.remove_topic(subject().name(), true)
+fn remove(bus: &Bus) -> Result<(), Violation> {
+    match bus.remove_topic(subject().name(), true) {
+        // A removal that was finished by the successor is not there to be asked for again.
+        Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => Ok(()),
+        other => text(other),
+    }
 }
 
 /// A bus with traffic on it, and what it looks like while nothing is going on.
@@ -214,7 +241,7 @@ impl<'a> Stage<'a> {
 
     /// After the topics of the deed are removed everything is as it was.
     fn check_nothing_leaked(&self) -> Result<(), Violation> {
-        for topic in [subject(), subject_of_many()] {
+        for topic in [subject(), subject_of_many(), group_deeds::results()] {
             match self.bus.remove_topic(topic.name(), true) {
                 Ok(()) | Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => {}
                 Err(error) => return Err(format!("removing the topic of the deed: {error}")),
@@ -249,24 +276,14 @@ impl Picture {
 /// The coordinator stopped, and the deed asked for.
 struct Begun {
     tracee: Tracee,
-    outcome: Receiver<Result<(), OpenError>>,
+    outcome: Receiver<Result<(), Violation>>,
 }
 
 fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>) -> io::Result<Begun> {
     let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
     let (done, outcome) = channel();
-    let (bus, act, buries) = (stage.bus.clone(), deed.act, deed.buries);
-    thread::spawn(move || {
-        match process {
-            Some(process) if buries => process.kill(),
-            Some(mut process) => {
-                process.tell("join");
-                process.expect("joined");
-            }
-            None => {}
-        }
-        done.send(act(&bus))
-    });
+    let (bus, act) = (stage.bus.clone(), deed.act);
+    thread::spawn(move || done.send(act(&bus, process)));
     Ok(Begun { tracee, outcome })
 }
 
@@ -284,7 +301,8 @@ fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
     loop {
         let registers = tracee.registers()?;
         let effect = lens.look(&tracee, &registers)?;
-        let notable = matches!(effect, Effect::Write | Effect::SystemCall) || (is_long() && effect == Effect::Read);
+        let notable =
+            matches!(effect, Effect::Write | Effect::SystemCall) || (covers_reads() && effect == Effect::Read);
         // A string instruction stays where it is; a breakpoint there is met once.
         if notable && registers.rip != last {
             let visit = visits.entry(registers.rip).or_insert(0);
@@ -359,12 +377,10 @@ fn kill_at(stage: &mut Stage<'_>, deed: &Deed, place: &Place, visit: u64) -> io:
     Ok((reached, check(stage, pid, &outcome)))
 }
 
-fn check(stage: &mut Stage<'_>, dead: Pid, outcome: &Receiver<Result<(), OpenError>>) -> Result<(), Violation> {
+fn check(stage: &mut Stage<'_>, dead: Pid, outcome: &Receiver<Result<(), Violation>>) -> Result<(), Violation> {
     stage.exchange()?;
     match outcome.recv_timeout(DEADLINE) {
-        // A removal that was finished by the successor is not there to be asked for again.
-        Ok(Ok(()) | Err(OpenError::Refused(Refusal::UnknownTopic { .. }))) => {}
-        Ok(Err(error)) => return Err(format!("the client's request failed: {error}")),
+        Ok(outcome) => outcome?,
         Err(error) => return Err(format!("the client's request did not end well: {error}")),
     }
     if stage.scene.server("coordinator") == dead {

@@ -6,13 +6,13 @@ use std::fs;
 use shmbus::{Bus, Mode, Publisher};
 
 use crate::checker::{Messages, Readers, message};
-use crate::scenarios::{Scenario, topic};
+use crate::scenarios::{Grain, Scenario, topic};
 use crate::tracer::between_markers;
 
 pub(crate) const NAME: &str = "mutant: claims first, writes later";
 
 /// Where a log's ring starts: a page of header, then the log's own (ARCHITECTURE.md §3).
-const RING_OFFSET: usize = 4096 + 16_384;
+const RING_OFFSET: usize = 4096 + 20_480;
 
 /// Where the header says how long the ring is.
 const SLOTS_OFFSET: usize = 48;
@@ -29,6 +29,7 @@ pub(crate) fn scenario() -> Scenario {
     Scenario {
         name: NAME,
         stride: 128,
+        grain: Grain::Fault,
         victim,
         survivors: |bus| Ok(Box::new(Readers::new(bus, topic(Mode::Exclusive), false, published)?)),
     }
@@ -38,7 +39,7 @@ fn victim(bus: &Bus, life: u64) {
     let mut publisher: Publisher<[u8]> = bus.publisher(topic(Mode::Exclusive)).unwrap();
     let (before, operation) = published(life);
     let last = publisher.publish(&before[0]).unwrap().get();
-    let log = mapping_of("log") as *mut u8;
+    let log = mapping_of(":log (deleted)") as *mut u8;
     // SAFETY: the header lies at the start of the mapping, which lives as long as the publisher.
     let slots = unsafe { log.add(SLOTS_OFFSET).cast::<u64>().read_volatile() };
     let slot = |position: u64| {
@@ -60,11 +61,10 @@ fn victim(bus: &Bus, life: u64) {
     })
 }
 
-/// The start of the segment whose name ends so.
-fn mapping_of(part: &str) -> usize {
+/// The start of the segment whose name has this part.
+pub(crate) fn mapping_of(part: &str) -> usize {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let ending = format!(":{part} (deleted)");
-    let line = maps.lines().find(|line| line.contains("/memfd:shmbus:") && line.ends_with(&ending));
+    let line = maps.lines().find(|line| line.contains("/memfd:shmbus:") && line.contains(part));
     let line = line.unwrap_or_else(|| panic!("no segment {part} is mapped:\n{maps}"));
     usize::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap()
 }

@@ -5,18 +5,31 @@ use shmbus::{Bus, Mode, Start, Topic};
 
 use crate::checker::{Messages, Published, Readers, Survivors, TO_RECEIVE, Violation, Writers, message};
 use crate::common::of_mode;
-use crate::mutant;
 use crate::tracer::between_markers;
+use crate::{consumers, mutant};
 
 /// An operation under test.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     /// A short run kills wherever others could notice; of the other instructions it takes one in so many.
     pub(crate) stride: usize,
+    /// What a long run covers.
+    pub(crate) grain: Grain,
     /// The victim's part: set-up, then the operation in [`between_markers`].
     pub(crate) victim: fn(&Bus, u64),
     /// Who lives through it, on a bus of their own.
     pub(crate) survivors: fn(&Bus) -> Result<Box<dyn Survivors>, Violation>,
+}
+
+/// Before what a long run kills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grain {
+    /// Each instruction.
+    Instruction,
+    /// Each that reads or writes shared memory or enters the kernel: the operation is too long for more.
+    Access,
+    /// As in a short run, until the planted fault is found.
+    Fault,
 }
 
 /// All scenarios.
@@ -24,6 +37,7 @@ pub(crate) fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(publishing());
     all.extend(receiving());
+    all.extend(consumers::all());
     all.push(mutant::scenario());
     all
 }
@@ -103,6 +117,7 @@ macro_rules! publishing {
         Scenario {
             name: $name,
             stride: $stride,
+            grain: Grain::Instruction,
             victim: |bus, life| $how(bus, Mode::$mode, $published, life),
             survivors: |bus| readers(bus, Mode::$mode, $asleep, $published),
         }
@@ -155,6 +170,7 @@ macro_rules! receiving {
         Scenario {
             name: $name,
             stride: $stride,
+            grain: Grain::Instruction,
             victim: |bus, _| $how(bus, Mode::$mode),
             survivors: |bus| Ok(Box::new(Writers::new(bus, topic(Mode::$mode), $waits)?)),
         }

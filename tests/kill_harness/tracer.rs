@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,10 +22,20 @@ use nix::unistd::Pid;
 /// The marker: one byte, a trap that is delivered to the tracer.
 pub(crate) const MARKER: u8 = 0xcc;
 
+/// How far a victim says that its operation has come.
+static PROGRESS: AtomicU64 = AtomicU64::new(0);
+
+/// In the victim: the operation has come so far.
+pub(crate) fn reached(progress: u64) {
+    // SeqCst: in program order for whoever reads it in a process that is stopped.
+    PROGRESS.store(progress, Ordering::SeqCst);
+}
+
 /// Runs an operation between two markers. In the victim, and never to return: it is killed before or behind the second.
 pub(crate) fn between_markers<R>(operation: impl FnOnce() -> R) -> ! {
-    // SAFETY: a trap changes nothing; without a tracer it ends the process, which is only a victim.
-    unsafe { std::arch::asm!("int3") };
+    // SAFETY: a trap changes nothing; without a tracer it ends the process, which is only a victim. The tracer finds the
+    // progress by the register.
+    unsafe { std::arch::asm!("int3", in("rdi") PROGRESS.as_ptr()) };
     let outcome = operation();
     // SAFETY: as above.
     unsafe { std::arch::asm!("int3") };
@@ -40,6 +51,8 @@ pub(crate) struct Tracee {
     process: Pid,
     thread: Pid,
     memory: File,
+    /// Where the victim's progress lies, once it has come to its marker.
+    progress: u64,
     gone: bool,
 }
 
@@ -76,7 +89,7 @@ impl Tracee {
         }
         // It is waited for here, not by way of its `Child`.
         let pid = Pid::from_raw(command.spawn()?.id() as i32);
-        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, gone: false };
+        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, progress: 0, gone: false };
         tracee.wait()?;
         ptrace::setoptions(pid, Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACECLONE)?;
         Ok(tracee)
@@ -85,7 +98,7 @@ impl Tracee {
     /// Takes hold of a running process (its main thread) and stops it.
     pub(crate) fn seize(pid: Pid) -> io::Result<Tracee> {
         ptrace::seize(pid, Options::PTRACE_O_EXITKILL)?;
-        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, gone: false };
+        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, progress: 0, gone: false };
         ptrace::interrupt(pid)?;
         tracee.wait()?;
         Ok(tracee)
@@ -102,6 +115,13 @@ impl Tracee {
     /// The bytes at an address, as many as there are.
     pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> usize {
         self.memory.read_at(bytes, address).unwrap_or(0)
+    }
+
+    /// How far it says its operation has come.
+    pub(crate) fn progress(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.read(self.progress, &mut bytes);
+        u64::from_le_bytes(bytes)
     }
 
     /// Its mappings: range, offset in the file, file.
@@ -124,6 +144,7 @@ impl Tracee {
                     let mut byte = [0];
                     self.read(self.registers()?.rip.wrapping_sub(1), &mut byte);
                     if byte == [MARKER] {
+                        self.progress = self.registers()?.rdi;
                         return Ok(());
                     }
                 }
@@ -167,11 +188,16 @@ impl Tracee {
     /// within `patience`. Then it runs on.
     pub(crate) fn run_to(&mut self, place: &Place, visit: u64, patience: Duration) -> io::Result<bool> {
         let address = self.address_of(place).ok_or_else(|| io::Error::other(format!("{place:?} is not mapped")))?;
+        self.run_to_address(address, visit, patience)
+    }
+
+    /// The same for an address.
+    pub(crate) fn run_to_address(&mut self, address: u64, visit: u64, patience: Duration) -> io::Result<bool> {
         let mut original = [0];
         self.read(address, &mut original);
         let deadline = Instant::now() + patience;
         for _ in 1..visit {
-            if !self.run_to_address(address, deadline)? {
+            if !self.run_to_next(address, deadline)? {
                 return Ok(false);
             }
             self.memory.write_all_at(&original, address)?;
@@ -179,10 +205,10 @@ impl Tracee {
                 return Ok(false);
             }
         }
-        self.run_to_address(address, deadline)
+        self.run_to_next(address, deadline)
     }
 
-    fn run_to_address(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
+    fn run_to_next(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
         self.memory.write_all_at(&[MARKER], address)?;
         self.resume()?;
         while let Some(stop) = self.wait_for(deadline.saturating_duration_since(Instant::now()))? {
