@@ -126,9 +126,12 @@ impl Plan {
     }
 
     fn options(self) -> GroupOptions {
+        // A pipeline's output cannot take its dead letters, too.
+        if let Ending::Piped = self.ending {
+            return GroupOptions::new().effectively_once().lease(LONG);
+        }
         let options = GroupOptions::new().dead_letter("results").lease(LONG);
         match self.ending {
-            Ending::Piped => options.effectively_once(),
             Ending::Exhausted => options.max_attempts(1),
             Ending::TakenOver => options.exclusive().lease(SHORT),
             _ => options,
