@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,8 +15,12 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::unistd::Uid;
 
+use crate::client::holdings::{Holdings, arena_name};
+use crate::client::launch::Starter;
+use crate::client::watch::Look;
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
+use crate::coordinator::registry;
 use crate::error::{ConnectError, OpenError, Refusal};
 use crate::os::socket;
 
@@ -47,6 +51,8 @@ pub(crate) enum IntroduceError {
 /// The control connection, shared by the bus and all its handles.
 pub(crate) struct Control {
     place: Place,
+    /// Starts a coordinator where there is none any more; `None` where that is not wanted.
+    starter: Option<Mutex<Starter>>,
     /// The process it belongs to; a forked child must leave it alone.
     opened_by: u32,
     /// Held for a whole request: one at a time.
@@ -65,11 +71,15 @@ struct Inner {
     generation: u64,
     /// Whether the present connection has been answered its Hello.
     welcomed: bool,
+    /// Whether nobody listened when we tried to connect, though the bus has not ended.
+    absent: bool,
     /// Who we are, once we have been told.
     identity: Option<Identity>,
     /// Why nothing can be asked any more.
     end: Option<End>,
     holds: HashSet<HandleRef>,
+    /// What of it a new coordinator would ask for.
+    holdings: Holdings,
     /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
     arenas: HashMap<(u64, u32), OwnedFd>,
     /// Answers to come, in order, and whether anybody waits for them.
@@ -118,7 +128,14 @@ impl Control {
             }
         }
         let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
-        Ok(Control { place, opened_by: std::process::id(), turn, inner: Mutex::new(inner), given_up })
+        let opened_by = std::process::id();
+        Ok(Control { place, starter: None, opened_by, turn, inner: Mutex::new(inner), given_up })
+    }
+
+    /// The same; from now on it starts a coordinator when there is none any more.
+    pub(crate) fn with_starter(mut self, starter: Option<Starter>) -> Control {
+        self.starter = starter.map(Mutex::new);
+        self
     }
 
     pub(crate) fn bus_name(&self) -> &str {
@@ -216,6 +233,7 @@ impl Control {
                 return Ok(answer);
             }
             inner.connect()?;
+            let absent = inner.absent;
             if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, true)? {
                 sent_on = Some(inner.generation);
             }
@@ -229,9 +247,49 @@ impl Control {
             }
             let socket = inner.socket.clone();
             drop(inner);
+            if absent {
+                self.revive()?;
+            }
             self.close_given_up();
             pause(socket.as_deref(), deadline);
         }
+    }
+
+    /// Comes back where the connection is broken; what there is to wait for then.
+    pub(crate) fn look(&self) -> Look {
+        let mut inner = lock(&self.inner);
+        inner.receive_all();
+        // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
+        let _ = inner.connect();
+        inner.present();
+        if inner.end.is_some() {
+            return Look::Ended;
+        }
+        match inner.socket.clone() {
+            Some(socket) if !inner.welcomed && inner.holdings.next().is_none() => Look::Asking(socket),
+            Some(socket) if inner.holdings.next().is_none() => {
+                drop(inner);
+                if let Some(mut starter) = self.starter.as_ref().and_then(|starter| starter.try_lock().ok()) {
+                    starter.finish();
+                }
+                Look::Connected(socket)
+            }
+            Some(_) => Look::Sending,
+            None if inner.absent => {
+                drop(inner);
+                // If it cannot be started now, perhaps somebody else does, or the next look.
+                let _ = self.revive();
+                Look::Away
+            }
+            None => Look::Away,
+        }
+    }
+
+    /// Starts a coordinator in the place of the dead one and its keeper, if we may. Never waits.
+    fn revive(&self) -> Result<(), ConnectError> {
+        // Who has it is at it.
+        let starter = self.starter.as_ref().and_then(|starter| starter.try_lock().ok());
+        starter.map_or(Ok(()), |mut starter| starter.start())
     }
 
     fn check_process(&self) -> Result<(), ConnectError> {
@@ -263,9 +321,11 @@ impl Inner {
             socket: None,
             generation: 0,
             welcomed: false,
+            absent: false,
             identity: None,
             end: None,
             holds: HashSet::new(),
+            holdings: Holdings::new(),
             arenas: HashMap::new(),
             expected: VecDeque::new(),
             answers: VecDeque::new(),
@@ -285,17 +345,51 @@ impl Inner {
         let socket = match socket::connect(self.place.socket()) {
             Ok(socket) => socket,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // The keeper holds the listening socket as long as there is a bus.
+            // Coordinator and keeper are both dead, and nobody has come in their place yet.
+            Err(error) if socket::is_absent(&error) && self.is_left_behind() => {
+                self.absent = true;
+                return Ok(());
+            }
             Err(error) if socket::is_absent(&error) => {
                 self.end = Some(End::Ended);
                 return Err(End::Ended.error(&self.place));
             }
             Err(source) => return Err(ConnectError::io("cannot connect to the coordinator again", source)),
         };
+        self.absent = false;
         check_peer(&self.place, &socket)?;
         // If it hangs up at once, the next attempt finds out.
         let _ = self.say_hello(socket);
         Ok(())
+    }
+
+    /// Whether our bus has a registry: one that ends takes it along.
+    fn is_left_behind(&self) -> bool {
+        let left = registry::bus_at(self.place.registry()).ok().flatten();
+        left.is_some() && left == self.identity.map(|identity| identity.bus)
+    }
+
+    /// Sends what the coordinator asked us to present, as far as there is room.
+    fn present(&mut self) {
+        while let (Some(socket), Some((request, fds))) = (self.socket.clone(), self.holdings.next()) {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            let bytes = postcard::to_stdvec(request).map_err(io::Error::other);
+            match bytes.and_then(|bytes| socket::send(socket.as_fd(), &bytes, &fds)) {
+                Ok(()) => self.holdings.sent(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // As many descriptors are on their way as a user may have there.
+                Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => return,
+                // Its hang-up is read next.
+                Err(_) => self.holdings.forget_plan(),
+            }
+        }
+    }
+
+    /// A handle is not ours any more.
+    fn let_go(&mut self, handle: HandleRef) {
+        if self.holds.remove(&handle) {
+            self.holdings.closed(handle.topic());
+        }
     }
 
     /// Starts a connection: everything that the former one still owed us is void.
@@ -303,11 +397,12 @@ impl Inner {
         for (answer, _) in std::mem::take(&mut self.answers) {
             // It was granted, but nobody has taken it: not naming it gives it back.
             if let Some(handle) = opened_handle(&answer) {
-                self.holds.remove(&handle);
+                self.let_go(handle);
             }
         }
         self.welcomed = false;
         self.expected.clear();
+        self.holdings.forget_plan();
         self.unsent.clear();
         self.generation += 1;
         let hello = Request::Hello {
@@ -366,7 +461,7 @@ impl Inner {
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
     fn close(&mut self, handles: &[HandleRef]) {
         for handle in handles {
-            self.holds.remove(handle);
+            self.let_go(*handle);
         }
         let holds = &self.holds;
         self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
@@ -411,11 +506,16 @@ impl Inner {
         match answer {
             Answer::ArenaAdded { topic, slot } => {
                 if let Some(fd) = fds.pop().filter(|_| may_read(&self.holds, topic)) {
+                    self.holdings.keep(topic, arena_name(slot), &fd);
                     self.arenas.insert((topic, slot), fd);
                 }
             }
             Answer::Welcome { protocol, incarnation, bus } if !self.welcomed => {
                 self.receive_welcome(protocol, Identity { incarnation, bus });
+            }
+            Answer::Present { topics } => {
+                self.holdings.plan(&topics);
+                self.present();
             }
             Answer::Refused(refusal) if !self.welcomed => {
                 self.end = Some(match refusal {
@@ -432,7 +532,9 @@ impl Inner {
             }
             answer => {
                 // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
-                self.holds.extend(opened_handle(&answer));
+                if opened_handle(&answer).is_some_and(|handle| self.holds.insert(handle)) {
+                    self.holdings.opened(&answer, &fds);
+                }
                 self.answers.push_back((answer, fds));
             }
         }

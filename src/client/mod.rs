@@ -19,6 +19,7 @@ mod consumer;
 pub(crate) mod control;
 pub(crate) mod envelope;
 mod held;
+mod holdings;
 mod launch;
 mod message;
 mod pipeline;
@@ -26,6 +27,7 @@ pub(crate) mod publisher;
 mod read;
 mod repeats;
 pub(crate) mod subscriber;
+mod watch;
 mod write;
 
 pub use bus::{Bus, BusOptions};

@@ -1,6 +1,6 @@
-//! Where a bus is found in the file system: the socket directory, the socket and the lock (SPEC §7.2).
+//! Where a bus is found in the file system: the socket directory, the socket, the lock and the registry (SPEC §7.2).
 //!
-//! Whoever holds the lock owns both names. Keeper and coordinator share one open file description of it, so the lock
+//! Whoever holds the lock owns these names. Keeper and coordinator share one open file description of it, so the lock
 //! ends with the last of them, and what dead processes left under these names is replaced by the next holder.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -29,6 +29,7 @@ pub(crate) struct Place {
     directory: PathBuf,
     socket: PathBuf,
     lock: PathBuf,
+    registry: PathBuf,
 }
 
 impl Place {
@@ -47,7 +48,8 @@ impl Place {
             return Err(refused(&socket, &problem, "choose a shorter SHMBUS_DIR or bus name"));
         }
         let lock = directory.join(format!("{bus}.lock"));
-        Ok(Place { bus: bus.to_owned(), directory, socket, lock })
+        let registry = directory.join(format!("{bus}.registry"));
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock, registry })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -56,6 +58,12 @@ impl Place {
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The registry's name, for whoever has the lock. It is removed when a bus ends in good order, and only then: while it
+    /// is there, its bus may be taken up again.
+    pub(crate) fn registry(&self) -> &Path {
+        &self.registry
     }
 
     /// Takes the lock; `None` when somebody serves the bus.
@@ -81,9 +89,12 @@ impl Place {
         socket::listen(&self.socket).map_err(|source| self.io(&self.socket, "cannot listen at", source))
     }
 
-    /// Removes both names, if they still belong to this lock; those of a successor stay.
+    /// Removes all names, if they still belong to this lock; those of a successor stay.
     pub(crate) fn remove(&self, lock: BorrowedFd<'_>) -> io::Result<()> {
         if self.names(lock)? {
+            // First: who finds nobody at the socket looks whether it is there.
+            remove(&self.registry)?;
+            remove(&self.registry.with_extension("registry-new"))?;
             remove(&self.socket)?;
             remove(&self.lock)?;
         }

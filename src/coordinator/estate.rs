@@ -9,9 +9,11 @@
 //! gone must not be there again after a restart. Who finds it logged says it once more.
 
 mod groups;
+mod presented;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::coordinator::estate::groups::ConsumerRef;
@@ -20,7 +22,7 @@ use crate::coordinator::link::{self, Link, participant_name, segment_name};
 use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
-    SubscriberStatus, TopicStatus,
+    SubscriberStatus, TopicInfo, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
 use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
@@ -64,22 +66,23 @@ pub(crate) struct Estate {
 }
 
 impl Estate {
-    /// A new bus.
-    pub(crate) fn found(bus: u64) -> std::io::Result<Estate> {
+    /// A new bus, whose registry is found at `path`.
+    pub(crate) fn found(bus: u64, path: Option<&Path>) -> std::io::Result<Estate> {
         let began = Event::Began { bus, stay: false };
-        let registry = Registry::create(bus, FIRST_HALF_BYTES, std::slice::from_ref(&began))?;
+        let registry = Registry::create(path, bus, FIRST_HALF_BYTES, std::slice::from_ref(&began))?;
         let mut state = State::default();
         state.apply(&began);
         Ok(Estate::new(state, registry, None))
     }
 
-    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it.
+    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants.
     pub(crate) fn resume(
         mut store: BTreeMap<String, OwnedFd>,
         registry: OwnedFd,
-        link: Link,
-    ) -> Result<Estate, (RegistryError, Link)> {
-        let (registry, events) = match Registry::open(registry) {
+        path: Option<&Path>,
+        link: Option<Link>,
+    ) -> Result<Estate, (RegistryError, Option<Link>)> {
+        let (registry, events) = match Registry::open(registry, path) {
             Ok(opened) => opened,
             Err(error) => return Err((error, link)),
         };
@@ -90,7 +93,7 @@ impl Estate {
             }
             state.apply(event);
         }
-        let mut estate = Estate::new(state, registry, Some(link));
+        let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         let mut losses = estate.adopt(&mut store);
         losses.extend(estate.adopt_groups(&mut store));
@@ -99,6 +102,7 @@ impl Estate {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
+        estate.record_all_segments();
         estate.finish_fencing();
         // What was stored but never logged belongs to nobody.
         store.into_keys().for_each(|name| estate.forget(name));
@@ -168,6 +172,7 @@ impl Estate {
                 None => losses.push(Event::Left { incarnation }),
             }
         }
+        losses.extend(self.replace_lost_arenas());
         losses
     }
 
@@ -253,8 +258,10 @@ impl Estate {
         if let Some(link) = &mut self.link {
             link.store(&participant_name(incarnation), pidfd.as_fd())?;
         }
+        let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
         self.pidfds.insert(incarnation, pidfd);
-        if let Err(refusal) = self.carry_out_all(plan.events) {
+        let recognized = Event::Recognized { incarnation, birth };
+        if let Err(refusal) = self.carry_out_all(plan.events.into_iter().chain([recognized]).collect()) {
             self.pidfds.remove(&incarnation);
             self.forget(participant_name(incarnation));
             return Err(refusal);
@@ -321,9 +328,15 @@ impl Estate {
         self.state.apply(&event);
         let acted = self.act(&event);
         self.follow_groups(groups);
+        let recorded = match event {
+            Event::TopicCreated { info: TopicInfo { id: topic, .. }, .. }
+            | Event::ArenaAdded { topic, .. }
+            | Event::GroupCreated { topic, .. } => self.record_segments(topic),
+            _ => Ok(()),
+        };
         // Last: as long as the keeper has them a successor can act in our place.
         given_up.into_iter().for_each(|name| self.forget(name));
-        acted
+        acted.and(recorded)
     }
 
     /// Before the event is logged: new memory is created and stored, what is given back is taken out of force.
@@ -515,8 +528,8 @@ impl Estate {
 
     /// Puts a registry twice as large in the place of the present one, by one message to the keeper.
     fn grow_registry(&mut self, snapshot: &[Event]) -> Result<(), Refusal> {
-        let larger = Registry::create(self.state.bus, self.registry.half_bytes() * 2, snapshot)
-            .map_err(|error| system("growing the registry", &error))?;
+        let larger =
+            self.registry.grown(self.state.bus, snapshot).map_err(|error| system("growing the registry", &error))?;
         if let Some(link) = &mut self.link {
             link.store(link::REGISTRY, larger.as_fd())?;
         }

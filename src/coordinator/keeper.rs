@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use crate::coordinator::adoption;
 use crate::coordinator::directory::Place;
 use crate::coordinator::link::{self, Incoming, LISTENER, LOCK, Message};
 use crate::coordinator::registry::{FIRST_HALF_BYTES, Registry};
@@ -53,18 +54,24 @@ struct Keeper {
     short_lives: u32,
 }
 
-/// Starts a bus and keeps it until it ends. `stay`: also while nobody needs it.
+/// Starts a bus, or goes on with one whose processes died, and keeps it until it ends. `stay`: also while nobody needs it.
 pub(crate) fn run_first(place: Place, stay: bool) -> Result<(), ConnectError> {
     let lock = place.lock()?.ok_or_else(|| ConnectError::AlreadyServed { bus: place.bus.clone() })?;
     let listener = place.listen()?;
-    let bus = crate::coordinator::random_u64();
-    let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay }])
-        .map_err(|source| ConnectError::io("cannot create the registry", source))?;
-    let registry =
-        registry.as_fd().try_clone_to_owned().map_err(|source| ConnectError::io("cannot keep the registry", source))?;
+    let registry = match adoption::left_behind(&place, stay) {
+        Some(registry) => registry,
+        None => new_registry(&place, stay).map_err(|source| ConnectError::io("cannot create the registry", source))?,
+    };
     let store = [(LOCK, lock), (LISTENER, listener), (link::REGISTRY, registry)];
     let store = store.into_iter().map(|(name, fd)| (name.to_owned(), fd)).collect();
     Keeper::new(place, store)?.run(None)
+}
+
+/// The registry of a bus of which there is nothing yet.
+fn new_registry(place: &Place, stay: bool) -> io::Result<OwnedFd> {
+    let bus = crate::coordinator::random_u64();
+    let began = Event::Began { bus, stay };
+    Registry::create(Some(place.registry()), bus, FIRST_HALF_BYTES, &[began])?.as_fd().try_clone_to_owned()
 }
 
 /// Takes the place of a keeper that died: the coordinator at the other end of `link` hands everything over.

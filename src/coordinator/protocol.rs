@@ -53,6 +53,10 @@ pub(crate) enum Request {
     Status { topic: Option<String>, after: Option<String> },
     /// The named publishers of a topic whose name is greater than `after` (a page at a time).
     Names { topic: String, after: Option<String> },
+    /// To `Present`: segments of a topic, by the names that the keeper gives them; their descriptors ride along.
+    Present { info: TopicInfo, names: Vec<String> },
+    /// To `Present`: that was all.
+    AllPresented,
     /// Ends the bus.
     Stop,
 }
@@ -90,6 +94,17 @@ pub(crate) enum HandleRef {
     Consumer { topic: u64, group: u32, consumer: u32 },
     Publisher { topic: u64, slot: u32 },
     Subscriber { topic: u64, cursor: u32 },
+}
+
+impl HandleRef {
+    /// The topic that it is on.
+    pub(crate) fn topic(&self) -> u64 {
+        match *self {
+            HandleRef::Consumer { topic, .. }
+            | HandleRef::Publisher { topic, .. }
+            | HandleRef::Subscriber { topic, .. } => topic,
+        }
+    }
 }
 
 /// A segment whose descriptor rides along.
@@ -174,6 +189,9 @@ pub(crate) enum Answer {
     Names { names: Vec<NameStatus>, more: bool },
     /// The request was declined; nothing changed.
     Refused(Refusal),
+    /// To `Hello`, before the welcome: present the segments of these topics, as far as you have them. The coordinator is new
+    /// and has lost them, or has given the topics up.
+    Present { topics: Vec<u64> },
     /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
     /// too): a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },

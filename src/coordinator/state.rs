@@ -17,6 +17,7 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
 use crate::error::Refusal;
+use crate::os::pidfd::Birth;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
@@ -38,10 +39,14 @@ pub(crate) enum Event {
     Given { participants: u64, topics: u64, publishers: u64 },
     /// A process connected.
     Joined { incarnation: u64, pid: u32, uid: u32 },
+    /// Which process a participant is, beside its number: proof of its death for a coordinator that has no descriptor of it.
+    Recognized { incarnation: u64, birth: Birth },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry).
     TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool },
+    /// Inode numbers of a topic's segments by their names: what is presented for one of them must be this one.
+    SegmentsKnown { topic: u64, inodes: Vec<(String, u64)> },
     /// It is gone, with all its handles.
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
@@ -67,6 +72,8 @@ pub(crate) enum Event {
     ConsumerOpened { topic: u64, group: u32, consumer: u32, incarnation: u64 },
     /// A handle was given back.
     Closed { handle: HandleRef },
+    /// The bus stays from now on, also when nobody needs it.
+    Stays,
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
     Ending,
 }
@@ -99,6 +106,8 @@ pub(crate) enum Reply {
 pub(crate) struct Participant {
     pub(crate) pid: u32,
     pub(crate) uid: u32,
+    /// Absent only until it is let in.
+    pub(crate) birth: Option<Birth>,
     pub(crate) handles: BTreeSet<HandleRef>,
 }
 
@@ -109,6 +118,8 @@ pub(crate) struct TopicEntry {
     pub(crate) uid: u32,
     pub(crate) bytes: u64,
     pub(crate) arenas: BTreeSet<u32>,
+    /// Inode numbers of its segments, by name.
+    pub(crate) inodes: BTreeMap<String, u64>,
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
     pub(crate) groups: BTreeMap<u32, GroupEntry>,
@@ -213,9 +224,13 @@ impl State {
                 self.next_publisher = self.next_publisher.max(*publishers);
             }
             Event::Joined { incarnation, pid, uid } => {
-                let participant = Participant { pid: *pid, uid: *uid, handles: BTreeSet::new() };
+                let participant = Participant { pid: *pid, uid: *uid, birth: None, handles: BTreeSet::new() };
                 self.participants.insert(*incarnation, participant);
                 self.next_incarnation = self.next_incarnation.max(incarnation + 1);
+            }
+            Event::Recognized { incarnation, birth } => {
+                let participant = self.participants.get_mut(incarnation);
+                participant.into_iter().for_each(|participant| participant.birth = Some(*birth));
             }
             Event::Left { incarnation } => {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
@@ -223,6 +238,10 @@ impl State {
             }
             Event::TopicCreated { info, uid, bytes, publishers, kept } => {
                 self.add_topic(info, *uid, *bytes, *publishers, *kept);
+            }
+            Event::SegmentsKnown { topic, inodes } => {
+                let entry = self.topics.get_mut(topic);
+                entry.into_iter().for_each(|entry| entry.inodes.extend(inodes.iter().cloned()));
             }
             Event::TopicRemoved { topic } => self.remove_topic(*topic),
             Event::ArenaAdded { topic, slot, bytes } => {
@@ -277,6 +296,7 @@ impl State {
                 self.add_consumer(*topic, *group, *consumer, *incarnation);
             }
             Event::Closed { handle } => self.close(*handle),
+            Event::Stays => self.stay = true,
             Event::Ending => self.ending = true,
         }
     }
@@ -286,6 +306,7 @@ impl State {
         let mut events = vec![Event::Began { bus: self.bus, stay: self.stay }];
         for (&incarnation, p) in &self.participants {
             events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid });
+            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth }));
         }
         for entry in self.topics.values() {
             entry.snapshot(&mut events);
@@ -308,6 +329,7 @@ impl State {
             uid,
             bytes,
             arenas: BTreeSet::from([0]),
+            inodes: BTreeMap::new(),
             publishers: BTreeMap::new(),
             subscribers: BTreeMap::new(),
             groups: BTreeMap::new(),
@@ -386,6 +408,10 @@ impl TopicEntry {
         events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
+        }
+        if !self.inodes.is_empty() {
+            let inodes = self.inodes.iter().map(|(name, inode)| (name.clone(), *inode)).collect();
+            events.push(Event::SegmentsKnown { topic, inodes });
         }
         for (identity, name) in &self.identities {
             let (identity, NameEntry { publisher, last_number, .. }) = (identity.clone(), *name);
@@ -492,6 +518,9 @@ impl State {
             Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
+            Request::Present { .. } | Request::AllPresented => {
+                Err(Refusal::Protocol { problem: "presented what was not asked for".to_owned() })
+            }
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shmbus::{Bus, Mode, Publisher, Subscriber, Topic};
+use shmbus::{Bus, BusOptions, Mode, Publisher, Subscriber, Topic};
 
 /// Everything here happens within milliseconds; this is for a machine that is very busy.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
@@ -45,7 +45,12 @@ impl Scene {
 
     /// A connection, as another program would have one.
     pub(crate) fn open(&self) -> Bus {
-        Bus::options().name(&self.name).directory(self.directory().to_owned()).open().unwrap()
+        self.options().open().unwrap()
+    }
+
+    /// How to open one.
+    pub(crate) fn options(&self) -> BusOptions {
+        Bus::options().name(&self.name).directory(self.directory().to_owned())
     }
 
     /// Starts this test binary again as another process, which runs the test `role` and nothing else.

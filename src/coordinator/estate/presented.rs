@@ -1,0 +1,98 @@
+//! What a coordinator does about segments that came back from participants, or did not, after coordinator and keeper had
+//! died together (`coordinator/adoption.rs`).
+
+use std::os::fd::OwnedFd;
+
+use nix::sys::stat::fstat;
+
+use super::{Estate, broken, system};
+use crate::coordinator::memory::TopicMemory;
+use crate::coordinator::protocol::{HandleRef, TopicInfo};
+use crate::coordinator::state::Event;
+use crate::error::Refusal;
+use crate::ring::log::TopicState;
+use crate::shm::layout::Geometry;
+
+impl Estate {
+    /// Writes down the inodes of a topic's segments, so that whoever has to do without us and the keeper knows them again.
+    /// Before anybody is granted them; what was not written down has not been granted.
+    pub(super) fn record_segments(&mut self, topic: u64) -> Result<(), Refusal> {
+        // The event that made them may have failed, and taken the topic along.
+        let (Ok(memory), Some(entry)) = (self.memory(topic), self.state.topic(topic)) else { return Ok(()) };
+        let mut inodes = Vec::new();
+        for segment in memory.segments() {
+            let inode = fstat(segment.fd).map_err(|error| system("looking at a segment", &error.into()))?.st_ino;
+            if entry.inodes.get(&segment.name) != Some(&inode) {
+                inodes.push((segment.name, inode));
+            }
+        }
+        if inodes.is_empty() { Ok(()) } else { self.carry_out(Event::SegmentsKnown { topic, inodes }) }
+    }
+
+    /// The same for all topics: our predecessor may have died between the two events.
+    pub(super) fn record_all_segments(&mut self) {
+        let topics: Vec<u64> = self.memories.keys().copied().collect();
+        for topic in topics {
+            if let Err(error) = self.record_segments(topic) {
+                eprintln!("shmbus coordinator: topic {topic} could not be presented: {error}");
+            }
+        }
+    }
+
+    /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
+    /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Returns what
+    /// cannot go on.
+    pub(super) fn replace_lost_arenas(&mut self) -> Vec<Event> {
+        let mut losses = Vec::new();
+        let topics: Vec<u64> = self.memories.keys().copied().collect();
+        for topic in topics {
+            if let Err(error) = self.replace_lost_arenas_of(topic) {
+                eprintln!("shmbus coordinator: topic {topic} is lost: {error}");
+                losses.push(Event::TopicRemoved { topic });
+            }
+        }
+        losses
+    }
+
+    fn replace_lost_arenas_of(&mut self, topic: u64) -> Result<(), Refusal> {
+        let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
+        let lost: Vec<u32> = entry.arenas.iter().copied().filter(|slot| !memory.has_arena(*slot)).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let lives = |incarnation: u64| self.pidfds.contains_key(&incarnation);
+        let holders = lost.iter().filter_map(|slot| entry.publishers.get(slot)).map(|publisher| publisher.incarnation);
+        if holders.into_iter().any(lives) {
+            return Err(broken("a living publisher has not presented its arena; it may be stopped"));
+        }
+        let checkpoint = entry.spare_checkpoint().ok_or_else(|| broken("no checkpoint is free to give up messages"))?;
+        for slot in lost {
+            self.prepare_arena(topic, slot)?;
+        }
+        self.memory(topic)?.give_up_all(checkpoint).map(drop)
+    }
+
+    /// Topics among those of these handles that are lost or removed: whoever holds them has to be told through their memory.
+    pub(crate) fn unknown_topics(&self, holds: &[HandleRef]) -> Vec<u64> {
+        let topics = holds.iter().map(|handle| handle.topic());
+        let mut unknown: Vec<u64> = topics.filter(|topic| self.state.topic(*topic).is_none()).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        unknown
+    }
+
+    /// Tells everybody who holds a topic that is lost, through the memory that one of them has presented too late.
+    pub(crate) fn end_presented(&self, info: &TopicInfo, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
+        let ours = info.bus == self.state.bus && self.state.topic(info.id).is_none();
+        if !ours || Geometry::from_options(&info.options).as_ref() != Ok(&info.geometry) {
+            let problem = "presented a topic that was not asked for".to_owned();
+            return Err(Refusal::Protocol { problem });
+        }
+        let needed = |(name, _): &(String, OwnedFd)| matches!(name.as_str(), "log" | "cursors" | "channel");
+        let segments = segments.into_iter().filter(needed);
+        let segments =
+            segments.map(|(name, fd)| Ok((name.clone(), crate::coordinator::adoption::reopened(info, &name, fd)?)));
+        TopicMemory::adopt(info, segments.collect::<Result<_, Refusal>>()?)?.end(TopicState::Removed);
+        Ok(())
+    }
+}
