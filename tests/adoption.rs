@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, publisher_after, raw, receive, say};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shmbus::{Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, RecvError, Start, Subscriber, Topic};
+use shmbus::{
+    Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, PublishError, RecvError, Start, Subscriber, Topic,
+};
 
 /// How often both are killed in a row.
 const KILLS: usize = 3;
@@ -47,8 +49,11 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
     let mut publisher = bus.publisher(of(mode)).unwrap();
     say("publishing");
     for number in 0u64.. {
-        publisher.publish(&number.to_le_bytes()).unwrap();
-        thread::sleep(Duration::from_micros(50));
+        match publisher.publish(&number.to_le_bytes()) {
+            Ok(_) => thread::sleep(Duration::from_micros(50)),
+            Err(PublishError::Gone(_)) => return,
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 
@@ -201,7 +206,7 @@ fn leases_survive_and_those_of_the_dead_return() {
     let options = GroupOptions::new().lease(Duration::from_secs(600));
     bus.create_group(topic(Mode::Many).name(), "g", &options, Start::Oldest, false).unwrap();
     let (mut living, mut dying) = (start(&scene, "consume", "", "ready"), start(&scene, "consume", "", "ready"));
-    (0..4).for_each(|number: u64| drop(publisher.publish(&number.to_le_bytes()).unwrap()));
+    (0..4).for_each(|number: u64| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
     let mut take = |who: &mut Process, expected: &str| {
         who.tell("take");
         who.expect(expected);
@@ -232,9 +237,9 @@ fn a_name_goes_on_where_it_was() {
     let many = topic(Mode::Many);
     let mut publisher = bus.publisher_as(many.clone(), NAME).unwrap();
     let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
-    (1..=5).for_each(|number: u64| drop(publisher.publish_numbered(b"x", number).unwrap()));
+    (1..=5).for_each(|number: u64| assert!(publisher.publish_numbered(b"x", number).is_ok()));
     let killed = kill_both(&scene);
-    (6..=9).for_each(|number: u64| drop(publisher.publish_numbered(b"x", number).unwrap()));
+    (6..=9).for_each(|number: u64| assert!(publisher.publish_numbered(b"x", number).is_ok()));
     await_successors(&scene, killed);
     let names = bus.publisher_names(many.name()).unwrap();
     assert_eq!((names[0].name.as_str(), names[0].last_number), (NAME, 9));

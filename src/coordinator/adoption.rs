@@ -58,7 +58,7 @@ pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
     let (mut registry, events) = Registry::open(file.into(), Some(path)).ok()?;
     let state = replayed(&events);
     let holds = |incarnation: &u64| !state.handles_of(*incarnation).is_empty();
-    let lives = |incarnation: &u64| matches!(living(&state, *incarnation), Ok(Some(_)));
+    let lives = |incarnation: &u64| !matches!(living(&state, *incarnation), Ok(None));
     let left = registry.is_of_this_boot().ok()? && state.participants().keys().any(|who| holds(who) && lives(who));
     if state.ending || !left {
         return None;
@@ -69,7 +69,7 @@ pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
     registry.as_fd().try_clone_to_owned().ok()
 }
 
-/// A participant's pidfd, if it lives.
+/// A participant's pidfd, if it lives. An error where that cannot be told: it is in a pid namespace that we do not see.
 fn living(state: &State, incarnation: u64) -> io::Result<Option<OwnedFd>> {
     let Some(participant) = state.participant(incarnation) else { return Ok(None) };
     match participant.birth {
@@ -97,12 +97,15 @@ pub(crate) fn gather(
     // One that cannot be read is reported by who resumes from it.
     let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else { return Ok(()) };
     let state = replayed(&events);
-    let mut gathering = Gathering { missing: missing(&state, store), expected: BTreeMap::new(), state, store, link };
-    if gathering.state.ending || gathering.missing.is_empty() {
+    let (missing, expected, unseen) = (missing(&state, store), BTreeMap::new(), BTreeSet::new());
+    let mut gathering = Gathering { missing, expected, unseen, state, store, link };
+    if gathering.state.ending {
         return Ok(());
     }
     gathering.find_the_living()?;
-    gathering.run(listener)
+    gathering.run(listener)?;
+    gathering.give_up_unproven();
+    Ok(())
 }
 
 /// The segments that are not in the store, by topic.
@@ -123,6 +126,8 @@ struct Gathering<'a> {
     missing: BTreeMap<u64, BTreeSet<String>>,
     /// Living participants that may hold what is missing and have not said that this was all, with their pidfds.
     expected: BTreeMap<u64, OwnedFd>,
+    /// Participants of which nobody can tell whether they live until they say so.
+    unseen: BTreeSet<u64>,
 }
 
 impl Gathering<'_> {
@@ -135,30 +140,55 @@ impl Gathering<'_> {
         Ok(())
     }
 
-    /// Opens a pidfd of every participant that lives. Where that is impossible for another reason than its death, it is
-    /// not proven dead; we end, and our successor tries again.
+    /// Opens a pidfd of every participant that lives. Where that fails for want of something, we end, and our successor tries
+    /// again: nobody is taken for dead who is not.
     fn find_the_living(&mut self) -> io::Result<()> {
         let participants: Vec<u64> = self.state.participants().keys().copied().collect();
         for incarnation in participants {
             let name = participant_name(incarnation);
             if !self.store.contains_key(&name) {
+                if self.state.participant(incarnation).is_some_and(|participant| participant.pid == 0) {
+                    self.unseen.insert(incarnation);
+                    continue;
+                }
                 let Some(pidfd) = living(&self.state, incarnation)? else { continue };
                 self.keep(name.clone(), pidfd)?;
             }
-            let holds = self.state.handles_of(incarnation);
-            if holds.iter().any(|handle| self.missing.contains_key(&handle.topic())) {
-                let pidfd = self.store[&name].try_clone()?;
-                self.expected.insert(incarnation, pidfd);
-            }
+            self.expect(incarnation)?;
         }
         Ok(())
+    }
+
+    /// Waits for a living participant, if it may hold what is missing.
+    fn expect(&mut self, incarnation: u64) -> io::Result<()> {
+        let holds = self.state.handles_of(incarnation);
+        if holds.iter().any(|handle| self.missing.contains_key(&handle.topic()))
+            && let Some(pidfd) = self.store.get(&participant_name(incarnation))
+        {
+            self.expected.insert(incarnation, pidfd.try_clone()?);
+        }
+        Ok(())
+    }
+
+    /// Topics on which somebody may live whom nobody sees are lost: his place cannot be given to others.
+    fn give_up_unproven(&mut self) {
+        let handles = self.unseen.iter().flat_map(|incarnation| self.state.handles_of(*incarnation));
+        let topics: BTreeSet<u64> = handles.map(|handle| handle.topic()).collect();
+        let segments = topics.into_iter().filter_map(|topic| self.state.topic(topic)).flat_map(|entry| {
+            let id = entry.info.id;
+            entry.inodes.keys().map(move |name| segment_name(id, name))
+        });
+        for name in segments {
+            self.store.remove(&name);
+            self.link.iter_mut().for_each(|link| link.forget(name.clone()));
+        }
     }
 
     fn run(&mut self, listener: BorrowedFd<'_>) -> io::Result<()> {
         let deadline = Instant::now() + WINDOW;
         let mut presenters: Vec<Presenter> = Vec::new();
         let mut buffer = vec![0; MAX_PACKET_BYTES];
-        while !self.missing.is_empty() && !self.expected.is_empty() && Instant::now() < deadline {
+        while self.waits_for_somebody() && Instant::now() < deadline {
             self.wait(listener, &presenters, deadline)?;
             while let Ok(socket) = socket::accept(listener) {
                 presenters.extend(Presenter::new(socket).filter(|_| presenters.len() < MAX_CONNECTIONS));
@@ -169,6 +199,10 @@ impl Gathering<'_> {
         }
         // The connections end here; those who made them come back to the coordinator that serves.
         Ok(())
+    }
+
+    fn waits_for_somebody(&self) -> bool {
+        !self.unseen.is_empty() || !self.missing.is_empty() && !self.expected.is_empty()
     }
 
     fn wait(&self, listener: BorrowedFd<'_>, presenters: &[Presenter], deadline: Instant) -> io::Result<()> {
@@ -215,7 +249,12 @@ impl Gathering<'_> {
     }
 
     /// Somebody is there. A participant is asked for what it may hold; everybody else waits until we serve.
-    fn hear_hello(&self, presenter: &mut Presenter, protocol: u32, incarnation: Option<u64>) -> Result<(), Refusal> {
+    fn hear_hello(
+        &mut self,
+        presenter: &mut Presenter,
+        protocol: u32,
+        incarnation: Option<u64>,
+    ) -> Result<(), Refusal> {
         let Some(incarnation) = incarnation.filter(|_| protocol == PROTOCOL_VERSION) else { return Ok(()) };
         let system = |error: io::Error| Refusal::System {
             context: "looking at a process".to_owned(),
@@ -223,15 +262,13 @@ impl Gathering<'_> {
         };
         let peer = presenter.connection.peer;
         let theirs = socket::peer_pidfd(presenter.connection.as_fd(), peer).map_err(system)?;
-        let registered = self.store.get(&participant_name(incarnation)).zip(self.state.participant(incarnation));
-        let same = match registered {
-            Some((pidfd, participant)) if participant.pid == peer.pid => {
-                pidfd::may_be_same(pidfd.as_fd(), theirs.as_fd()).map_err(system)?
-            }
-            _ => false,
-        };
-        if !same {
+        let birth = pidfd::birth(peer.pid, theirs.as_fd()).map_err(system)?;
+        let known = self.state.participant(incarnation);
+        if !known.is_some_and(|participant| participant.pid == peer.pid && participant.birth == Some(birth)) {
             return Err(Refusal::UnknownParticipant { incarnation });
+        }
+        if self.unseen.remove(&incarnation) {
+            self.keep(participant_name(incarnation), theirs).and_then(|()| self.expect(incarnation)).map_err(system)?;
         }
         presenter.incarnation = Some(incarnation);
         let mut topics: Vec<u64> = self.state.handles_of(incarnation).iter().map(HandleRef::topic).collect();
@@ -314,3 +351,7 @@ impl Presenter {
         trusted.then(|| Presenter { connection: Connection::new(socket, peer), incarnation: None })
     }
 }
+
+#[cfg(test)]
+#[path = "adoption_tests.rs"]
+mod tests;
