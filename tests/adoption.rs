@@ -207,7 +207,7 @@ fn leases_survive_and_those_of_the_dead_return() {
     bus.create_group(topic(Mode::Many).name(), "g", &options, Start::Oldest, false).unwrap();
     let (mut living, mut dying) = (start(&scene, "consume", "", "ready"), start(&scene, "consume", "", "ready"));
     (0..4).for_each(|number: u64| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
-    let mut take = |who: &mut Process, expected: &str| {
+    let take = |who: &mut Process, expected: &str| {
         who.tell("take");
         who.expect(expected);
     };

@@ -5,6 +5,7 @@
 //! event has just happened or is replayed from the registry.
 
 mod groups;
+mod limits;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +17,7 @@ use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
+use crate::coordinator::state::limits::Owned;
 use crate::error::Refusal;
 use crate::os::pidfd::Birth;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
@@ -173,6 +175,7 @@ pub(crate) struct State {
     topics: BTreeMap<u64, TopicEntry>,
     names: BTreeMap<String, u64>,
     reserved: BTreeMap<u32, u64>,
+    owned: BTreeMap<u32, Owned>,
     next_incarnation: u64,
     next_topic: u64,
     next_publisher: u64,
@@ -248,6 +251,7 @@ impl State {
                 let Some(entry) = self.topics.get_mut(topic) else { return };
                 if entry.arenas.insert(*slot) {
                     entry.bytes += bytes;
+                    self.owned.entry(entry.uid).or_default().segments += 1;
                     *self.reserved.entry(entry.uid).or_default() += bytes;
                 }
             }
@@ -338,6 +342,8 @@ impl State {
             publishers_seen,
             kept,
         };
+        let owned = self.owned.entry(uid).or_default();
+        (owned.topics, owned.segments) = (owned.topics + 1, owned.segments + entry.segments());
         self.topics.insert(info.id, entry);
     }
 
@@ -346,6 +352,7 @@ impl State {
             self.close(handle);
         }
         let Some(entry) = self.topics.remove(&topic) else { return };
+        self.disown(entry.uid, 1, entry.segments());
         self.names.remove(&entry.info.name);
         self.forget_all_origins();
         if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
@@ -465,6 +472,7 @@ impl State {
             let mend = "end some programs that use the bus".to_owned();
             return Err(Refusal::Limit { what: "participants".to_owned(), limit: limits.participants as u64, mend });
         }
+        self.check_user_participants(limits, uid)?;
         let incarnation = self.next_incarnation;
         let events = vec![Event::Joined { incarnation, pid, uid }];
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
@@ -683,6 +691,7 @@ impl Decider<'_> {
         };
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
+        self.check_owned(self.uid, 1, limits::first_segments(options.mode))?;
         Ok((info.clone(), Event::TopicCreated { info, uid: self.uid, bytes, publishers: 0, kept }))
     }
 
@@ -700,6 +709,7 @@ impl Decider<'_> {
         }
         let bytes = (self.footprint.arena)(&entry.info);
         self.check_budget(&entry.info.name, entry.uid, bytes)?;
+        self.check_owned(entry.uid, 0, 1)?;
         Ok(Some(Event::ArenaAdded { topic: entry.info.id, slot, bytes }))
     }
 
