@@ -83,11 +83,13 @@ fn consume_when_told(bus: &Bus) {
     say("ready");
     loop {
         match hear().as_str() {
-            "take" => {
-                let message = consumer.recv_timeout(LIMIT).unwrap();
-                say(&format!("{} {}", message.sequence(), message.attempt()));
-                leases.push(message.keep());
-            }
+            "take" => match consumer.recv_timeout(LIMIT) {
+                Ok(message) => {
+                    say(&format!("{} {}", message.sequence(), message.attempt()));
+                    leases.push(message.keep());
+                }
+                Err(error) => say(&format!("{error:?}")),
+            },
             "ack" => say(&format!("{:?}", consumer.ack(&leases.remove(0)))),
             other => panic!("no command {other}"),
         }
@@ -165,7 +167,7 @@ fn traffic_goes_on_and_everything_is_there_when_both_were_killed() {
             }
         };
         assert!(matches!(gone, RecvError::Gone(GoneReason::Stopped)), "{gone:?}");
-        assert_eq!(scene.directory().read_dir().unwrap().count(), 0, "an orderly end leaves nothing");
+        await_that("an orderly end, which leaves nothing", || scene.directory().read_dir().unwrap().count() == 0);
     }
 }
 
@@ -297,6 +299,31 @@ fn who_comes_too_late_is_told_that_its_topic_is_lost() {
     publisher.publish(b"x").unwrap();
     // The name is free.
     drop(start(&scene, "hold", "stopped", "held"));
+}
+
+#[test]
+fn a_group_of_which_nobody_comes_in_time_is_lost_and_says_so() {
+    let scene = Scene::new("group");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    let create = || bus.create_group(topic(Mode::Many).name(), "g", &GroupOptions::new(), Start::Oldest, false);
+    create().unwrap();
+    let mut stopped = start(&scene, "consume", "", "ready");
+    stopped.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    assert_eq!(bus.topic(topic(Mode::Many).name()).unwrap().groups.len(), 0);
+    create().unwrap();
+    stopped.signal(Signal::SIGCONT);
+    publisher.publish(&7u64.to_le_bytes()).unwrap();
+    await_that("the end of its group", || {
+        stopped.tell("take");
+        stopped.line() == "Fenced"
+    });
+    let mut another = start(&scene, "consume", "", "ready");
+    another.tell("take");
+    another.expect("0 1");
 }
 
 #[test]

@@ -310,7 +310,8 @@ impl Gathering<'_> {
     }
 }
 
-fn check_inode(info: &TopicInfo, name: &str, fd: BorrowedFd<'_>, inode: u64) -> Result<(), Refusal> {
+/// Refuses any other file than the one that the registry names.
+pub(crate) fn check_inode(info: &TopicInfo, name: &str, fd: BorrowedFd<'_>, inode: u64) -> Result<(), Refusal> {
     let found = fstat(fd).map_err(|error| refused(info, name, format!("cannot stat it: {error}")))?.st_ino;
     if found == inode {
         return Ok(());

@@ -413,7 +413,7 @@ impl Server {
 
     /// A participant comes back with handles on topics that are lost: it slept while everybody else presented theirs.
     fn ask_for_lost(&mut self, id: u64, holds: &[HandleRef]) -> io::Result<()> {
-        let topics = self.estate.unknown_topics(holds);
+        let topics = self.estate.topics_to_end(holds);
         let Some(client) = self.clients.get_mut(&id).filter(|_| !topics.is_empty()) else { return Ok(()) };
         client.accept_fds();
         self.send(id, &Answer::Present { topics }, Vec::new())

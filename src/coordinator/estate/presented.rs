@@ -1,12 +1,13 @@
 //! What a coordinator does about segments that came back from participants, or did not, after coordinator and keeper had
 //! died together (`coordinator/adoption.rs`).
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::stat::fstat;
 
 use super::{Estate, broken, system};
-use crate::coordinator::memory::TopicMemory;
+use crate::coordinator::adoption::{check_inode, reopened};
+use crate::coordinator::memory::{TopicMemory, ledger_name};
 use crate::coordinator::protocol::{HandleRef, TopicInfo};
 use crate::coordinator::state::Event;
 use crate::error::Refusal;
@@ -72,27 +73,52 @@ impl Estate {
         self.memory(topic)?.give_up_all(checkpoint).map(drop)
     }
 
-    /// Topics among those of these handles that are lost or removed: whoever holds them has to be told through their memory.
-    pub(crate) fn unknown_topics(&self, holds: &[HandleRef]) -> Vec<u64> {
-        let topics = holds.iter().map(|handle| handle.topic());
-        let mut unknown: Vec<u64> = topics.filter(|topic| self.state.topic(*topic).is_none()).collect();
+    /// Topics of which these handles are on what is lost or removed, the topic or a group: whoever holds them has to be told
+    /// through their memory.
+    pub(crate) fn topics_to_end(&self, holds: &[HandleRef]) -> Vec<u64> {
+        let lost = |handle: &&HandleRef| match **handle {
+            HandleRef::Consumer { topic, group, .. } => {
+                self.memory(topic).is_ok_and(|memory| !memory.has_ledger(group)) || self.state.topic(topic).is_none()
+            }
+            _ => self.state.topic(handle.topic()).is_none(),
+        };
+        let mut unknown: Vec<u64> = holds.iter().filter(lost).map(HandleRef::topic).collect();
         unknown.sort_unstable();
         unknown.dedup();
         unknown
     }
 
-    /// Tells everybody who holds a topic that is lost, through the memory that one of them has presented too late.
-    pub(crate) fn end_presented(&self, info: &TopicInfo, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
-        let ours = info.bus == self.state.bus && self.state.topic(info.id).is_none();
+    /// Tells everybody who holds a topic or group that is lost, through the memory that one of them has presented too late.
+    pub(crate) fn end_presented(&mut self, info: &TopicInfo, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
+        if self.state.topic(info.id).is_some() {
+            return self.end_presented_groups(info.id, segments);
+        }
+        let ours = info.bus == self.state.bus;
         if !ours || Geometry::from_options(&info.options).as_ref() != Ok(&info.geometry) {
             let problem = "presented a topic that was not asked for".to_owned();
             return Err(Refusal::Protocol { problem });
         }
         let needed = |(name, _): &(String, OwnedFd)| matches!(name.as_str(), "log" | "cursors" | "channel");
         let segments = segments.into_iter().filter(needed);
-        let segments =
-            segments.map(|(name, fd)| Ok((name.clone(), crate::coordinator::adoption::reopened(info, &name, fd)?)));
+        let segments = segments.map(|(name, fd)| Ok((name.clone(), reopened(info, &name, fd)?)));
         TopicMemory::adopt(info, segments.collect::<Result<_, Refusal>>()?)?.end(TopicState::Removed);
+        Ok(())
+    }
+
+    /// Ends the groups whose ledgers are among these segments and were lost before.
+    fn end_presented_groups(&mut self, topic: u64, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
+        let (Some(entry), Some(memory)) = (self.state.topic(topic), self.memories.get_mut(&topic)) else {
+            return Ok(());
+        };
+        let lost: Vec<_> = entry.groups.values().filter(|group| !memory.has_ledger(group.info.id)).collect();
+        for (name, fd) in segments {
+            let group = lost.iter().find(|group| group.retired && ledger_name(group.info.id) == name);
+            let Some((group, inode)) = group.zip(entry.inodes.get(&name)) else { continue };
+            check_inode(&entry.info, &name, fd.as_fd(), *inode)?;
+            memory.adopt_ledger(&group.info, reopened(&entry.info, &name, fd)?)?;
+            // Its line was taken out of force when the group was given up.
+            memory.end_ledger(group.info.id);
+        }
         Ok(())
     }
 }
