@@ -343,6 +343,25 @@ fn without_the_right_to_start_one_it_waits_for_another() {
 }
 
 #[test]
+fn a_bus_hosted_on_a_thread_is_taken_up_by_another_process() {
+    let (scene, elsewhere) = (Scene::new("hosted"), tempfile::tempdir().unwrap());
+    let mut start = |topic: &str| {
+        let mut process = scene.start_alone(elsewhere.path(), "hold", topic);
+        process.expect("held");
+        process
+    };
+    let (host, mut heir) = (start("first"), start("second"));
+    assert!(scene.servers(None).is_empty());
+    host.kill();
+    // Who serves now has to hear from itself.
+    let names = || scene.options().spawn(false).open().ok()?.topics().ok();
+    await_that("the heir to serve", || names().is_some_and(|topics| topics.len() == 1 && topics[0].name == "second"));
+    heir.tell("read");
+    heir.expect("held");
+    assert!(scene.servers(None).is_empty());
+}
+
+#[test]
 fn with_nobody_left_a_new_bus_begins() {
     let scene = Scene::new("nobody");
     let bus = scene.open();

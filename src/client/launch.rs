@@ -98,10 +98,10 @@ impl Starter {
     fn host(&self) -> Result<(), ConnectError> {
         let Some(lock) = self.place.lock()? else { return Ok(()) };
         let listener = self.place.listen()?;
-        let server = Server::host(self.place.clone(), lock, listener)
-            .map_err(|source| ConnectError::io("cannot host a coordinator", source))?;
+        let place = self.place.clone();
         let serve = move || {
-            if let Err(error) = server.run() {
+            // All of it here: it may have to hear from this process before it serves.
+            if let Err(error) = Server::host(place, lock, listener).and_then(Server::run) {
                 eprintln!("shmbus coordinator: {error}");
             }
         };

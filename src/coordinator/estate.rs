@@ -255,10 +255,10 @@ impl Estate {
     pub(crate) fn admit(&mut self, pid: u32, uid: u32, pidfd: OwnedFd) -> Result<u64, Refusal> {
         let plan = self.state.join(&self.limits, pid, uid)?;
         let Reply::Welcome { incarnation } = plan.reply else { return Err(broken("a join without a welcome")) };
+        let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
         if let Some(link) = &mut self.link {
             link.store(&participant_name(incarnation), pidfd.as_fd())?;
         }
-        let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
         self.pidfds.insert(incarnation, pidfd);
         let recognized = Event::Recognized { incarnation, birth };
         if let Err(refusal) = self.carry_out_all(plan.events.into_iter().chain([recognized]).collect()) {

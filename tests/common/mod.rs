@@ -55,7 +55,23 @@ impl Scene {
 
     /// Starts this test binary again as another process, which runs the test `role` and nothing else.
     pub(crate) fn start(&self, role: &str, arguments: &str) -> Process {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        self.start_from(&std::env::current_exe().unwrap(), role, arguments)
+    }
+
+    /// The same from a copy in `directory`, where it finds no `shmbus` program and has to host a bus itself.
+    pub(crate) fn start_alone(&self, directory: &Path, role: &str, arguments: &str) -> Process {
+        let copy = directory.join("alone");
+        if !copy.exists() {
+            fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+        }
+        self.start_from(&copy, role, arguments)
+    }
+
+    fn start_from(&self, program: &Path, role: &str, arguments: &str) -> Process {
+        let mut command = Command::new(program);
+        if program.file_name().is_some_and(|name| name == "alone") {
+            command.env("PATH", "");
+        }
         command.args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
