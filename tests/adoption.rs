@@ -345,7 +345,7 @@ fn without_the_right_to_start_one_it_waits_for_another() {
 #[test]
 fn a_bus_hosted_on_a_thread_is_taken_up_by_another_process() {
     let (scene, elsewhere) = (Scene::new("hosted"), tempfile::tempdir().unwrap());
-    let mut start = |topic: &str| {
+    let start = |topic: &str| {
         let mut process = scene.start_alone(elsewhere.path(), "hold", topic);
         process.expect("held");
         process
