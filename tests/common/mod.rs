@@ -69,9 +69,24 @@ impl Scene {
         Process::new(self.command_inside(starter, role, arguments))
     }
 
+    /// [`Self::start`] from a copy in `directory`, where it finds no `shmbus` program and has to host a bus itself.
+    pub(crate) fn start_alone(&self, directory: &Path, role: &str, arguments: &str) -> Process {
+        let copy = directory.join("alone");
+        if !copy.exists() {
+            fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+        }
+        let mut command = self.command_of(&[copy.as_os_str()], role, arguments);
+        command.env("PATH", "");
+        Process::new(command)
+    }
+
     fn command_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Command {
         let this = std::env::current_exe().unwrap();
         let line: Vec<&OsStr> = starter.iter().map(OsStr::new).chain([this.as_os_str()]).collect();
+        self.command_of(&line, role, arguments)
+    }
+
+    fn command_of(&self, line: &[&OsStr], role: &str, arguments: &str) -> Command {
         let mut command = Command::new(line[0]);
         command.args(&line[1..]).args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
