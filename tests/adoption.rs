@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +12,8 @@ use common::{LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{
-    Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, PublishError, RecvError, Start, Subscriber, Topic,
+    Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, PublishError, Publisher, RecvError, Start,
+    Subscriber, Topic, TopicOptions, Wait,
 };
 
 /// How often both are killed in a row.
@@ -31,6 +34,7 @@ fn role() {
         "publish" => publish_for_ever(&bus, &arguments),
         "hold" => hold_for_ever(&bus, &arguments),
         "consume" => consume_when_told(&bus),
+        "park" => park_for_ever(&bus, &arguments),
         _ => panic!("no role {role}"),
     }
 }
@@ -57,9 +61,13 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
     }
 }
 
+fn topic_of_holder(name: &str) -> Topic<[u8]> {
+    Topic::named(name.to_owned()).exclusive().messages(64).bytes(8192)
+}
+
 /// Role: holds a publisher, and a subscriber that reads nothing, until it is told to look. Arguments: topic.
 fn hold_for_ever(bus: &Bus, name: &str) {
-    let topic: Topic<[u8]> = Topic::named(name.to_owned()).exclusive().messages(64).bytes(8192);
+    let topic = topic_of_holder(name);
     let mut publisher = bus.publisher(topic.clone()).unwrap();
     let mut subscriber = bus.subscriber(topic).open().unwrap();
     publisher.publish(b"held").unwrap();
@@ -70,9 +78,21 @@ fn hold_for_ever(bus: &Bus, name: &str) {
                 subscriber.recv_timeout(LIMIT).map(|message| message.to_vec()).map_err(|error| format!("{error:?}"))
             }
             "publish" => publisher.publish(b"more").map(|at| at.to_string().into_bytes()).map_err(|e| format!("{e:?}")),
+            "exec" => panic!("{}", Command::new("sleep").arg("1000").exec()),
             other => panic!("no command {other}"),
         };
         say(&said.map_or_else(|error| error, |bytes| String::from_utf8(bytes).unwrap()));
+    }
+}
+
+/// Role: sleeps on a pattern, and says what woke it.
+fn park_for_ever(bus: &Bus, pattern: &str) {
+    end_with_the_test();
+    let mut subscriber = bus.wildcard::<[u8]>(pattern).wait(Wait::Park).open().unwrap();
+    say("parked");
+    loop {
+        let message = subscriber.recv().unwrap();
+        say(&format!("{} {}", message.topic(), String::from_utf8_lossy(&message)));
     }
 }
 
@@ -374,4 +394,124 @@ fn with_nobody_left_a_new_bus_begins() {
     let another = scene.open();
     assert_eq!(another.topics().unwrap().len(), 0);
     assert!(matches!(bus.topics(), Err(OpenError::Connect(ConnectError::Ended { .. }))));
+}
+
+fn small(name: &str) -> Topic<[u8]> {
+    Topic::named(name.to_owned()).messages(16).bytes(4096)
+}
+
+/// Publishes to a topic of its own, which is there as long as what is returned.
+fn publisher(bus: &Bus, name: &str, payload: &[u8]) -> Publisher<[u8]> {
+    let mut publisher = bus.publisher(small(name)).unwrap();
+    publisher.publish(payload).unwrap();
+    publisher
+}
+
+#[test]
+fn wildcards_sleep_through_it_and_wake_for_what_comes_after() {
+    let scene = Scene::new("wildcard");
+    let bus = scene.open();
+    let mut before = publisher(&bus, "w.before", b"missed");
+    let mut parked = start(&scene, "park", "w.>", "parked");
+    before.publish(b"first").unwrap();
+    parked.expect("w.before first");
+    await_successors(&scene, kill_both(&scene));
+    before.publish(b"second").unwrap();
+    parked.expect("w.before second");
+    let asked = Instant::now();
+    let _after = publisher(&bus, "w.after", b"new");
+    parked.expect("w.after new");
+    assert!(asked.elapsed() < SILENCE, "it slept for {:?}: nobody rang", asked.elapsed());
+    assert_eq!(bus.topic("w.after").unwrap().subscribers.len(), 1);
+    parked.kill();
+    await_that("its cursors to go", || bus.topics().unwrap().iter().all(|topic| topic.subscribers.is_empty()));
+}
+
+#[test]
+fn a_wildcard_that_comes_too_late_has_missed_nothing() {
+    let scene = Scene::new("late-wildcard");
+    let bus = scene.open();
+    let mut held = publisher(&bus, "w.held", b"missed");
+    let mut parked = start(&scene, "park", "w.>", "parked");
+    let alone = publisher(&bus, "w.lost", b"last");
+    parked.expect("w.lost last");
+    parked.signal(Signal::SIGSTOP);
+    drop(alone);
+    await_that("its publisher to go", || bus.topic("w.lost").unwrap().publishers.is_empty());
+    await_successors(&scene, kill_both(&scene));
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    // Nobody else had the one, and the other's cursor is in force.
+    let left: Vec<(String, usize)> =
+        bus.topics().unwrap().into_iter().map(|topic| (topic.name, topic.subscribers.len())).collect();
+    assert_eq!(left, [("w.held".to_owned(), 1)]);
+    held.publish(b"meanwhile").unwrap();
+    let _new = publisher(&bus, "w.new", b"new");
+    let _again = publisher(&bus, "w.lost", b"another");
+    parked.signal(Signal::SIGCONT);
+    let mut heard = [parked.line(), parked.line(), parked.line()];
+    heard.sort();
+    assert_eq!(heard, ["w.held meanwhile", "w.lost another", "w.new new"]);
+    // It has presented its notice, so it is woken.
+    let asked = Instant::now();
+    let _later = publisher(&bus, "w.later", b"later");
+    parked.expect("w.later later");
+    assert!(asked.elapsed() < SILENCE, "it slept for {:?}: nobody rang", asked.elapsed());
+}
+
+#[test]
+fn ephemeral_topics_and_requests_survive_with_their_owner() {
+    let scene = Scene::new("ephemeral");
+    let (bus, owner) = (scene.open(), scene.open());
+    owner.create_ephemeral("own", &TopicOptions::default()).unwrap();
+    let _keeps = owner.publisher(Topic::<[u8]>::new("own")).unwrap();
+    let mut responder = bus.responder(Topic::new("service")).unwrap();
+    let mut requester = owner.requester(Topic::new("service")).unwrap();
+    let inboxes = || bus.topics().unwrap().into_iter().filter(|topic| topic.name.starts_with("_inbox.")).count();
+    await_successors(&scene, kill_both(&scene));
+    assert_eq!(inboxes(), 1);
+    let serve = thread::spawn(move || {
+        let request = responder.recv().unwrap();
+        request.reply(b"answer").unwrap();
+        responder
+    });
+    assert_eq!(&*requester.request(b"question", LIMIT).unwrap(), b"answer");
+    drop(serve.join().unwrap());
+    assert!(bus.topic("own").is_ok());
+    drop((requester, _keeps, owner));
+    assert!(bus.topic("own").is_err(), "it went with its owner");
+    assert_eq!(inboxes(), 0);
+}
+
+#[test]
+fn a_good_bye_counts_while_nobody_serves_yet() {
+    let scene = Scene::new("leaver");
+    let (bus, leaver) = (scene.open(), scene.open());
+    let exclusive = || topic(Mode::Exclusive);
+    let mut publisher = leaver.publisher(exclusive()).unwrap();
+    publisher.publish(b"kept").unwrap();
+    let mut subscriber = bus.subscriber(exclusive()).start(Start::Oldest).open().unwrap();
+    // They gather for as long as it does not come.
+    let stopped = start(&scene, "hold", "stopped", "held");
+    stopped.signal(Signal::SIGSTOP);
+    await_successors(&scene, kill_both(&scene));
+    drop((publisher, leaver));
+    // This process lives on, and so would its place.
+    let mut again = bus.publisher(exclusive()).unwrap();
+    again.publish(b"again").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"kept");
+    assert_eq!(receive(&mut subscriber).1, b"again");
+}
+
+#[test]
+fn an_exec_is_noticed_after_both_were_killed() {
+    let scene = Scene::new("exec");
+    let bus = scene.open();
+    let mut holder = start(&scene, "hold", "t", "held");
+    let _reader = bus.subscriber(topic_of_holder("t")).open().unwrap();
+    await_successors(&scene, kill_both(&scene));
+    let all_here = || bus.report().is_ok_and(|report| report.participants.iter().all(|process| process.connected));
+    await_that("both to come back", all_here);
+    assert!(bus.publisher(topic_of_holder("t")).is_err());
+    holder.tell("exec");
+    await_that("the place of a program that is no more", || bus.publisher(topic_of_holder("t")).is_ok());
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use common::{LIMIT, await_that, receive};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recvmsg, socket,
@@ -201,11 +202,15 @@ fn a_socket_that_is_handed_over_is_served_and_left_where_it_is() {
     let listener = listener(&path);
     for _ in 0..2 {
         manager.start(&[("shmbus.socket", &listener)]);
-        let bus = manager.open();
+        let (bus, stays) = (manager.open(), manager.open());
         bus.publisher(topic()).unwrap().publish(b"x").unwrap();
         bus.stop().unwrap();
         manager.await_exit();
         assert!(path.exists(), "it is the manager's");
+        // A bus that has ended is not started again by those who were on it.
+        let mut door = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut door, 200u16).unwrap(), 0, "somebody knocks");
+        drop(stays);
         assert_eq!(std::fs::read_dir(manager.place()).unwrap().count(), 1);
     }
 }

@@ -314,11 +314,6 @@ impl Line {
     pub(crate) fn look(&self) -> Look {
         let mut inner = lock(&self.inner);
         inner.receive_all();
-        // An end in good order takes the registry along. What listens then is another bus, or a service manager that would
-        // start one for us: neither is anything to do with us until a request says so.
-        if inner.socket.is_none() && !inner.is_left_behind() {
-            return Look::Ended;
-        }
         // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
         let _ = inner.connect();
         inner.present();
@@ -396,17 +391,18 @@ impl Inner {
         if self.socket.is_some() {
             return Ok(());
         }
+        // Before we knock: what listens after the end is another bus, or a service manager that would start one.
+        if !self.is_left_behind() {
+            self.end = Some(End::Ended);
+            return Err(End::Ended.error(&self.place));
+        }
         let socket = match socket::connect(self.place.socket()) {
             Ok(socket) => socket,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // Coordinator and keeper are both dead, and nobody has come in their place yet.
-            Err(error) if socket::is_absent(&error) && self.is_left_behind() => {
+            Err(error) if socket::is_absent(&error) => {
                 self.absent = true;
                 return Ok(());
-            }
-            Err(error) if socket::is_absent(&error) => {
-                self.end = Some(End::Ended);
-                return Err(End::Ended.error(&self.place));
             }
             Err(source) => return Err(ConnectError::io("cannot connect to the coordinator again", source)),
         };

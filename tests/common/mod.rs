@@ -73,7 +73,8 @@ impl Scene {
     pub(crate) fn start_alone(&self, directory: &Path, role: &str, arguments: &str) -> Process {
         let copy = directory.join("alone");
         if !copy.exists() {
-            fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+            // By another program: what we have open for writing while some thread forks cannot be executed.
+            assert!(Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&copy).status().unwrap().success());
         }
         let mut command = self.command_of(&[copy.as_os_str()], role, arguments);
         command.env("PATH", "");
@@ -92,6 +93,12 @@ impl Scene {
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
         command
+    }
+
+    /// Hides the bus's socket: whoever loses its connection from now on cannot come back.
+    pub(crate) fn hide(&self) {
+        let socket = self.directory().join(format!("{}.sock", self.name));
+        fs::rename(&socket, socket.with_extension("hidden")).unwrap();
     }
 
     /// The command line, on this bus.
