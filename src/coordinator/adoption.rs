@@ -40,7 +40,7 @@ use crate::coordinator::directory::Place;
 use crate::coordinator::link::{Link, participant_name, segment_name};
 use crate::coordinator::notices::notice_name;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
-use crate::coordinator::registry::Registry;
+use crate::coordinator::registry::{Registry, bus_of};
 use crate::coordinator::state::{Event, State, TopicEntry};
 use crate::error::Refusal;
 use crate::os::{memfd, pidfd, socket};
@@ -54,14 +54,9 @@ const MAX_CONNECTIONS: usize = 2048;
 /// The registry of a bus whose processes died and of which somebody is left. Only with the lock. `stay`: what the bus is
 /// to be from now on, where it was not already.
 pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
-    let path = place.registry();
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
-    let found = file.metadata().ok()?;
-    if !found.is_file() || found.uid() != Uid::effective().as_raw() {
-        return None;
-    }
+    let (path, file) = (place.registry(), named(place)?);
     // What cannot be read, or names only the dead, is as good as none: the next bus puts its own in its place.
-    let (mut registry, events) = Registry::open(file.into(), Some(path)).ok()?;
+    let (mut registry, events) = Registry::open(file, Some(path)).ok()?;
     let state = replayed(&events);
     let holds = |incarnation: &u64| !state.handles_of(*incarnation).is_empty();
     let lives = |incarnation: &u64| !matches!(living(&state, *incarnation), Ok(None));
@@ -73,6 +68,20 @@ pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
         registry.append(&Event::Stays).ok()?;
     }
     registry.as_fd().try_clone_to_owned().ok()
+}
+
+/// The registry that is found by its name, if it is of the same bus as one that was kept. It is the newer one, where they differ.
+pub(crate) fn named_like(place: &Place, kept: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let named = named(place)?;
+    (bus_of(named.as_fd()).ok()? == bus_of(kept).ok()?).then_some(named)
+}
+
+fn named(place: &Place) -> Option<OwnedFd> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
+    let file = options.open(place.registry()).ok()?;
+    let found = file.metadata().ok()?;
+    (found.is_file() && found.uid() == Uid::effective().as_raw()).then(|| file.into())
 }
 
 /// A participant's pidfd, if it lives. An error where that cannot be told: it is in a pid namespace that we do not see.

@@ -102,6 +102,12 @@ fn service_store(place: &Place, items: Vec<(String, OwnedFd)>) -> Result<(Store,
         }
         _ => false,
     };
+    if is_alive
+        && let Some(newest) = store.get(link::REGISTRY).and_then(|kept| adoption::named_like(place, kept.as_fd()))
+    {
+        // It may have outgrown the one that the manager was told of; what else it was not told of, participants have.
+        store.insert(link::REGISTRY.to_owned(), newest);
+    }
     if !is_alive {
         // Of a bus whose names are gone nobody knows any more; a listener serves the next one as well.
         let is_socket = |name: &str| name == GIVEN_LISTENER;

@@ -194,6 +194,11 @@ pub(crate) fn bus_at(path: &Path) -> io::Result<Option<u64>> {
     }
 }
 
+/// The bus whose registry this is.
+pub(crate) fn bus_of(registry: BorrowedFd<'_>) -> io::Result<u64> {
+    get(&File::from(registry.try_clone_to_owned()?), BUS_OFFSET)
+}
+
 /// A file of ours alone, with all its bytes reserved where the file system can.
 fn reserved_file(path: &Path, len: u64) -> io::Result<File> {
     match fs::remove_file(path) {
