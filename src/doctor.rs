@@ -159,7 +159,12 @@ impl Findings {
         if holders.is_empty() && socket::connect(place.socket()).is_err() {
             let names: Vec<_> = place.names_present().iter().map(|path| path.display().to_string()).collect();
             let finding = format!("nobody serves it, and {} is left", names.join(" and "));
-            return self.add(Severity::Warning, &subject, finding, "the next program replaces it; or delete it");
+            return self.add(
+                Severity::Warning,
+                &subject,
+                finding,
+                "the next program takes up what is left of it, or replaces it; or delete it",
+            );
         }
         let stopped: Vec<u32> = holders.into_iter().filter(|pid| probe::state(*pid) == Some('T')).collect();
         for pid in &stopped {

@@ -344,6 +344,16 @@ pub enum Refusal {
         /// What was found.
         problem: String,
     },
+    /// The bus lost both its processes, and what this process presented of a topic is not what belongs there.
+    #[error("topic {topic:?} cannot be taken up from this process: its segment {segment:?} was refused: {problem}")]
+    Presented {
+        /// The topic.
+        topic: String,
+        /// Which of its segments.
+        segment: String,
+        /// What was expected, and what was found.
+        problem: String,
+    },
     /// The coordinator is going away; the client library tries again by itself.
     #[error("the coordinator is leaving; try again")]
     Leaving,

@@ -3,12 +3,15 @@
 mod common;
 
 use std::fs;
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use common::{LIMIT, Scene, await_that, hear, publisher_after, raw, receive, say};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{ForkResult, Pid, fork, pause};
 use shmbus::{Bus, Mode, OpenError, Refusal, Start, Topic};
 
@@ -79,9 +82,9 @@ fn hold_everything(bus: Bus) {
                 drop(handles.take());
                 say("dropped");
             }
-            "close the socket" => {
-                close_sockets();
-                say("closed");
+            "hang up" => {
+                sockets().into_iter().for_each(|socket| shutdown(socket, Shutdown::Both).unwrap());
+                say("hung up");
             }
             "exec" => panic!("{}", Command::new("sleep").arg("1000").exec()),
             other => panic!("{other}"),
@@ -115,8 +118,10 @@ fn every_kind_of_place_goes_by_good_bye_or_proof_and_not_by_a_hang_up() {
         let held = [2, 1, 1, 1, 1];
         assert_eq!(places(&bus), held);
         if end != "drop" {
-            holder.tell("close the socket");
-            holder.expect("closed");
+            // It would come back at once.
+            scene.hide();
+            holder.tell("hang up");
+            holder.expect("hung up");
             let lost = || bus.report().unwrap().participants.iter().any(|participant| !participant.connected);
             await_that("the hang-up", lost);
             std::thread::sleep(Duration::from_millis(100));
@@ -143,13 +148,17 @@ fn unsafe_fork() -> ForkResult {
     unsafe { fork() }.unwrap()
 }
 
-/// Closes the bus's descriptors as a program does that "closes everything it does not know".
+/// Closes the bus's descriptors as a program does that "closes everything it does not know". The thread that watches over the
+/// connection sleeps on it, so it stays open until the program asks for something.
 fn close_sockets() {
-    for entry in fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap()) {
-        if fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:")) {
-            nix::unistd::close(entry.file_name().to_str().unwrap().parse::<i32>().unwrap()).unwrap();
-        }
-    }
+    sockets().into_iter().for_each(|socket| nix::unistd::close(socket).unwrap());
+}
+
+fn sockets() -> Vec<RawFd> {
+    let entries = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap());
+    let is_socket = |path: &Path| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"));
+    let sockets = entries.filter(|entry| is_socket(&entry.path()));
+    sockets.map(|entry| entry.file_name().to_str().unwrap().parse().unwrap()).collect()
 }
 
 fn is_taken(bus: &Bus) -> bool {

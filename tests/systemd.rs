@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use common::{LIMIT, await_that, receive};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recvmsg, socket,
@@ -201,11 +202,50 @@ fn a_socket_that_is_handed_over_is_served_and_left_where_it_is() {
     let listener = listener(&path);
     for _ in 0..2 {
         manager.start(&[("shmbus.socket", &listener)]);
-        let bus = manager.open();
+        let (bus, stays) = (manager.open(), manager.open());
         bus.publisher(topic()).unwrap().publish(b"x").unwrap();
         bus.stop().unwrap();
         manager.await_exit();
         assert!(path.exists(), "it is the manager's");
+        // A bus that has ended is not started again by those who were on it.
+        let mut door = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut door, 200u16).unwrap(), 0, "somebody knocks");
+        drop(stays);
         assert_eq!(std::fs::read_dir(manager.place()).unwrap().count(), 1);
     }
+}
+
+#[test]
+fn what_the_manager_was_not_told_of_is_had_from_those_who_have_it() {
+    let mut manager = Manager::new();
+    manager.start(&[]);
+    let bus = manager.open();
+    manager.listen();
+    let early = manager.store["registry"].try_clone().unwrap();
+    // So many that the registry outgrows its file.
+    for number in 0..1000 {
+        bus.create(&Topic::<[u8]>::named(format!("many.{number}")).messages(16).bytes(4096)).unwrap();
+        if number % 8 == 0 {
+            manager.listen();
+        }
+    }
+    let mut publisher = bus.publisher(topic()).unwrap();
+    let mut subscriber = bus.subscriber(topic()).open().unwrap();
+    publisher.publish(b"before").unwrap();
+    let id = bus.topic("kept").unwrap().id;
+    manager.kill_everything();
+    let mut store = std::mem::take(&mut manager.store);
+    let grown = store.insert("registry".to_owned(), early).unwrap();
+    let len = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_size;
+    assert!(len(&grown) > len(&store["registry"]));
+    drop(grown);
+    store.retain(|name, _| !name.starts_with("topic-"));
+    let items: Vec<(&str, &OwnedFd)> = store.iter().map(|(name, fd)| (name.as_str(), fd)).collect();
+    manager.start(&items);
+    let status = bus.topic("kept").unwrap();
+    assert_eq!((status.id, status.publishers.len(), status.subscribers.len()), (id, 1, 1));
+    publisher.publish(b"after").unwrap();
+    assert_eq!(receive(&mut subscriber), (0, b"before".to_vec()));
+    assert_eq!(receive(&mut subscriber), (1, b"after".to_vec()));
+    assert_eq!(bus.topics().unwrap().len(), 1, "nobody had the others");
 }

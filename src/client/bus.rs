@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::client::control::Control;
-use crate::client::launch;
+use crate::client::{launch, watch};
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, BusReport, NameStatus, Purged, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
@@ -61,7 +61,9 @@ impl BusOptions {
         let from_environment = || std::env::var(BUS_VARIABLE).ok().filter(|name| !name.is_empty());
         let name = self.name.or_else(from_environment).unwrap_or_else(|| DEFAULT_BUS.to_owned());
         let place = Place::find(&name, self.directory.as_deref())?;
-        Ok(Bus { control: Arc::new(launch::connect(&place, self.spawn)?) })
+        let control = Arc::new(launch::connect(&place, self.spawn)?);
+        watch::start(&control);
+        Ok(Bus { control })
     }
 }
 

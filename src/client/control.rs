@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,9 +14,13 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use nix::unistd::Uid;
 
+use crate::client::holdings::{Holdings, arena_name};
+use crate::client::launch::Starter;
 use crate::client::pushed::Pushed;
+use crate::client::watch::Look;
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, MAX_PACKET_FDS, PROTOCOL_VERSION, Request};
+use crate::coordinator::registry;
 use crate::error::{ConnectError, OpenError, Refusal};
 use crate::os::home::Home;
 use crate::os::socket;
@@ -52,10 +56,19 @@ pub(crate) struct Control {
     home: Home,
     /// Held for a whole request: one at a time.
     turn: Mutex<()>,
-    /// Held for moments only, never while waiting.
-    inner: Mutex<Inner>,
-    /// Handles to be closed by whoever gets hold of `inner` next.
+    line: Arc<Line>,
+    /// Handles to be closed by whoever gets hold of `line.inner` next.
     given_up: Mutex<Vec<HandleRef>>,
+}
+
+/// What a connection and the thread that watches over it share. The thread has a weak reference and makes it strong for a
+/// look, so the good-bye is said where the [`Control`] is dropped; and a child that is forked in the middle of a look
+/// finds a reference too many, and leaves alone what may be half changed.
+pub(crate) struct Line {
+    /// Starts a coordinator where there is none any more; `None` where that is not wanted.
+    starter: Option<Mutex<Starter>>,
+    /// Held for moments only, never while waiting; but for the good-bye.
+    inner: Mutex<Inner>,
 }
 
 struct Inner {
@@ -66,11 +79,15 @@ struct Inner {
     generation: u64,
     /// Whether the present connection has been answered its Hello.
     welcomed: bool,
+    /// Whether nobody listened when we tried to connect, though the bus has not ended.
+    absent: bool,
     /// Who we are, once we have been told.
     identity: Option<Identity>,
     /// Why nothing can be asked any more.
     end: Option<End>,
     holds: HashSet<HandleRef>,
+    /// What of it a new coordinator would ask for.
+    holdings: Holdings,
     /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
     arenas: HashMap<(u64, u32), OwnedFd>,
     /// Topics of wildcard subscriptions that nobody has taken yet.
@@ -101,8 +118,14 @@ enum End {
 }
 
 impl Control {
-    /// Says Hello over a new connection and waits to be welcomed.
-    pub(crate) fn introduce(place: Place, socket: OwnedFd, deadline: Instant) -> Result<Control, IntroduceError> {
+    /// Says Hello over a new connection and waits to be welcomed. `starter`: what starts a coordinator later on, when there is
+    /// none any more.
+    pub(crate) fn introduce(
+        place: Place,
+        socket: OwnedFd,
+        starter: Option<Starter>,
+        deadline: Instant,
+    ) -> Result<Control, IntroduceError> {
         check_peer(&place, &socket).map_err(IntroduceError::Failed)?;
         let home = Home::here()
             .map_err(|source| IntroduceError::Failed(ConnectError::io("cannot mark this process", source)))?;
@@ -123,12 +146,18 @@ impl Control {
             }
         }
         let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
-        Ok(Control { place, home, turn, inner: Mutex::new(inner), given_up })
+        let line = Arc::new(Line { starter: starter.map(Mutex::new), inner: Mutex::new(inner) });
+        Ok(Control { place, home, turn, line, given_up })
     }
 
     /// The process that opened the bus, and so whatever is opened on it.
     pub(crate) fn home(&self) -> Home {
         self.home
+    }
+
+    /// What the thread that watches over the connection needs of it.
+    pub(crate) fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     pub(crate) fn bus_name(&self) -> &str {
@@ -154,7 +183,7 @@ impl Control {
         if self.check_process().is_err() {
             return false;
         }
-        let told = match self.inner.try_lock() {
+        let told = match self.line.inner.try_lock() {
             Ok(mut inner) => {
                 inner.receive_all();
                 inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
@@ -172,7 +201,7 @@ impl Control {
     pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         self.check_process().ok()?;
         let deadline = Instant::now() + ARENA_PATIENCE;
-        let mut inner = lock(&self.inner);
+        let mut inner = lock(&self.line.inner);
         loop {
             inner.receive_all();
             if let Some(fd) = inner.arenas.get(&(topic, slot)) {
@@ -186,20 +215,20 @@ impl Control {
             let socket = inner.socket.clone();
             drop(inner);
             pause(socket.as_deref(), deadline);
-            inner = lock(&self.inner);
+            inner = lock(&self.line.inner);
         }
     }
 
     /// The bus's number, which every segment of it carries.
     pub(crate) fn bus_number(&self) -> u64 {
-        lock(&self.inner).identity.map_or(0, |identity| identity.bus)
+        lock(&self.line.inner).identity.map_or(0, |identity| identity.bus)
     }
 
     /// Takes the topics that have come for a wildcard subscription, and how many have come in all. Never waits: where
     /// fewer have come than were `announced`, the rest is with the coordinator, to which a broken connection is renewed.
     pub(crate) fn wildcard_topics(&self, wildcard: u64, announced: u64) -> Result<(Vec<Granted>, u64), ConnectError> {
         self.check_process()?;
-        let mut inner = lock(&self.inner);
+        let mut inner = lock(&self.line.inner);
         inner.receive_all();
         let (granted, told) = inner.pushed.take(wildcard);
         let connected = if told < announced { inner.connect() } else { Ok(()) };
@@ -223,7 +252,7 @@ impl Control {
     /// Closes what was given up, unless another thread has `inner` and does so when it is done.
     fn close_given_up(&self) {
         loop {
-            let Ok(mut inner) = self.inner.try_lock() else { return };
+            let Ok(mut inner) = self.line.inner.try_lock() else { return };
             let handles = std::mem::take(&mut *lock(&self.given_up));
             if !handles.is_empty() {
                 inner.close(&handles);
@@ -240,7 +269,7 @@ impl Control {
         let deadline = Instant::now() + PATIENCE;
         let mut sent_on = None;
         loop {
-            let mut inner = lock(&self.inner);
+            let mut inner = lock(&self.line.inner);
             inner.receive_all();
             if sent_on == Some(inner.generation)
                 && let Some(answer) = inner.answers.pop_front()
@@ -248,6 +277,7 @@ impl Control {
                 return Ok(answer);
             }
             inner.connect()?;
+            let absent = inner.absent;
             if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, true)? {
                 sent_on = Some(inner.generation);
             }
@@ -261,6 +291,9 @@ impl Control {
             }
             let socket = inner.socket.clone();
             drop(inner);
+            if absent {
+                self.line.revive()?;
+            }
             self.close_given_up();
             pause(socket.as_deref(), deadline);
         }
@@ -276,13 +309,53 @@ impl Control {
     }
 }
 
+impl Line {
+    /// Comes back where the connection is broken; what there is to wait for then.
+    pub(crate) fn look(&self) -> Look {
+        let mut inner = lock(&self.inner);
+        inner.receive_all();
+        // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
+        let _ = inner.connect();
+        inner.present();
+        if inner.end.is_some() {
+            return Look::Ended;
+        }
+        match inner.socket.clone() {
+            Some(socket) if !inner.welcomed && inner.holdings.next().is_none() => Look::Asking(socket),
+            Some(socket) if inner.holdings.next().is_none() => {
+                drop(inner);
+                if let Some(mut starter) = self.starter.as_ref().and_then(|starter| starter.try_lock().ok()) {
+                    starter.finish();
+                }
+                Look::Connected(socket)
+            }
+            Some(_) => Look::Sending,
+            None if inner.absent => {
+                drop(inner);
+                // If it cannot be started now, perhaps somebody else does, or the next look.
+                let _ = self.revive();
+                Look::Away
+            }
+            None => Look::Away,
+        }
+    }
+
+    /// Starts a coordinator in the place of the dead one and its keeper, if we may. Never waits.
+    fn revive(&self) -> Result<(), ConnectError> {
+        // Who has it is at it.
+        let starter = self.starter.as_ref().and_then(|starter| starter.try_lock().ok());
+        starter.map_or(Ok(()), |mut starter| starter.start())
+    }
+}
+
 impl Drop for Control {
     fn drop(&mut self) {
         if self.check_process().is_err() {
             return;
         }
-        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = lock(&self.line.inner);
         inner.take_leave();
+        inner.end = Some(End::Ended);
         if let Some(socket) = &inner.socket {
             socket::shut_down(socket.as_fd());
         }
@@ -296,9 +369,11 @@ impl Inner {
             socket: None,
             generation: 0,
             welcomed: false,
+            absent: false,
             identity: None,
             end: None,
             holds: HashSet::new(),
+            holdings: Holdings::new(),
             arenas: HashMap::new(),
             pushed: Pushed::default(),
             expected: VecDeque::new(),
@@ -316,20 +391,58 @@ impl Inner {
         if self.socket.is_some() {
             return Ok(());
         }
+        // Before we knock: what listens after the end is another bus, or a service manager that would start one.
+        if !self.is_left_behind() {
+            self.end = Some(End::Ended);
+            return Err(End::Ended.error(&self.place));
+        }
         let socket = match socket::connect(self.place.socket()) {
             Ok(socket) => socket,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // The keeper holds the listening socket as long as there is a bus.
+            // Coordinator and keeper are both dead, and nobody has come in their place yet.
             Err(error) if socket::is_absent(&error) => {
-                self.end = Some(End::Ended);
-                return Err(End::Ended.error(&self.place));
+                self.absent = true;
+                return Ok(());
             }
             Err(source) => return Err(ConnectError::io("cannot connect to the coordinator again", source)),
         };
+        self.absent = false;
         check_peer(&self.place, &socket)?;
         // If it hangs up at once, the next attempt finds out.
         let _ = self.say_hello(socket);
         Ok(())
+    }
+
+    /// Whether our bus has a registry: one that ends takes it along.
+    fn is_left_behind(&self) -> bool {
+        match registry::bus_at(self.place.registry()) {
+            Ok(left) => left.is_some() && left == self.identity.map(|identity| identity.bus),
+            // Of what cannot be looked at, want of a descriptor say, nobody knows that it has ended.
+            Err(_) => true,
+        }
+    }
+
+    /// Sends what the coordinator asked us to present, as far as there is room.
+    fn present(&mut self) {
+        while let (Some(socket), Some((request, fds))) = (self.socket.clone(), self.holdings.next()) {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            let bytes = postcard::to_stdvec(request).map_err(io::Error::other);
+            match bytes.and_then(|bytes| socket::send(socket.as_fd(), &bytes, &fds)) {
+                Ok(()) => self.holdings.sent(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // As many descriptors are on their way as a user may have there.
+                Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => return,
+                // Its hang-up is read next.
+                Err(_) => self.holdings.forget_plan(),
+            }
+        }
+    }
+
+    /// A handle is not ours any more.
+    fn let_go(&mut self, handle: HandleRef) {
+        if self.holds.remove(&handle) {
+            self.holdings.closed(handle);
+        }
     }
 
     /// Starts a connection: everything that the former one still owed us is void.
@@ -337,14 +450,15 @@ impl Inner {
         for (answer, _) in std::mem::take(&mut self.answers) {
             // It was granted, but nobody has taken it: not naming it gives it back.
             if let Some(handle) = opened_handle(&answer) {
-                self.holds.remove(&handle);
+                self.let_go(handle);
             }
         }
         for handle in self.pushed.drop_ungranted(&self.holds) {
-            self.holds.remove(&handle);
+            self.let_go(handle);
         }
         self.welcomed = false;
         self.expected.clear();
+        self.holdings.forget_plan();
         self.unsent.clear();
         self.generation += 1;
         let hello = Request::Hello {
@@ -405,7 +519,10 @@ impl Inner {
         }
         if said_on != Some(self.generation) {
             // The socket is full: its coordinator is stopped. A new one waits for it, and comes behind the full one.
-            self.socket = None;
+            if let Some(full) = self.socket.take() {
+                // Whoever watches over it sleeps until it ends.
+                socket::shut_down(full.as_fd());
+            }
             let _ = self.connect();
             self.say_goodbye();
         }
@@ -418,7 +535,7 @@ impl Inner {
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
     fn close(&mut self, handles: &[HandleRef]) {
         for handle in handles {
-            self.holds.remove(handle);
+            self.let_go(*handle);
             match *handle {
                 HandleRef::Wildcard { wildcard } => self.end_wildcard(wildcard),
                 subscriber => self.pushed.forget(subscriber),
@@ -439,7 +556,7 @@ impl Inner {
     /// A wildcard subscription's subscribers go with it, on the coordinator's side too.
     fn end_wildcard(&mut self, wildcard: u64) {
         for handle in self.pushed.end(wildcard) {
-            self.holds.remove(&handle);
+            self.let_go(handle);
         }
     }
 
@@ -481,18 +598,26 @@ impl Inner {
         match answer {
             Answer::ArenaAdded { topic, slot } => {
                 if let Some(fd) = fds.pop().filter(|_| may_read(&self.holds, topic)) {
+                    self.holdings.keep(topic, arena_name(slot), &fd);
                     self.arenas.insert((topic, slot), fd);
                 }
             }
             Answer::WildcardTopic { wildcard, told, ref info, cursor, .. } => {
                 let subscriber = HandleRef::Subscriber { topic: info.id, cursor };
-                if self.pushed.add(&self.holds, wildcard, told, subscriber, (answer, fds)) {
-                    self.holds.insert(subscriber);
+                if self.pushed.is_awaited(&self.holds, wildcard) {
+                    if self.holds.insert(subscriber) {
+                        self.holdings.opened(&answer, &fds);
+                    }
+                    self.pushed.add(wildcard, told, subscriber, (answer, fds));
                 }
             }
             Answer::WildcardTold { wildcard, told } => self.pushed.set_told(wildcard, told),
             Answer::Welcome { protocol, incarnation, bus } if !self.welcomed => {
                 self.receive_welcome(protocol, Identity { incarnation, bus });
+            }
+            Answer::Present { topics, wildcards } => {
+                self.holdings.plan(&topics, &wildcards);
+                self.present();
             }
             Answer::Refused(refusal) if !self.welcomed => {
                 self.end = Some(match refusal {
@@ -513,7 +638,9 @@ impl Inner {
             }
             answer => {
                 // Noted here and not by whoever asked: a Hello that is sent before it wakes up must name it.
-                self.holds.extend(opened_handle(&answer));
+                if opened_handle(&answer).is_some_and(|handle| self.holds.insert(handle)) {
+                    self.holdings.opened(&answer, &fds);
+                }
                 if let Answer::WildcardOpened { wildcard } = answer {
                     self.pushed.begin(wildcard);
                 }

@@ -31,10 +31,11 @@ const START_AGAIN: Duration = Duration::from_millis(250);
 /// Connects to the bus; with `spawn`, starts a coordinator where there is none.
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
-    let mut starter = Starter { place, child: None, start_at: Instant::now() };
+    let mut starter = Starter::new(place.clone());
+    let later = || spawn.then(|| Starter::new(place.clone()));
     loop {
         match socket::connect(place.socket()) {
-            Ok(socket) => match Control::introduce(place.clone(), socket, deadline) {
+            Ok(socket) => match Control::introduce(place.clone(), socket, later(), deadline) {
                 Ok(control) => return Ok(control),
                 Err(IntroduceError::Leaving) => {}
                 Err(IntroduceError::Failed(error)) => return Err(error),
@@ -57,15 +58,19 @@ pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectErro
 }
 
 /// Starts coordinators, one at a time.
-struct Starter<'a> {
-    place: &'a Place,
+pub(crate) struct Starter {
+    place: Place,
     child: Option<(PathBuf, Child)>,
     start_at: Instant,
 }
 
-impl Starter<'_> {
+impl Starter {
+    fn new(place: Place) -> Starter {
+        Starter { place, child: None, start_at: Instant::now() }
+    }
+
     /// Starts a coordinator unless one is starting. Several programs may do so at once: the lock lets one of them win.
-    fn start(&mut self) -> Result<(), ConnectError> {
+    pub(crate) fn start(&mut self) -> Result<(), ConnectError> {
         if let Some((program, mut child)) = self.child.take() {
             match child.try_wait() {
                 Ok(None) => self.child = Some((program, child)),
@@ -82,7 +87,7 @@ impl Starter<'_> {
         self.start_at = Instant::now() + START_AGAIN;
         match find_binary()? {
             Some(program) => {
-                let child = roles::start_launcher(&program, self.place).map_err(|source| failed(&program, source))?;
+                let child = roles::start_launcher(&program, &self.place).map_err(|source| failed(&program, source))?;
                 self.child = Some((program, child));
                 Ok(())
             }
@@ -94,24 +99,29 @@ impl Starter<'_> {
     fn host(&self) -> Result<(), ConnectError> {
         let Some(lock) = self.place.lock()? else { return Ok(()) };
         let listener = self.place.listen()?;
-        let server = Server::host(self.place.clone(), lock, listener)
-            .map_err(|source| ConnectError::io("cannot host a coordinator", source))?;
+        let place = self.place.clone();
         let serve = move || {
-            if let Err(error) = server.run() {
+            // All of it here: it may have to hear from this process before it serves.
+            if let Err(error) = Server::host(place, lock, listener).and_then(Server::run) {
                 eprintln!("shmbus coordinator: {error}");
             }
         };
         let thread = thread::Builder::new().name("shmbus".to_owned()).spawn(serve);
         thread.map(drop).map_err(|source| ConnectError::io("cannot start a coordinator thread", source))
     }
-}
 
-impl Drop for Starter<'_> {
-    fn drop(&mut self) {
-        // It exits once the bus is on its way; left alone it would stay a zombie.
+    /// There is a coordinator: waits for the program that has started it. It exits once the bus is on its way; left alone it
+    /// would stay a zombie.
+    pub(crate) fn finish(&mut self) {
         if let Some((_, mut child)) = self.child.take() {
             let _ = child.wait();
         }
+    }
+}
+
+impl Drop for Starter {
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 

@@ -19,6 +19,7 @@ mod consumer;
 pub(crate) mod control;
 pub(crate) mod envelope;
 mod held;
+mod holdings;
 mod launch;
 mod message;
 mod pipeline;
@@ -30,6 +31,7 @@ mod request;
 mod route;
 mod select;
 pub(crate) mod subscriber;
+mod watch;
 mod wildcard;
 mod write;
 

@@ -22,23 +22,17 @@ struct Subscription {
 }
 
 impl Pushed {
-    /// A topic has come. Returns whether there is somebody it is for.
-    pub(super) fn add(
-        &mut self,
-        holds: &HashSet<HandleRef>,
-        wildcard: u64,
-        told: u64,
-        subscriber: HandleRef,
-        granted: Granted,
-    ) -> bool {
-        if wildcard <= self.newest && !holds.contains(&HandleRef::Wildcard { wildcard }) {
-            return false;
-        }
+    /// Whether there is somebody for whom a topic of this subscription comes.
+    pub(super) fn is_awaited(&self, holds: &HashSet<HandleRef>, wildcard: u64) -> bool {
+        wildcard > self.newest || holds.contains(&HandleRef::Wildcard { wildcard })
+    }
+
+    /// A topic has come.
+    pub(super) fn add(&mut self, wildcard: u64, told: u64, subscriber: HandleRef, granted: Granted) {
         let subscription = self.by_wildcard.entry(wildcard).or_default();
         subscription.told = subscription.told.max(told);
         subscription.waiting.push_back(granted);
         subscription.subscribers.push(subscriber);
-        true
     }
 
     /// Everything up to the `told`-th topic has come.

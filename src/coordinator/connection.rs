@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::coordinator::limits::MAX_QUEUED_PACKETS;
-use crate::coordinator::protocol::{Answer, Request};
+use crate::coordinator::protocol::{Answer, MAX_PACKET_FDS, Request};
 use crate::os::socket::{self, Peer};
 
 /// What came from a client.
@@ -29,11 +29,15 @@ pub(crate) struct Connection {
     /// Who it is, once it has said Hello.
     pub(crate) incarnation: Option<u64>,
     queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    /// Descriptors accepted with one request.
+    max_fds: usize,
+    /// Those of the last one.
+    fds: Vec<OwnedFd>,
 }
 
 impl Connection {
     pub(crate) fn new(socket: OwnedFd, peer: Peer) -> Connection {
-        Connection { socket, peer, incarnation: None, queue: VecDeque::new() }
+        Connection { socket, peer, incarnation: None, queue: VecDeque::new(), max_fds: 0, fds: Vec::new() }
     }
 
     /// Whether answers wait for the client to read. Until it does, its requests wait.
@@ -41,12 +45,26 @@ impl Connection {
         !self.queue.is_empty()
     }
 
-    /// The next request, without waiting. Descriptors are never accepted from a client.
-    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Received {
-        match socket::recv(self.socket.as_fd(), buffer, 0) {
+    /// From now on descriptors may ride along: this client was asked to present some.
+    pub(crate) fn accept_fds(&mut self) {
+        self.max_fds = MAX_PACKET_FDS;
+    }
+
+    /// Those that rode along with the last request.
+    pub(crate) fn take_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.fds)
+    }
+
+    /// The next request, without waiting. Descriptors are accepted only from who was asked for them.
+    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Received {
+        self.fds.clear();
+        match socket::recv(self.socket.as_fd(), buffer, self.max_fds) {
             Ok(packet) if packet.len == 0 => Received::HungUp,
             Ok(packet) if packet.truncated => Received::Garbled,
-            Ok(packet) => postcard::from_bytes(&buffer[..packet.len]).map_or(Received::Garbled, Received::Request),
+            Ok(packet) => {
+                self.fds = packet.fds;
+                postcard::from_bytes(&buffer[..packet.len]).map_or(Received::Garbled, Received::Request)
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Received::Nothing,
             Err(_) => Received::HungUp,
         }

@@ -1,6 +1,6 @@
-//! Where a bus is found in the file system: the socket directory, the socket and the lock (SPEC §7.2).
+//! Where a bus is found in the file system: the socket directory, the socket, the lock and the registry (SPEC §7.2).
 //!
-//! Whoever holds the lock owns both names. Keeper and coordinator share one open file description of it, so the lock
+//! Whoever holds the lock owns these names. Keeper and coordinator share one open file description of it, so the lock
 //! ends with the last of them, and what dead processes left under these names is replaced by the next holder.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -29,6 +29,7 @@ pub(crate) struct Place {
     directory: PathBuf,
     socket: PathBuf,
     lock: PathBuf,
+    registry: PathBuf,
     socket_is_given: bool,
 }
 
@@ -48,7 +49,8 @@ impl Place {
             return Err(refused(&socket, &problem, "choose a shorter SHMBUS_DIR or bus name"));
         }
         let lock = directory.join(format!("{bus}.lock"));
-        Ok(Place { bus: bus.to_owned(), directory, socket, lock, socket_is_given: false })
+        let registry = directory.join(format!("{bus}.registry"));
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock, registry, socket_is_given: false })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -59,12 +61,13 @@ impl Place {
         &self.socket
     }
 
-    /// The buses that have a socket or a lock in this directory.
+    /// The buses that have a socket, a lock or a registry in this directory.
     pub(crate) fn buses_in(directory: &Path) -> io::Result<Vec<String>> {
         let mut buses = std::collections::BTreeSet::new();
         for entry in fs::read_dir(directory)? {
             let name = entry?.file_name();
-            let bus = name.to_str().and_then(|name| name.strip_suffix(".sock").or_else(|| name.strip_suffix(".lock")));
+            let parts = name.to_str().and_then(|name| name.rsplit_once('.'));
+            let bus = parts.filter(|(_, what)| matches!(*what, "sock" | "lock" | "registry")).map(|(bus, _)| bus);
             buses.extend(bus.filter(|bus| check_name(bus).is_ok()).map(str::to_owned));
         }
         Ok(buses.into_iter().collect())
@@ -72,7 +75,7 @@ impl Place {
 
     /// The names that exist of this bus.
     pub(crate) fn names_present(&self) -> Vec<&Path> {
-        [&self.socket, &self.lock]
+        [&self.socket, &self.lock, &self.registry]
             .into_iter()
             .map(PathBuf::as_path)
             .filter(|path| path.symlink_metadata().is_ok())
@@ -81,6 +84,12 @@ impl Place {
 
     pub(crate) fn lock_path(&self) -> &Path {
         &self.lock
+    }
+
+    /// The registry's name, for whoever has the lock. It is removed when a bus ends in good order, and only then: while it
+    /// is there, its bus may be taken up again.
+    pub(crate) fn registry(&self) -> &Path {
+        &self.registry
     }
 
     /// Takes the lock; `None` when somebody serves the bus.
@@ -116,9 +125,12 @@ impl Place {
         self.socket_is_given
     }
 
-    /// Removes both names, if they still belong to this lock; those of a successor stay.
+    /// Removes all names, if they still belong to this lock; those of a successor stay.
     pub(crate) fn remove(&self, lock: BorrowedFd<'_>) -> io::Result<()> {
         if self.names(lock)? {
+            // First: who finds nobody at the socket looks whether it is there.
+            remove(&self.registry)?;
+            remove(&self.registry.with_extension("registry-new"))?;
             if !self.socket_is_given {
                 remove(&self.socket)?;
             }

@@ -9,9 +9,11 @@
 //! gone must not be there again after a restart. Who finds it logged says it once more.
 
 mod groups;
+mod presented;
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::coordinator::estate::groups::ConsumerRef;
@@ -21,7 +23,7 @@ use crate::coordinator::memory::{Joined, TopicMemory};
 use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
-    SubscriberStatus, TopicStatus,
+    SubscriberStatus, TopicInfo, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
 use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, TopicEntry};
@@ -82,22 +84,23 @@ pub(crate) struct News {
 }
 
 impl Estate {
-    /// A new bus.
-    pub(crate) fn found(bus: u64) -> std::io::Result<Estate> {
+    /// A new bus, whose registry is found at `path`.
+    pub(crate) fn found(bus: u64, path: Option<&Path>) -> std::io::Result<Estate> {
         let began = Event::Began { bus, stay: false };
-        let registry = Registry::create(bus, FIRST_HALF_BYTES, std::slice::from_ref(&began))?;
+        let registry = Registry::create(path, bus, FIRST_HALF_BYTES, std::slice::from_ref(&began))?;
         let mut state = State::default();
         state.apply(&began);
         Ok(Estate::new(state, registry, None))
     }
 
-    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it.
+    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants.
     pub(crate) fn resume(
         mut store: BTreeMap<String, OwnedFd>,
         registry: OwnedFd,
-        link: Link,
-    ) -> Result<Estate, (RegistryError, Link)> {
-        let (registry, events) = match Registry::open(registry) {
+        path: Option<&Path>,
+        link: Option<Link>,
+    ) -> Result<Estate, (RegistryError, Option<Link>)> {
+        let (registry, events) = match Registry::open(registry, path) {
             Ok(opened) => opened,
             Err(error) => return Err((error, link)),
         };
@@ -108,7 +111,7 @@ impl Estate {
             }
             state.apply(event);
         }
-        let mut estate = Estate::new(state, registry, Some(link));
+        let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         let mut losses = estate.adopt(&mut store);
         losses.extend(estate.adopt_groups(&mut store));
@@ -117,6 +120,7 @@ impl Estate {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
+        estate.record_all_segments();
         estate.finish_fencing();
         estate.repair_wildcards();
         // What was stored but never logged belongs to nobody.
@@ -192,14 +196,15 @@ impl Estate {
             self.spaces.extend(store.remove(&space_name(incarnation)).map(|space| (incarnation, space)));
         }
         for &wildcard in self.state.wildcards().keys() {
+            // Its owner may still write its cursors. Without a notice they stay in force all the same, and the owner is asked
+            // for it when it comes.
             let fd = store.remove(&notice_name(wildcard));
-            let adopted = fd.is_some_and(|fd| self.notices.adopt(self.state.bus, wildcard, fd).is_ok());
-            if !adopted {
-                let cursors = self.state.cursors_of_wildcard(wildcard).into_iter();
-                let handles = cursors.chain([HandleRef::Wildcard { wildcard }]);
-                losses.extend(handles.map(|handle| Event::Closed { handle }));
+            let adopted = fd.map(|fd| self.notices.adopt(self.state.bus, wildcard, fd));
+            if let Some(Err(error)) = adopted {
+                eprintln!("shmbus coordinator: the notice of wildcard subscription {wildcard}: {error}");
             }
         }
+        losses.extend(self.replace_lost_arenas());
         losses
     }
 
@@ -353,11 +358,13 @@ impl Estate {
     pub(crate) fn admit(&mut self, pid: u32, uid: u32, pidfd: OwnedFd) -> Result<u64, Refusal> {
         let plan = self.state.join(&self.limits, pid, uid)?;
         let Reply::Welcome { incarnation } = plan.reply else { return Err(broken("a join without a welcome")) };
+        let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
         if let Some(link) = &mut self.link {
             link.store(&participant_name(incarnation), pidfd.as_fd())?;
         }
         self.pidfds.insert(incarnation, pidfd);
-        if let Err(refusal) = self.carry_out_all(plan.events) {
+        let recognized = Event::Recognized { incarnation, birth };
+        if let Err(refusal) = self.carry_out_all(plan.events.into_iter().chain([recognized]).collect()) {
             self.pidfds.remove(&incarnation);
             self.forget(participant_name(incarnation));
             return Err(refusal);
@@ -365,8 +372,11 @@ impl Estate {
         Ok(incarnation)
     }
 
-    /// Notes the address space that a participant joined from.
+    /// Notes the address space in which a participant has its handles, unless it is known.
     pub(crate) fn watch_space(&mut self, incarnation: u64, space: OwnedFd) {
+        if self.spaces.contains_key(&incarnation) {
+            return;
+        }
         if let Some(link) = &mut self.link {
             // Without it a successor only learns later that the process runs another program.
             let _ = link.store(&space_name(incarnation), space.as_fd());
@@ -441,9 +451,16 @@ impl Estate {
         self.state.apply(&event);
         let acted = self.act(&event);
         self.follow_groups(groups);
+        let recorded = match event {
+            Event::TopicCreated { info: TopicInfo { id: topic, .. }, .. }
+            | Event::ArenaAdded { topic, .. }
+            | Event::GroupCreated { topic, .. } => self.record_segments(topic),
+            Event::WildcardOpened { wildcard, .. } => self.record_notice(wildcard),
+            _ => Ok(()),
+        };
         // Last: as long as the keeper has them a successor can act in our place.
         given_up.into_iter().for_each(|name| self.forget(name));
-        acted
+        acted.and(recorded)
     }
 
     /// Before the event is logged: new memory is created and stored, what is given back is taken out of force.
@@ -666,8 +683,8 @@ impl Estate {
 
     /// Puts a registry twice as large in the place of the present one, by one message to the keeper.
     fn grow_registry(&mut self, snapshot: &[Event]) -> Result<(), Refusal> {
-        let larger = Registry::create(self.state.bus, self.registry.half_bytes() * 2, snapshot)
-            .map_err(|error| system("growing the registry", &error))?;
+        let larger =
+            self.registry.grown(self.state.bus, snapshot).map_err(|error| system("growing the registry", &error))?;
         if let Some(link) = &mut self.link {
             link.store(link::REGISTRY, larger.as_fd())?;
         }

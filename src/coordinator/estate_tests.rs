@@ -19,7 +19,7 @@ impl Keeper {
     /// A bus with the topic "t", a handle on it, and its keeper.
     fn with_topic() -> (Keeper, Estate, Handle) {
         let bus = 7;
-        let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay: true }]).unwrap();
+        let registry = Registry::create(None, bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay: true }]).unwrap();
         let registry = registry.as_fd().try_clone_to_owned().unwrap();
         let (socket, _) = socket::pair().unwrap();
         let mut keeper = Keeper { store: BTreeMap::from([(link::REGISTRY.to_owned(), registry)]), socket };
@@ -54,7 +54,8 @@ impl Keeper {
         let copies = self.store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap()));
         let mut copies: BTreeMap<String, OwnedFd> = copies.collect();
         let registry = copies.remove(link::REGISTRY).unwrap();
-        let estate = Estate::resume(copies, registry, Link::new(theirs, None)).map_err(|(error, _)| error).unwrap();
+        let estate =
+            Estate::resume(copies, registry, None, Some(Link::new(theirs, None))).map_err(|(error, _)| error).unwrap();
         self.listen();
         estate
     }

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use crate::coordinator::adoption;
 use crate::coordinator::directory::Place;
 use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Message};
 use crate::coordinator::registry::{FIRST_HALF_BYTES, Registry};
@@ -101,6 +102,12 @@ fn service_store(place: &Place, items: Vec<(String, OwnedFd)>) -> Result<(Store,
         }
         _ => false,
     };
+    if is_alive
+        && let Some(newest) = store.get(link::REGISTRY).and_then(|kept| adoption::named_like(place, kept.as_fd()))
+    {
+        // It may have outgrown the one that the manager was told of; what else it was not told of, participants have.
+        store.insert(link::REGISTRY.to_owned(), newest);
+    }
     if !is_alive {
         // Of a bus whose names are gone nobody knows any more; a listener serves the next one as well.
         let is_socket = |name: &str| name == GIVEN_LISTENER;
@@ -124,14 +131,22 @@ fn found(place: &Place, stay: bool, mut store: Store) -> Result<Store, ConnectEr
         store.insert(LISTENER.to_owned(), place.listen()?);
     }
     if !store.contains_key(link::REGISTRY) {
-        let bus = crate::coordinator::random_u64();
-        let registry = Registry::create(bus, FIRST_HALF_BYTES, &[Event::Began { bus, stay }])
-            .map_err(|source| ConnectError::io("cannot create the registry", source))?;
-        let registry = registry.as_fd().try_clone_to_owned();
-        let registry = registry.map_err(|source| ConnectError::io("cannot keep the registry", source))?;
+        let registry = match adoption::left_behind(place, stay) {
+            Some(registry) => registry,
+            None => {
+                new_registry(place, stay).map_err(|source| ConnectError::io("cannot create the registry", source))?
+            }
+        };
         store.insert(link::REGISTRY.to_owned(), registry);
     }
     Ok(store)
+}
+
+/// The registry of a bus of which there is nothing yet.
+fn new_registry(place: &Place, stay: bool) -> io::Result<OwnedFd> {
+    let bus = crate::coordinator::random_u64();
+    let began = Event::Began { bus, stay };
+    Registry::create(Some(place.registry()), bus, FIRST_HALF_BYTES, &[began])?.as_fd().try_clone_to_owned()
 }
 
 /// Takes the place of a keeper that died: the coordinator at the other end of `link` hands everything over.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::os::memory_size;
+use crate::os::{memory_size, process};
 
 /// Environment variable that sets the byte budget of each user.
 pub(crate) const BUDGET_VARIABLE: &str = "SHMBUS_BUDGET";
@@ -38,8 +38,14 @@ pub(crate) const MAX_PAGE_NAMES: usize = 256;
 pub(crate) struct Limits {
     /// Connected processes.
     pub(crate) participants: usize,
+    /// Those of one user; the rest is for others.
+    pub(crate) user_participants: usize,
     /// Topics.
     pub(crate) topics: usize,
+    /// Those of one user.
+    pub(crate) user_topics: usize,
+    /// Segments of one user: each is a descriptor of the coordinator and one of the keeper.
+    pub(crate) user_segments: usize,
     /// Publishers, subscribers and consumers of one process.
     pub(crate) handles: usize,
     /// Wildcard subscriptions of one process. Their subscribers count as handles.
@@ -50,16 +56,28 @@ pub(crate) struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { participants: 1024, topics: 16_384, handles: 16_384, wildcards: 16, budget_bytes: u64::MAX }
+        Limits {
+            participants: 1024,
+            user_participants: 1000,
+            topics: 16_384,
+            user_topics: 16_000,
+            user_segments: usize::MAX,
+            handles: 16_384,
+            wildcards: 16,
+            budget_bytes: u64::MAX,
+        }
     }
 }
 
 impl Limits {
-    /// The defaults with the budget from the environment, or half of what is available, `reserved_bytes` included: a
+    /// The defaults with the budget of bytes from the environment, or half of what is available, `reserved_bytes` included: a
     /// restarted coordinator must not count against itself what the bus holds already.
     pub(crate) fn from_environment(reserved_bytes: u64) -> Limits {
         let given = std::env::var(BUDGET_VARIABLE).ok().and_then(|text| text.trim().parse().ok());
         let half = || memory_size::available_bytes().saturating_add(reserved_bytes) / 2;
-        Limits { budget_bytes: given.unwrap_or_else(half), ..Limits::default() }
+        // What is left is for connections and pidfds.
+        let descriptors = process::descriptor_limit();
+        let user_segments = usize::try_from(descriptors - descriptors / 4).unwrap_or(usize::MAX);
+        Limits { budget_bytes: given.unwrap_or_else(half), user_segments, ..Limits::default() }
     }
 }

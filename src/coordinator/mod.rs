@@ -1,6 +1,7 @@
 //! The coordinator: hands out memory, names and identities, repairs what the dead leave behind. Never on a message's
 //! path.
 
+pub(crate) mod adoption;
 pub(crate) mod connection;
 pub(crate) mod directory;
 pub(crate) mod estate;

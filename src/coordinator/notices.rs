@@ -35,6 +35,11 @@ impl Notices {
         Ok(())
     }
 
+    /// A subscription's notice; `None` where everybody who had it has died but its owner, who has not presented it yet.
+    pub(crate) fn stored_one(&self, wildcard: u64) -> Option<BorrowedFd<'_>> {
+        self.by_wildcard.get(&wildcard).map(|(fd, _)| fd.as_fd())
+    }
+
     /// Gives up those that nobody has any more.
     pub(crate) fn retain(&mut self, is_held: impl Fn(u64) -> bool) {
         self.by_wildcard.retain(|wildcard, _| is_held(*wildcard));

@@ -13,7 +13,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 3;
+pub(crate) const PROTOCOL_VERSION: u32 = 4;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -58,6 +58,12 @@ pub(crate) enum Request {
     Status { topic: Option<String>, after: Option<String> },
     /// The named publishers of a topic whose name is greater than `after` (a page at a time).
     Names { topic: String, after: Option<String> },
+    /// To `Present`: segments of a topic, by the names that the keeper gives them; their descriptors ride along.
+    Present { info: TopicInfo, names: Vec<String> },
+    /// To `Present`: a wildcard subscription's notice; its descriptor rides along.
+    PresentNotice { wildcard: u64 },
+    /// To `Present`: that was all.
+    AllPresented,
     /// Ends the bus.
     Stop,
     /// Who serves the bus, who is on it and who holds whom up.
@@ -115,6 +121,18 @@ pub(crate) enum HandleRef {
     Wildcard {
         wildcard: u64,
     },
+}
+
+impl HandleRef {
+    /// The topic that it is on; a wildcard subscription is on none, its subscribers are.
+    pub(crate) fn topic(&self) -> Option<u64> {
+        match *self {
+            HandleRef::Consumer { topic, .. }
+            | HandleRef::Publisher { topic, .. }
+            | HandleRef::Subscriber { topic, .. } => Some(topic),
+            HandleRef::Wildcard { .. } => None,
+        }
+    }
 }
 
 /// A segment whose descriptor rides along.
@@ -203,6 +221,9 @@ pub(crate) enum Answer {
     Report(BusReport),
     /// The request was declined; nothing changed.
     Refused(Refusal),
+    /// To `Hello`, before the welcome: present the segments of these topics and the notices of these wildcard subscriptions, as
+    /// far as you have them. The coordinator is new and has lost them, or has given the topics up.
+    Present { topics: Vec<u64>, wildcards: Vec<u64> },
     /// Unasked, to every participant that reads the topic as subscriber or consumer (where ids are compared its publishers do,
     /// too): a new arena, its descriptor rides along.
     ArenaAdded { topic: u64, slot: u32 },

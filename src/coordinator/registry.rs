@@ -5,6 +5,7 @@
 //! 4096  active              u64   which half is in force
 //! 4160  used[0]             u64   bytes of the first half that count
 //! 4224  used[1]             u64   bytes of the second half that count
+//! 4288  boot                u64   identifies the boot of the machine that it was written in
 //! 8192  first half, second half:  records of  length u32 · checksum u32 · postcard bytes
 //! ```
 //!
@@ -12,11 +13,18 @@
 //! a snapshot goes into the other half, then its `used`, then `active` changes by one write of eight bytes. Only the
 //! coordinator has the descriptor, one at a time, and writes come from one thread, so a successor sees them in order;
 //! `pwrite` of an aligned word is not torn by death. There is no mapping and hence no unsafe code here.
+//!
+//! It has a name in the socket directory and so survives the death of coordinator and keeper (`adoption.rs`). A new one is
+//! written beside it and takes the name by one rename. Nothing is synced: what must survive is processes, not the machine.
 
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::coordinator::state::Event;
 use crate::os::memfd;
@@ -30,8 +38,10 @@ const MAX_HALF_BYTES: u64 = 1 << 30;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SHMBUS\0\x01");
 const KIND: u32 = 1;
+const BUS_OFFSET: u64 = 24;
 const ACTIVE_OFFSET: u64 = 4096;
 const USED_OFFSETS: [u64; 2] = [4160, 4224];
+const BOOT_OFFSET: u64 = 4288;
 const HALVES_OFFSET: u64 = 8192;
 const RECORD_HEADER_BYTES: usize = 8;
 
@@ -60,28 +70,40 @@ pub(crate) enum AppendError {
 #[derive(Debug)]
 pub(crate) struct Registry {
     file: File,
+    /// Where it is found; `None` in tests.
+    path: Option<PathBuf>,
     half_bytes: u64,
     active: usize,
     used: u64,
 }
 
 impl Registry {
-    /// A new registry that holds `events`, with halves of at least `half_bytes` that leave room for as much again.
-    pub(crate) fn create(bus: u64, half_bytes: u64, events: &[Event]) -> io::Result<Registry> {
+    /// A new registry that holds `events`, with halves of at least `half_bytes` that leave room for as much again. It takes
+    /// the place of what is at `path`.
+    pub(crate) fn create(path: Option<&Path>, bus: u64, half_bytes: u64, events: &[Event]) -> io::Result<Registry> {
         let records = encode_all(events)?;
         let half_bytes = half_bytes.max(2 * records.len() as u64).next_power_of_two();
         let len = HALVES_OFFSET + 2 * half_bytes;
-        let file = File::from(memfd::create("shmbus-registry", len)?);
-        let registry = Registry { file, half_bytes, active: 0, used: records.len() as u64 };
+        let beside = path.map(|path| path.with_extension("registry-new"));
+        let file = match &beside {
+            Some(beside) => reserved_file(beside, len)?,
+            None => File::from(memfd::create("shmbus-registry", len)?),
+        };
+        let path = path.map(Path::to_owned);
+        let registry = Registry { file, path, half_bytes, active: 0, used: records.len() as u64 };
         registry.file.write_all_at(&records, HALVES_OFFSET)?;
         registry.put(USED_OFFSETS[0], registry.used)?;
         registry.file.write_all_at(&header(len, bus), 8)?;
+        registry.put(BOOT_OFFSET, boot()?)?;
         registry.put(0, MAGIC)?;
+        if let (Some(beside), Some(path)) = (&beside, &registry.path) {
+            fs::rename(beside, path)?;
+        }
         Ok(registry)
     }
 
-    /// Takes over a registry; the events are all that was ever completely appended, compacted or not.
-    pub(crate) fn open(fd: OwnedFd) -> Result<(Registry, Vec<Event>), RegistryError> {
+    /// Takes over a registry that is found at `path`; the events are all that was ever completely appended, compacted or not.
+    pub(crate) fn open(fd: OwnedFd, path: Option<&Path>) -> Result<(Registry, Vec<Event>), RegistryError> {
         let file = File::from(fd);
         let len = file.metadata()?.len();
         let half_bytes = len.saturating_sub(HALVES_OFFSET) / 2;
@@ -102,7 +124,7 @@ impl Registry {
         if used > half_bytes {
             return Err(RegistryError::Field { field: "used", found: used, expected: half_bytes });
         }
-        let registry = Registry { file, half_bytes, active, used };
+        let registry = Registry { file, path: path.map(Path::to_owned), half_bytes, active, used };
         let mut records = vec![0; used as usize];
         registry.file.read_exact_at(&mut records, registry.half_offset(active))?;
         let events = decode_all(&records)?;
@@ -138,8 +160,14 @@ impl Registry {
         Ok(())
     }
 
-    pub(crate) fn half_bytes(&self) -> u64 {
-        self.half_bytes
+    /// A registry twice as large that holds `snapshot`, in the place of this one.
+    pub(crate) fn grown(&self, bus: u64, snapshot: &[Event]) -> io::Result<Registry> {
+        Registry::create(self.path.as_deref(), bus, self.half_bytes * 2, snapshot)
+    }
+
+    /// Whether it was written since the machine was started; else everybody whom it names is dead.
+    pub(crate) fn is_of_this_boot(&self) -> io::Result<bool> {
+        Ok(get(&self.file, BOOT_OFFSET)? == boot()?)
     }
 
     fn half_offset(&self, half: usize) -> u64 {
@@ -155,6 +183,40 @@ impl AsFd for Registry {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// The bus whose registry is at `path`; `None` where there is none.
+pub(crate) fn bus_at(path: &Path) -> io::Result<Option<u64>> {
+    match File::open(path) {
+        Ok(file) => get(&file, BUS_OFFSET).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The bus whose registry this is.
+pub(crate) fn bus_of(registry: BorrowedFd<'_>) -> io::Result<u64> {
+    get(&File::from(registry.try_clone_to_owned()?), BUS_OFFSET)
+}
+
+/// A file of ours alone, with all its bytes reserved where the file system can.
+fn reserved_file(path: &Path, len: u64) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    match fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(len).map_err(io::Error::other)?) {
+        Err(Errno::EOPNOTSUPP) => file.set_len(len)?,
+        other => other?,
+    }
+    Ok(file)
+}
+
+/// Identifies the time since the machine was started.
+fn boot() -> io::Result<u64> {
+    let id = fs::read("/proc/sys/kernel/random/boot_id")?;
+    Ok(id.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)))
 }
 
 /// The segment header from `layout` on (ARCHITECTURE.md §3.1).
@@ -225,12 +287,12 @@ mod tests {
     }
 
     fn reopen(registry: &Registry) -> Result<(Registry, Vec<Event>), RegistryError> {
-        Registry::open(registry.file.try_clone().unwrap().into())
+        Registry::open(registry.file.try_clone().unwrap().into(), None)
     }
 
     #[test]
     fn events_come_back_in_order() {
-        let mut registry = Registry::create(7, FIRST_HALF_BYTES, &[joined(0)]).unwrap();
+        let mut registry = Registry::create(None, 7, FIRST_HALF_BYTES, &[joined(0)]).unwrap();
         (1..100).for_each(|n| registry.append(&joined(n)).unwrap());
         let (mut again, events) = reopen(&registry).unwrap();
         assert_eq!(events, (0..100).map(joined).collect::<Vec<_>>());
@@ -240,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_torn_append_never_happened() {
-        let registry = Registry::create(7, FIRST_HALF_BYTES, &[joined(0)]).unwrap();
+        let registry = Registry::create(None, 7, FIRST_HALF_BYTES, &[joined(0)]).unwrap();
         let record = encode_all(&[joined(1)]).unwrap();
         registry.file.write_all_at(&record, HALVES_OFFSET + registry.used).unwrap();
         assert_eq!(reopen(&registry).unwrap().1, [joined(0)]);
@@ -248,7 +310,7 @@ mod tests {
 
     #[test]
     fn compaction_flips_the_halves_and_a_torn_one_never_happened() {
-        let mut registry = Registry::create(7, 4096, &[]).unwrap();
+        let mut registry = Registry::create(None, 7, 4096, &[]).unwrap();
         let mut n = 0;
         while registry.append(&joined(n)).is_ok() {
             n += 1;
@@ -269,17 +331,17 @@ mod tests {
 
     #[test]
     fn a_snapshot_that_fills_a_half_asks_for_growth() {
-        let mut registry = Registry::create(7, 4096, &[]).unwrap();
+        let mut registry = Registry::create(None, 7, 4096, &[]).unwrap();
         let many: Vec<Event> = (0..400).map(joined).collect();
         assert!(matches!(registry.compact(&many), Err(AppendError::Full)));
-        let grown = Registry::create(7, registry.half_bytes() * 2, &many).unwrap();
+        let grown = registry.grown(7, &many).unwrap();
         assert_eq!(reopen(&grown).unwrap().1, many);
     }
 
     #[test]
     fn every_garbled_byte_is_an_error_and_no_crash() {
         let events: Vec<Event> = (0..3).map(joined).collect();
-        let registry = Registry::create(7, 4096, &events).unwrap();
+        let registry = Registry::create(None, 7, 4096, &events).unwrap();
         for at in (0..24).chain(HALVES_OFFSET..HALVES_OFFSET + registry.used) {
             let mut byte = [0];
             registry.file.read_exact_at(&mut byte, at).unwrap();

@@ -12,12 +12,13 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Uid;
 
+use crate::coordinator::adoption;
 use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
 use crate::coordinator::limits::{LINGER, RENEW_DUE};
 use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Link, Message};
-use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
+use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request, TopicInfo};
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
 use crate::os::address_space;
@@ -84,9 +85,16 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// A bus of this process alone, without a keeper: its end is the bus's end.
+    /// A bus without a keeper, on a thread of this process: new, or what is left of one whose processes died.
     pub(crate) fn host(place: Place, lock: OwnedFd, listener: OwnedFd) -> io::Result<Server> {
-        let estate = Estate::found(crate::coordinator::random_u64())?;
+        let estate = match adoption::left_behind(&place, false) {
+            None => Estate::found(crate::coordinator::random_u64(), Some(place.registry()))?,
+            Some(registry) => {
+                let (mut store, path) = (BTreeMap::new(), place.registry());
+                adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, None)?;
+                Estate::resume(store, registry, Some(path), None).map_err(|(error, _)| io::Error::other(error))?
+            }
+        };
         Server::new(place, lock, listener, estate, None)
     }
 
@@ -101,13 +109,16 @@ impl Server {
             store.remove(name).ok_or_else(missing)
         };
         let (lock, listener, registry) = (take(LOCK)?, take(LISTENER)?, take(link::REGISTRY)?);
-        let link = Link::new(link, None);
-        match Estate::resume(store, registry, link) {
+        let mut link = Link::new(link, None);
+        let path = place.registry();
+        // Nothing to do where the keeper has been there all the time.
+        adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, Some(&mut link))?;
+        match Estate::resume(store, registry, Some(path), Some(link)) {
             Ok(estate) => Server::new(place, lock, listener, estate, Some(signals)),
             Err((error, link)) => {
                 // Without its registry a bus has no owners; better none than one that gives things away twice.
                 let removed = place.remove(lock.as_fd());
-                link.tell(&Message::Leaving);
+                link.into_iter().for_each(|link| link.tell(&Message::Leaving));
                 removed.and(Err(io::Error::other(error)))
             }
         }
@@ -414,6 +425,16 @@ impl Server {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         match (client.incarnation, request) {
             (None, Request::Hello { protocol, incarnation, holds }) => self.hello(id, protocol, incarnation, &holds),
+            (Some(_), Request::Present { info, names }) => {
+                self.hear_too_late(id, &info, names);
+                Ok(())
+            }
+            (Some(incarnation), Request::PresentNotice { wildcard }) => {
+                self.hear_of_notice(id, incarnation, wildcard);
+                Ok(())
+            }
+            // Nothing depends on it: what was lost is lost.
+            (Some(_), Request::AllPresented) => Ok(()),
             (None, _) => {
                 self.expel(id);
                 Ok(())
@@ -435,25 +456,57 @@ impl Server {
         let peer = client.peer;
         let watched = socket::peer_pidfd(client.as_fd(), peer);
         let space = address_space::open(peer.pid);
-        // A newcomer that is still connected is still the process and the program that connected: both descriptors are
-        // its own, and no newcomer's that was given its number.
-        if incarnation.is_none() && socket::is_hung_up(client.as_fd()) {
+        // Who is still connected is still the process and the program that connected: both descriptors are its own, and no
+        // newcomer's that was given its number. One that came back only to say good-bye may be gone again.
+        let hung_up = socket::is_hung_up(client.as_fd());
+        if incarnation.is_none() && hung_up {
             self.expel(id);
             return Ok(());
         }
+        let space = space.ok().filter(|_| !hung_up);
         let admitted = match watched {
-            Ok(pidfd) => self.let_in(peer, pidfd, space.ok(), incarnation, holds)?,
+            Ok(pidfd) => self.let_in(peer, pidfd, space, incarnation, holds)?,
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
         };
         match admitted {
-            Ok(incarnation) => self.connect(id, incarnation, holds),
+            Ok(incarnation) => {
+                self.ask_for_lost(id, incarnation, holds)?;
+                self.connect(id, incarnation, holds)
+            }
             Err(refusal) => {
                 self.send(id, &Answer::Refused(refusal), Vec::new())?;
                 self.expel(id);
                 Ok(())
             }
+        }
+    }
+
+    /// A participant comes back with handles on topics that are lost: it slept while everybody else presented theirs.
+    fn ask_for_lost(&mut self, id: u64, incarnation: u64, holds: &[HandleRef]) -> io::Result<()> {
+        let (topics, wildcards) = (self.estate.topics_to_end(holds), self.estate.notices_to_present(incarnation));
+        let wanted = !topics.is_empty() || !wildcards.is_empty();
+        let Some(client) = self.clients.get_mut(&id).filter(|_| wanted) else { return Ok(()) };
+        client.accept_fds();
+        self.send(id, &Answer::Present { topics, wildcards }, Vec::new())
+    }
+
+    /// The notice of a wildcard subscription has come.
+    fn hear_of_notice(&mut self, id: u64, incarnation: u64, wildcard: u64) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let Some(notice) = client.take_fds().pop() else { return };
+        if let Err(refusal) = self.estate.adopt_presented(incarnation, wildcard, notice) {
+            eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
+        }
+    }
+
+    /// What is presented of a topic that is lost or removed serves to tell those who hold it.
+    fn hear_too_late(&mut self, id: u64, info: &TopicInfo, names: Vec<String>) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let segments = names.into_iter().zip(client.take_fds()).collect();
+        if let Err(refusal) = self.estate.end_presented(info, segments) {
+            eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
         }
     }
 
@@ -466,7 +519,13 @@ impl Server {
         holds: &[HandleRef],
     ) -> io::Result<Result<u64, Refusal>> {
         if let Some(incarnation) = incarnation {
-            return Ok(self.estate.readmit(incarnation, peer.pid, pidfd.as_fd(), holds).map(|()| incarnation));
+            let readmitted = self.estate.readmit(incarnation, peer.pid, pidfd.as_fd(), holds);
+            if readmitted.is_ok() {
+                // Its address space was known to coordinator and keeper alone; who can say Hello under this number has its
+                // handles where it runs now.
+                space.into_iter().for_each(|space| self.estate.watch_space(incarnation, space));
+            }
+            return Ok(readmitted.map(|()| incarnation));
         }
         let admitted = self.estate.admit(peer.pid, peer.uid, pidfd);
         if let Ok(incarnation) = admitted

@@ -34,7 +34,7 @@ impl Stage {
 
     fn connect(&self) -> Control {
         let socket = socket::connect(self.place().socket()).unwrap();
-        Control::introduce(self.place(), socket, Instant::now() + DEADLINE).unwrap()
+        Control::introduce(self.place(), socket, None, Instant::now() + DEADLINE).unwrap()
     }
 
     /// A connection that says what a correct client never would.
@@ -183,7 +183,7 @@ fn an_arena_that_comes_late_is_waited_for() {
         connection
     });
     let socket = socket::connect(place.socket()).unwrap();
-    let control = Control::introduce(place, socket, Instant::now() + DEADLINE).unwrap();
+    let control = Control::introduce(place, socket, None, Instant::now() + DEADLINE).unwrap();
     open_subscriber(&control, "t").unwrap();
     assert!(control.arena(0, 1).is_some());
     slow_coordinator.join().unwrap();
@@ -307,7 +307,7 @@ fn child_that_holds_a_publisher() {
     let Some(directory) = std::env::var_os(CHILD_VARIABLE) else { return };
     let place = Place::find("test", Some(directory.as_ref())).unwrap();
     let socket = socket::connect(place.socket()).unwrap();
-    let control = Control::introduce(place, socket, Instant::now() + DEADLINE).unwrap();
+    let control = Control::introduce(place, socket, None, Instant::now() + DEADLINE).unwrap();
     open_publisher(&control, "x", Mode::Exclusive).unwrap();
     std::thread::sleep(DEADLINE);
 }

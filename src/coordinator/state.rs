@@ -5,6 +5,7 @@
 //! event has just happened or is replayed from the registry.
 
 mod groups;
+mod limits;
 mod wildcards;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +18,9 @@ use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
+use crate::coordinator::state::limits::Owned;
 use crate::error::Refusal;
+use crate::os::pidfd::Birth;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
@@ -43,10 +46,14 @@ pub(crate) enum Event {
     WildcardsGiven { wildcards: u64 },
     /// A process connected.
     Joined { incarnation: u64, pid: u32, uid: u32 },
+    /// Which process a participant is, beside its number: proof of its death for a coordinator that has no descriptor of it.
+    Recognized { incarnation: u64, birth: Birth },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry). It goes with its `owner`.
     TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool, owner: Option<u64> },
+    /// Inode numbers of a topic's segments by their names: what is presented for one of them must be this one.
+    SegmentsKnown { topic: u64, inodes: Vec<(String, u64)> },
     /// It is gone, with all its handles.
     TopicRemoved { topic: u64 },
     /// A publisher slot got its arena.
@@ -87,8 +94,12 @@ pub(crate) enum Event {
         droppable: bool,
         opened: u64,
     },
+    /// Inode number of a wildcard subscription's notice, as of a topic's segments.
+    NoticeKnown { wildcard: u64, inode: u64 },
     /// A handle was given back.
     Closed { handle: HandleRef },
+    /// The bus stays from now on, also when nobody needs it.
+    Stays,
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
     Ending,
 }
@@ -122,6 +133,8 @@ pub(crate) enum Reply {
 pub(crate) struct Participant {
     pub(crate) pid: u32,
     pub(crate) uid: u32,
+    /// Absent only until it is let in.
+    pub(crate) birth: Option<Birth>,
     pub(crate) handles: BTreeSet<HandleRef>,
 }
 
@@ -132,6 +145,8 @@ pub(crate) struct TopicEntry {
     pub(crate) uid: u32,
     pub(crate) bytes: u64,
     pub(crate) arenas: BTreeSet<u32>,
+    /// Inode numbers of its segments, by name.
+    pub(crate) inodes: BTreeMap<String, u64>,
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,
     pub(crate) groups: BTreeMap<u32, GroupEntry>,
@@ -190,6 +205,7 @@ pub(crate) struct State {
     names: BTreeMap<String, u64>,
     wildcards: BTreeMap<u64, WildcardEntry>,
     reserved: BTreeMap<u32, u64>,
+    owned: BTreeMap<u32, Owned>,
     next_incarnation: u64,
     next_topic: u64,
     next_publisher: u64,
@@ -248,9 +264,13 @@ impl State {
             }
             Event::WildcardsGiven { wildcards } => self.next_wildcard = self.next_wildcard.max(*wildcards),
             Event::Joined { incarnation, pid, uid } => {
-                let participant = Participant { pid: *pid, uid: *uid, handles: BTreeSet::new() };
+                let participant = Participant { pid: *pid, uid: *uid, birth: None, handles: BTreeSet::new() };
                 self.participants.insert(*incarnation, participant);
                 self.next_incarnation = self.next_incarnation.max(incarnation + 1);
+            }
+            Event::Recognized { incarnation, birth } => {
+                let participant = self.participants.get_mut(incarnation);
+                participant.into_iter().for_each(|participant| participant.birth = Some(*birth));
             }
             Event::Left { incarnation } => {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
@@ -259,11 +279,16 @@ impl State {
             Event::TopicCreated { info, uid, bytes, publishers, kept, owner } => {
                 self.add_topic(info, *uid, *bytes, *publishers, *kept, *owner);
             }
+            Event::SegmentsKnown { topic, inodes } => {
+                let entry = self.topics.get_mut(topic);
+                entry.into_iter().for_each(|entry| entry.inodes.extend(inodes.iter().cloned()));
+            }
             Event::TopicRemoved { topic } => self.remove_topic(*topic),
             Event::ArenaAdded { topic, slot, bytes } => {
                 let Some(entry) = self.topics.get_mut(topic) else { return };
                 if entry.arenas.insert(*slot) {
                     entry.bytes += bytes;
+                    self.owned.entry(entry.uid).or_default().segments += 1;
                     *self.reserved.entry(entry.uid).or_default() += bytes;
                 }
             }
@@ -318,10 +343,15 @@ impl State {
             Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened } => {
                 let (incarnation, start, droppable, opened) = (*incarnation, *start, *droppable, *opened);
                 let (pattern, schema) = (pattern.clone(), schema.clone());
-                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened };
+                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice: None };
                 self.open_wildcard(*wildcard, entry);
             }
+            Event::NoticeKnown { wildcard, inode } => {
+                let entry = self.wildcards.get_mut(wildcard);
+                entry.into_iter().for_each(|entry| entry.notice = Some(*inode));
+            }
             Event::Closed { handle } => self.close(*handle),
+            Event::Stays => self.stay = true,
             Event::Ending => self.ending = true,
         }
     }
@@ -331,6 +361,7 @@ impl State {
         let mut events = vec![Event::Began { bus: self.bus, stay: self.stay }];
         for (&incarnation, p) in &self.participants {
             events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid });
+            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth }));
         }
         self.snapshot_wildcards(&mut events);
         for entry in self.topics.values() {
@@ -370,6 +401,7 @@ impl State {
             uid,
             bytes,
             arenas: BTreeSet::from([0]),
+            inodes: BTreeMap::new(),
             publishers: BTreeMap::new(),
             subscribers: BTreeMap::new(),
             groups: BTreeMap::new(),
@@ -379,6 +411,8 @@ impl State {
             kept,
             owner,
         };
+        let owned = self.owned.entry(uid).or_default();
+        (owned.topics, owned.segments) = (owned.topics + 1, owned.segments + entry.segments());
         self.topics.insert(info.id, entry);
     }
 
@@ -387,6 +421,7 @@ impl State {
             self.close(handle);
         }
         let Some(entry) = self.topics.remove(&topic) else { return };
+        self.disown(entry.uid, 1, entry.segments());
         self.names.remove(&entry.info.name);
         self.forget_all_origins();
         if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
@@ -452,6 +487,10 @@ impl TopicEntry {
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
+        if !self.inodes.is_empty() {
+            let inodes = self.inodes.iter().map(|(name, inode)| (name.clone(), *inode)).collect();
+            events.push(Event::SegmentsKnown { topic, inodes });
+        }
         for (identity, name) in &self.identities {
             let (identity, NameEntry { publisher, last_number, .. }) = (identity.clone(), *name);
             events.push(Event::IdentityKnown { topic, identity, publisher, last_number });
@@ -504,6 +543,7 @@ impl State {
             let mend = "end some programs that use the bus".to_owned();
             return Err(Refusal::Limit { what: "participants".to_owned(), limit: limits.participants as u64, mend });
         }
+        self.check_user_participants(limits, uid)?;
         let incarnation = self.next_incarnation;
         let events = vec![Event::Joined { incarnation, pid, uid }];
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
@@ -568,6 +608,9 @@ impl State {
             Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
+            Request::Present { .. } | Request::PresentNotice { .. } | Request::AllPresented => {
+                Err(Refusal::Protocol { problem: "presented what was not asked for".to_owned() })
+            }
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
     }
@@ -754,6 +797,7 @@ impl Decider<'_> {
         };
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
+        self.check_owned(self.uid, 1, limits::first_segments(options.mode))?;
         let cursors = self.wildcard_cursors(&info)?;
         let created = Event::TopicCreated { info: info.clone(), uid: self.uid, bytes, publishers: 0, kept, owner };
         Ok((info, [created].into_iter().chain(cursors).collect()))
@@ -773,6 +817,7 @@ impl Decider<'_> {
         }
         let bytes = (self.footprint.arena)(&entry.info);
         self.check_budget(&entry.info.name, entry.uid, bytes)?;
+        self.check_owned(entry.uid, 0, 1)?;
         Ok(Some(Event::ArenaAdded { topic: entry.info.id, slot, bytes }))
     }
 

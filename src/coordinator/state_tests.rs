@@ -1,7 +1,16 @@
 use super::*;
 use crate::topic::Full;
 
-const LIMITS: Limits = Limits { participants: 4, topics: 4, handles: 100, wildcards: 2, budget_bytes: 10_000 };
+const LIMITS: Limits = Limits {
+    participants: 4,
+    user_participants: 4,
+    topics: 4,
+    user_topics: 4,
+    user_segments: 100,
+    handles: 100,
+    wildcards: 2,
+    budget_bytes: 10_000,
+};
 const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100, group: |_, _| 10 };
 
 fn state() -> State {
@@ -249,6 +258,38 @@ fn limits_refuse_and_give_back() {
     assert!(matches!(ask(&mut state, a, subscriber("few")), Err(Refusal::Limit { limit: 1, .. })));
     let handles = Limits { handles: 2, ..LIMITS };
     assert!(matches!(state.request(&handles, FOOTPRINT, a, &publisher("a")), Err(Refusal::Limit { limit: 2, .. })));
+}
+
+#[test]
+fn each_user_has_limits_of_his_own() {
+    let mut state = state();
+    let (a, limits) = (join(&mut state), Limits { user_participants: 1, user_topics: 2, user_segments: 7, ..LIMITS });
+    let uid = state.participant(a).unwrap().uid;
+    let limited = |refused: Result<Plan, Refusal>, expected: &str| match refused {
+        Err(Refusal::Limit { what, .. }) => assert_eq!(what, format!("{expected} of user {uid}")),
+        other => panic!("{other:?}"),
+    };
+    limited(state.join(&limits, 1, uid), "participants");
+    // Another user is not concerned.
+    state.join(&limits, 1, uid + 1).unwrap();
+    ask(&mut state, a, create("a", TopicOptions::default())).unwrap();
+    ask(&mut state, a, create("b", TopicOptions::default())).unwrap();
+    let third = create("c", TopicOptions::default());
+    limited(state.request(&limits, FOOTPRINT, a, &third), "topics");
+    let more_topics = Limits { user_topics: 3, ..limits };
+    limited(state.request(&more_topics, FOOTPRINT, a, &third), "segments");
+    // The first publisher has an arena; the second gets the seventh segment.
+    for _ in 0..2 {
+        let plan = state.request(&limits, FOOTPRINT, a, &publisher("a")).unwrap();
+        plan.events.iter().for_each(|event| state.apply(event));
+    }
+    limited(state.request(&limits, FOOTPRINT, a, &publisher("a")), "segments");
+    // Replayed from a snapshot, everything counts the same.
+    let mut again = State::default();
+    state.snapshot().iter().for_each(|event| again.apply(event));
+    assert_eq!(again, state);
+    ask(&mut state, a, Request::RemoveTopic { topic: "a".to_owned(), force: true }).unwrap();
+    state.request(&limits, FOOTPRINT, a, &third).unwrap();
 }
 
 #[test]

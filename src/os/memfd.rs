@@ -13,6 +13,9 @@ use nix::unistd::ftruncate;
 /// Longest name the kernel shows for a memfd (`/proc/PID/fd`), in bytes.
 const MAX_LABEL_BYTES: usize = 200;
 
+/// Its length stays, and so do its seals.
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
 /// A memfd of exactly `len` bytes, all zero. Its memory is reserved now, so that a later write cannot meet SIGBUS for
 /// want of memory, and its length is sealed, so that nobody who holds the descriptor can pull it from under a mapping.
 pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
@@ -23,8 +26,7 @@ pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
     if len > 0 {
         retry(|| fallocate(&fd, FallocateFlags::empty(), 0, file_len))?;
     }
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
     Ok(fd)
 }
 
@@ -33,6 +35,22 @@ pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
 pub(crate) fn read_only(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
     Ok(open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
+}
+
+/// The same memory through a descriptor that can write, from any that only reads. It takes the right to open the file, which
+/// its owner has.
+pub(crate) fn read_write(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?)
+}
+
+/// Whether this is a memfd sealed as [`create`] does it; what it is instead, where not.
+pub(crate) fn check_sealed(fd: BorrowedFd<'_>) -> Result<(), String> {
+    match fcntl(fd, FcntlArg::F_GET_SEALS) {
+        Ok(found) if found & SEALS.bits() == SEALS.bits() => Ok(()),
+        Ok(found) => Err(format!("its seals are {found:#x}, expected {:#x}", SEALS.bits())),
+        Err(error) => Err(format!("it is no memfd: {error}")),
+    }
 }
 
 /// Creates the memfd; without `NOEXEC_SEAL` where the kernel is older than 6.3.

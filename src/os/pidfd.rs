@@ -1,11 +1,13 @@
 //! Proof of life and death: descriptors that name a process, whatever becomes of its number.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 use nix::poll::PollFlags;
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 
 use crate::os::socket;
 
@@ -19,6 +21,36 @@ pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just returned this descriptor to us; nobody else owns it. Descriptors fit in an int.
     Ok(unsafe { OwnedFd::from_raw_fd(raw as RawFd) })
+}
+
+/// What tells a process from every other one that has or had its number since the machine was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Birth {
+    /// The pidfd's inode: since Linux 6.9 each process has its own; before, all share one.
+    inode: u64,
+    /// When it was started, in clock ticks since the machine was; 0 where `/proc` does not show it to us.
+    started_ticks: u64,
+}
+
+/// What tells the living process `pid` from others.
+pub(crate) fn birth(pid: u32, pidfd: BorrowedFd<'_>) -> io::Result<Birth> {
+    let inode = fstat(pidfd.as_fd())?.st_ino;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The second field, the program's name, may hold anything; the 22nd is the start time.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let started_ticks = fields.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse().ok()).unwrap_or(0);
+    Ok(Birth { inode, started_ticks })
+}
+
+/// A pidfd of the process that had this number when `birth` was noted; `None` when that process is dead.
+pub(crate) fn reopen(pid: u32, noted: Birth) -> io::Result<Option<OwnedFd>> {
+    let pidfd = match open(pid) {
+        Ok(pidfd) => pidfd,
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let same = birth(pid, pidfd.as_fd())? == noted;
+    Ok(if same && !is_dead(pidfd.as_fd())? { Some(pidfd) } else { None })
 }
 
 /// Whether the process has ended. The only proof of death there is; a hang-up or silence is none.
@@ -49,5 +81,17 @@ mod tests {
         assert!(socket::wait(pidfd.as_fd(), PollFlags::POLLIN, None).unwrap());
         assert!(is_dead(pidfd.as_fd()).unwrap());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn the_dead_are_told_from_who_has_their_number_now() {
+        let (us, pid) = (open(std::process::id()).unwrap(), std::process::id());
+        let birth = birth(pid, us.as_fd()).unwrap();
+        assert!(birth.started_ticks > 0);
+        assert!(reopen(pid, birth).unwrap().is_some());
+        let another = Birth { inode: birth.inode + 1, ..birth };
+        assert!(reopen(pid, another).unwrap().is_none());
+        let another = Birth { started_ticks: birth.started_ticks - 1, ..birth };
+        assert!(reopen(pid, another).unwrap().is_none());
     }
 }

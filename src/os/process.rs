@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// The running program, also when its file was replaced meanwhile.
@@ -44,11 +44,16 @@ pub(crate) fn spawn_detached<S: AsRef<OsStr>>(
     let mut command = Command::new(program);
     command.arg0("shmbus").args(args).envs(environment.iter().copied()).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: between fork and exec only setsid runs, which is async-signal-safe.
+    let no_signals = SigSet::empty();
+    // SAFETY: between fork and exec only setsid and sigprocmask run, which are async-signal-safe.
     unsafe {
-        command.pre_exec(|| match libc::setsid() {
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
+        command.pre_exec(move || {
+            // Whoever starts it may have signals blocked (`without_signals`).
+            no_signals.thread_set_mask()?;
+            match libc::setsid() {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
         });
     }
     command.spawn()
@@ -70,6 +75,22 @@ pub(crate) fn raise_descriptor_limit() -> io::Result<()> {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     Ok(())
+}
+
+/// How many descriptors this process may have.
+pub(crate) fn descriptor_limit() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft)
+}
+
+/// Calls `start` with every signal blocked, so that a thread which it starts takes none.
+pub(crate) fn without_signals<T>(start: impl FnOnce() -> T) -> T {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let started = start();
+    if let Ok(before) = before {
+        // It was the mask a moment ago, so it can be again.
+        let _ = before.thread_set_mask();
+    }
+    started
 }
 
 /// The name `ps` and `top` show; no use failing for it.

@@ -69,14 +69,36 @@ impl Scene {
         Process::new(self.command_inside(starter, role, arguments))
     }
 
+    /// [`Self::start`] from a copy in `directory`, where it finds no `shmbus` program and has to host a bus itself.
+    pub(crate) fn start_alone(&self, directory: &Path, role: &str, arguments: &str) -> Process {
+        let copy = directory.join("alone");
+        if !copy.exists() {
+            // By another program: what we have open for writing while some thread forks cannot be executed.
+            assert!(Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&copy).status().unwrap().success());
+        }
+        let mut command = self.command_of(&[copy.as_os_str()], role, arguments);
+        command.env("PATH", "");
+        Process::new(command)
+    }
+
     fn command_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Command {
         let this = std::env::current_exe().unwrap();
         let line: Vec<&OsStr> = starter.iter().map(OsStr::new).chain([this.as_os_str()]).collect();
+        self.command_of(&line, role, arguments)
+    }
+
+    fn command_of(&self, line: &[&OsStr], role: &str, arguments: &str) -> Command {
         let mut command = Command::new(line[0]);
         command.args(&line[1..]).args(["--exact", "role", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(ARGUMENTS, arguments);
         command.env("SHMBUS_DIR", self.directory()).env("SHMBUS_BUS", &self.name);
         command
+    }
+
+    /// Hides the bus's socket: whoever loses its connection from now on cannot come back.
+    pub(crate) fn hide(&self) {
+        let socket = self.directory().join(format!("{}.sock", self.name));
+        fs::rename(&socket, socket.with_extension("hidden")).unwrap();
     }
 
     /// The command line, on this bus.

@@ -226,7 +226,7 @@ fn a_topic_that_is_removed_takes_its_ledgers_along() {
 #[test]
 fn a_group_keeps_the_bus() {
     for has_group in [false, true] {
-        let mut estate = Estate::found(7).unwrap();
+        let mut estate = Estate::found(7, None).unwrap();
         estate.admit(std::process::id(), 1000, pidfd::open(std::process::id()).unwrap()).unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let (topic, create_topic) = ("t".to_owned(), Some(options));

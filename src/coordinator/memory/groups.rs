@@ -79,6 +79,19 @@ impl TopicMemory {
         }
     }
 
+    /// Whether a group's ledger is there.
+    pub(crate) fn has_ledger(&self, group: u32) -> bool {
+        self.groups.contains_key(&group)
+    }
+
+    /// Fences the consumers of a group that has ended already.
+    pub(crate) fn end_ledger(&self, group: u32) {
+        if let Ok(memory) = self.group(group) {
+            memory.ledger(&self.info).end();
+        }
+        self.wake_readers();
+    }
+
     /// Lets go of a group's ledger.
     pub(crate) fn drop_ledger(&mut self, group: u32) {
         self.groups.remove(&group);
@@ -118,11 +131,8 @@ impl TopicMemory {
     /// Ends a group that was rewound or removed: its consumers are fenced, and it holds nothing back any more.
     /// `from_oldest`: it began with the oldest message. Idempotent.
     pub(crate) fn end_group(&self, group: &GroupInfo, from_oldest: bool) {
-        if let Ok(memory) = self.group(group.id) {
-            memory.ledger(&self.info).end();
-        }
         self.leave(group.cursor, from_oldest);
-        self.wake_readers();
+        self.end_ledger(group.id);
     }
 
     /// Lets a consumer take messages.

@@ -40,6 +40,7 @@ impl State {
         let Some(entry) = self.topics.get_mut(&topic) else { return };
         entry.bytes += new.bytes;
         *self.reserved.entry(entry.uid).or_default() += new.bytes;
+        self.owned.entry(entry.uid).or_default().segments += 1;
         entry.next_group = entry.next_group.max(new.info.id.saturating_add(1));
         entry.groups.insert(new.info.id, new);
         if let Some(old) = replaces {
@@ -78,6 +79,8 @@ impl State {
             if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
                 *reserved = reserved.saturating_sub(gone.bytes);
             }
+            let uid = entry.uid;
+            self.disown(uid, 0, 1);
             self.forget_all_origins();
         }
     }
@@ -282,6 +285,7 @@ impl Decider<'_> {
         let info = GroupInfo { id: entry.next_group, name: name.to_owned(), options: options.clone(), cursor };
         let bytes = (self.footprint.group)(&entry.info, &info);
         self.check_budget(&entry.info.name, entry.uid, bytes)?;
+        self.check_owned(entry.uid, 0, 1)?;
         Ok((info.id, Event::GroupCreated { topic: entry.info.id, info, start, bytes, replaces }))
     }
 

@@ -18,6 +18,8 @@ pub(crate) struct WildcardEntry {
     pub(crate) droppable: bool,
     /// How many cursors have ever been opened for it.
     pub(crate) opened: u64,
+    /// Its notice's inode number. Absent only until it is granted.
+    pub(crate) notice: Option<u64>,
 }
 
 impl WildcardEntry {
@@ -80,10 +82,11 @@ impl State {
 
     pub(super) fn snapshot_wildcards(&self, events: &mut Vec<Event>) {
         for (&wildcard, entry) in &self.wildcards {
-            let WildcardEntry { incarnation, pattern, schema, start, droppable, opened } = entry.clone();
+            let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice } = entry.clone();
             // The cursors that follow count themselves.
             let opened = opened - self.cursors_of_wildcard(wildcard).len() as u64;
             events.push(Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened });
+            events.extend(notice.map(|inode| Event::NoticeKnown { wildcard, inode }));
         }
     }
 }
@@ -116,14 +119,14 @@ impl Decider<'_> {
         }
         let (wildcard, incarnation) = (self.state.next_wildcard, self.incarnation);
         let (pattern, schema) = (pattern.to_owned(), schema.cloned());
-        let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened: 0 };
+        let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened: 0, notice: None };
         let mut cursors = Vec::new();
         for topic in self.state.topics.values().filter(|topic| entry.wants(&topic.info)) {
             let free = topic.free_cursor().ok_or_else(|| too_many("subscribers", topic, topic.max_subscribers()))?;
             cursors.push(entry.cursor_on(wildcard, topic.info.id, free, start));
         }
         self.check_handles_of(incarnation, cursors.len() + 1)?;
-        let WildcardEntry { incarnation, pattern, schema, start, droppable, opened } = entry;
+        let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, .. } = entry;
         let mut events =
             vec![Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened }];
         events.append(&mut cursors);

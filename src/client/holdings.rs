@@ -1,0 +1,138 @@
+//! What a process keeps so that its bus can go on when both coordinator and keeper have died: a descriptor of each
+//! segment of the topics on which it has handles, and of the notices of its wildcard subscriptions
+//! (`coordinator/adoption.rs`).
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+
+use crate::coordinator::memory::ledger_name;
+use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, TopicInfo};
+use crate::os::process;
+
+/// Descriptors in one packet.
+const FDS_PER_PACKET: usize = 64;
+
+/// The share of the descriptors that a process may have which is kept here; the program needs some, too.
+const SHARE: u64 = 2;
+
+/// Descriptors of segments, by topic.
+pub(crate) struct Holdings {
+    topics: HashMap<u64, Holding>,
+    /// By wildcard subscription. Few, and so not counted.
+    notices: HashMap<u64, OwnedFd>,
+    kept: usize,
+    limit: usize,
+    /// What the coordinator is still to be sent.
+    packets: VecDeque<Packet>,
+}
+
+/// A request with the descriptors that ride along.
+pub(crate) type Packet = (Request, Vec<OwnedFd>);
+
+struct Holding {
+    info: TopicInfo,
+    handles: usize,
+    /// By the names that the keeper gives them.
+    segments: HashMap<String, OwnedFd>,
+}
+
+impl Holdings {
+    pub(crate) fn new() -> Holdings {
+        let limit = usize::try_from(process::descriptor_limit() / SHARE).unwrap_or(usize::MAX);
+        Holdings { topics: HashMap::new(), notices: HashMap::new(), kept: 0, limit, packets: VecDeque::new() }
+    }
+
+    /// A handle was opened: keeps what came with it. A descriptor that cannot be duplicated, or would be one too many, is
+    /// not kept, and its topic would be lost.
+    pub(crate) fn opened(&mut self, answer: &Answer, fds: &[OwnedFd]) {
+        let (info, segments, group) = match answer {
+            Answer::PublisherOpened { info, segments, .. }
+            | Answer::SubscriberOpened { info, segments, .. }
+            | Answer::WildcardTopic { info, segments, .. } => (info, segments, 0),
+            Answer::ConsumerOpened { info, segments, group, .. } => (info, segments, group.id),
+            Answer::WildcardOpened { wildcard } => {
+                let copy = fds.first().and_then(|fd| fd.try_clone().ok());
+                return self.notices.extend(copy.map(|copy| (*wildcard, copy)));
+            }
+            _ => return,
+        };
+        let new = || Holding { info: info.clone(), handles: 0, segments: HashMap::new() };
+        self.topics.entry(info.id).or_insert_with(new).handles += 1;
+        for (segment, fd) in segments.iter().zip(fds) {
+            self.keep(info.id, name_of(*segment, group), fd);
+        }
+    }
+
+    /// Keeps one descriptor of a topic on which there are handles.
+    pub(crate) fn keep(&mut self, topic: u64, name: String, fd: &OwnedFd) {
+        let Some(holding) = self.topics.get_mut(&topic) else { return };
+        if self.kept < self.limit
+            && !holding.segments.contains_key(&name)
+            && let Ok(copy) = fd.try_clone()
+        {
+            self.kept += 1;
+            holding.segments.insert(name, copy);
+        }
+    }
+
+    /// A handle was closed.
+    pub(crate) fn closed(&mut self, handle: HandleRef) {
+        if let HandleRef::Wildcard { wildcard } = handle {
+            self.notices.remove(&wildcard);
+        }
+        let Some(topic) = handle.topic() else { return };
+        let Some(holding) = self.topics.get_mut(&topic) else { return };
+        holding.handles -= 1;
+        if holding.handles == 0 {
+            self.kept -= holding.segments.len();
+            self.topics.remove(&topic);
+        }
+    }
+
+    /// The coordinator asks for what there is of these topics and wildcard subscriptions.
+    pub(crate) fn plan(&mut self, topics: &[u64], wildcards: &[u64]) {
+        self.packets.clear();
+        let notices = wildcards.iter().filter_map(|wildcard| Some((*wildcard, self.notices.get(wildcard)?)));
+        for (wildcard, fd) in notices {
+            self.packets.extend(fd.try_clone().ok().map(|fd| (Request::PresentNotice { wildcard }, vec![fd])));
+        }
+        for holding in topics.iter().filter_map(|topic| self.topics.get(topic)) {
+            let copies = holding.segments.iter().filter_map(|(name, fd)| Some((name.clone(), fd.try_clone().ok()?)));
+            let mut copies: Vec<(String, OwnedFd)> = copies.collect();
+            while !copies.is_empty() {
+                let (names, fds) = copies.split_off(copies.len().saturating_sub(FDS_PER_PACKET)).into_iter().unzip();
+                self.packets.push_back((Request::Present { info: holding.info.clone(), names }, fds));
+            }
+        }
+        self.packets.push_back((Request::AllPresented, Vec::new()));
+    }
+
+    /// Who asked is gone.
+    pub(crate) fn forget_plan(&mut self) {
+        self.packets.clear();
+    }
+
+    /// What is to be sent next, until it is [`Self::sent`].
+    pub(crate) fn next(&self) -> Option<&Packet> {
+        self.packets.front()
+    }
+
+    pub(crate) fn sent(&mut self) {
+        self.packets.pop_front();
+    }
+}
+
+fn name_of(segment: SegmentRef, group: u32) -> String {
+    match segment {
+        SegmentRef::Log => "log".to_owned(),
+        SegmentRef::Cursors => "cursors".to_owned(),
+        SegmentRef::Arena(slot) => arena_name(slot),
+        SegmentRef::Channel => "channel".to_owned(),
+        SegmentRef::Ledger => ledger_name(group),
+    }
+}
+
+/// The name of a publisher slot's arena among its topic's segments.
+pub(crate) fn arena_name(slot: u32) -> String {
+    format!("arena-{slot}")
+}

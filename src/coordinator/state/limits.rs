@@ -1,0 +1,63 @@
+//! What each user has, and may have (`coordinator/limits.rs`). Bytes are counted where memory is given.
+
+use super::{Decider, State, TopicEntry};
+use crate::coordinator::limits::Limits;
+use crate::error::Refusal;
+use crate::topic::Mode;
+
+/// What the topics of one user are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Owned {
+    pub(super) topics: usize,
+    pub(super) segments: usize,
+}
+
+/// The segments of a new topic.
+pub(super) fn first_segments(mode: Mode) -> usize {
+    match mode {
+        Mode::Channel => 1,
+        // Log, cursors, the first arena.
+        Mode::Many | Mode::Exclusive => 3,
+    }
+}
+
+impl TopicEntry {
+    pub(super) fn segments(&self) -> usize {
+        // The first arena is counted among the first segments.
+        first_segments(self.info.options.mode) + self.arenas.len() - 1 + self.groups.len()
+    }
+}
+
+impl State {
+    /// Something of a user's has gone.
+    pub(super) fn disown(&mut self, uid: u32, topics: usize, segments: usize) {
+        let Some(owned) = self.owned.get_mut(&uid) else { return };
+        owned.topics = owned.topics.saturating_sub(topics);
+        owned.segments = owned.segments.saturating_sub(segments);
+        self.owned.retain(|_, owned| *owned != Owned::default());
+    }
+
+    pub(super) fn check_user_participants(&self, limits: &Limits, uid: u32) -> Result<(), Refusal> {
+        let connected = self.participants.values().filter(|participant| participant.uid == uid).count();
+        let mend = "end some programs of this user that use the bus";
+        check(&format!("participants of user {uid}"), connected + 1, limits.user_participants, mend)
+    }
+}
+
+impl Decider<'_> {
+    /// Whether a user may have so many more.
+    pub(super) fn check_owned(&self, uid: u32, topics: usize, segments: usize) -> Result<(), Refusal> {
+        let owned = self.state.owned.get(&uid).copied().unwrap_or_default();
+        let mend = "remove some of his topics with `shmbus rm`";
+        check(&format!("topics of user {uid}"), owned.topics + topics, self.limits.user_topics, mend)?;
+        let mend = "remove topics or groups, or raise the coordinator's limit of descriptors (ulimit -n)";
+        check(&format!("segments of user {uid}"), owned.segments + segments, self.limits.user_segments, mend)
+    }
+}
+
+fn check(what: &str, wanted: usize, limit: usize, mend: &str) -> Result<(), Refusal> {
+    if wanted <= limit {
+        return Ok(());
+    }
+    Err(Refusal::Limit { what: what.to_owned(), limit: limit as u64, mend: mend.to_owned() })
+}

@@ -1,0 +1,517 @@
+//! Coordinator and keeper killed together, with real processes: what participants hold is taken up again, and whoever died
+//! with them is cleared away.
+
+mod common;
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, publisher_after, raw, receive, say};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shmbus::{
+    Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, PublishError, Publisher, RecvError, Start,
+    Subscriber, Topic, TopicOptions, Wait,
+};
+
+/// How often both are killed in a row.
+const KILLS: usize = 3;
+
+/// The longest silence between two messages that a busy machine alone explains.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// A name that a publisher has.
+const NAME: &str = "till-7";
+
+/// Not a test: what the tests' other processes do.
+#[test]
+fn role() {
+    let Some((role, arguments)) = common::role() else { return };
+    let bus = Bus::open_default().unwrap();
+    match role.as_str() {
+        "publish" => publish_for_ever(&bus, &arguments),
+        "hold" => hold_for_ever(&bus, &arguments),
+        "consume" => consume_when_told(&bus),
+        "park" => park_for_ever(&bus, &arguments),
+        _ => panic!("no role {role}"),
+    }
+}
+
+fn topic(mode: Mode) -> Topic<[u8]> {
+    raw(mode, "adoption").messages(256).bytes(64 << 10)
+}
+
+fn of(mode: &str) -> Topic<[u8]> {
+    topic(MODES.into_iter().find(|known| known.to_string() == mode).unwrap())
+}
+
+/// Role: publishes 0, 1, 2 and so on until it is killed. Arguments: mode.
+fn publish_for_ever(bus: &Bus, mode: &str) {
+    end_with_the_test();
+    let mut publisher = bus.publisher(of(mode)).unwrap();
+    say("publishing");
+    for number in 0u64.. {
+        match publisher.publish(&number.to_le_bytes()) {
+            Ok(_) => thread::sleep(Duration::from_micros(50)),
+            Err(PublishError::Gone(_)) => return,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn topic_of_holder(name: &str) -> Topic<[u8]> {
+    Topic::named(name.to_owned()).exclusive().messages(64).bytes(8192)
+}
+
+/// Role: holds a publisher, and a subscriber that reads nothing, until it is told to look. Arguments: topic.
+fn hold_for_ever(bus: &Bus, name: &str) {
+    let topic = topic_of_holder(name);
+    let mut publisher = bus.publisher(topic.clone()).unwrap();
+    let mut subscriber = bus.subscriber(topic).open().unwrap();
+    publisher.publish(b"held").unwrap();
+    say("held");
+    loop {
+        let said = match hear().as_str() {
+            "read" => {
+                subscriber.recv_timeout(LIMIT).map(|message| message.to_vec()).map_err(|error| format!("{error:?}"))
+            }
+            "publish" => publisher.publish(b"more").map(|at| at.to_string().into_bytes()).map_err(|e| format!("{e:?}")),
+            "exec" => panic!("{}", Command::new("sleep").arg("1000").exec()),
+            other => panic!("no command {other}"),
+        };
+        say(&said.map_or_else(|error| error, |bytes| String::from_utf8(bytes).unwrap()));
+    }
+}
+
+/// Role: sleeps on a pattern, and says what woke it.
+fn park_for_ever(bus: &Bus, pattern: &str) {
+    end_with_the_test();
+    let mut subscriber = bus.wildcard::<[u8]>(pattern).wait(Wait::Park).open().unwrap();
+    say("parked");
+    loop {
+        let message = subscriber.recv().unwrap();
+        say(&format!("{} {}", message.topic(), String::from_utf8_lossy(&message)));
+    }
+}
+
+/// Role: takes and acknowledges messages of group `g` as it is told.
+fn consume_when_told(bus: &Bus) {
+    let mut consumer = bus.consumer(topic(Mode::Many), "g").existing().open().unwrap();
+    let mut leases = Vec::new();
+    say("ready");
+    loop {
+        match hear().as_str() {
+            "take" => match consumer.recv_timeout(LIMIT) {
+                Ok(message) => {
+                    say(&format!("{} {}", message.sequence(), message.attempt()));
+                    leases.push(message.keep());
+                }
+                Err(error) => say(&format!("{error:?}")),
+            },
+            "ack" => say(&format!("{:?}", consumer.ack(&leases.remove(0)))),
+            other => panic!("no command {other}"),
+        }
+    }
+}
+
+/// Kills coordinator and keeper so that neither can replace the other.
+fn kill_both(scene: &Scene) -> [Pid; 2] {
+    let pids = [scene.server("keeper"), scene.server("coordinator")];
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+    pids
+}
+
+/// Waits until others serve, whom nobody but participants can have started.
+fn await_successors(scene: &Scene, killed: [Pid; 2]) {
+    await_that("a new coordinator and keeper", || {
+        let new = |role| scene.servers(Some(role)).iter().any(|pid| !killed.contains(pid));
+        new("keeper") && new("coordinator")
+    });
+}
+
+fn start(scene: &Scene, role: &str, arguments: &str, says: &str) -> Process {
+    let mut process = scene.start(role, arguments);
+    process.expect(says);
+    process
+}
+
+/// Reads consecutive numbers for a while; nothing is missing, and it is never silent for long.
+fn read_on(subscriber: &mut Subscriber<[u8]>, next: &mut Option<u64>, time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        let asked = Instant::now();
+        let (_, payload) = receive(subscriber);
+        assert!(asked.elapsed() < SILENCE, "nothing for {:?}", asked.elapsed());
+        let number = u64::from_le_bytes(payload.try_into().unwrap());
+        assert!(next.is_none_or(|expected| expected == number), "expected {next:?}, got {number}");
+        *next = Some(number + 1);
+    }
+}
+
+#[test]
+fn traffic_goes_on_and_everything_is_there_when_both_were_killed() {
+    for mode in MODES {
+        let scene = Scene::new("both");
+        let bus = scene.open();
+        bus.create(&topic(mode)).unwrap();
+        let publisher = start(&scene, "publish", &mode.to_string(), "publishing");
+        let mut subscriber = bus.subscriber(topic(mode)).open().unwrap();
+        let before = bus.topic(topic(mode).name()).unwrap();
+        let mut next = None;
+        for _ in 0..KILLS {
+            read_on(&mut subscriber, &mut next, Duration::from_millis(50));
+            let cursor = bus.topic(topic(mode).name()).unwrap().subscribers[0].sequence;
+            let killed = kill_both(&scene);
+            read_on(&mut subscriber, &mut next, Duration::from_millis(300));
+            await_successors(&scene, killed);
+            let newcomer = scene.open();
+            let after = newcomer.topic(topic(mode).name()).unwrap();
+            assert_eq!((after.id, after.memory_bytes), (before.id, before.memory_bytes), "{mode}");
+            assert_eq!(after.publishers[0].pid, publisher.pid().as_raw() as u32);
+            assert_eq!(after.subscribers[0].pid, std::process::id());
+            assert!(after.subscribers[0].sequence >= cursor, "{mode}: the cursor moved back");
+            read_on(&mut subscriber, &mut next, Duration::from_millis(50));
+            if mode != Mode::Channel {
+                let mut another = newcomer.subscriber(topic(mode)).open().unwrap();
+                read_on(&mut another, &mut None, Duration::from_millis(20));
+            }
+        }
+        bus.stop().unwrap();
+        let gone = loop {
+            match subscriber.recv() {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(gone, RecvError::Gone(GoneReason::Stopped)), "{gone:?}");
+        await_that("an orderly end, which leaves nothing", || scene.directory().read_dir().unwrap().count() == 0);
+    }
+}
+
+#[test]
+fn who_dies_together_with_both_is_cleared_away() {
+    let scene = Scene::new("all");
+    let bus = scene.open();
+    let exclusive = topic(Mode::Exclusive);
+    bus.create(&exclusive).unwrap();
+    // Without it, nobody would be left who holds the topic.
+    let mut witness = bus.subscriber(exclusive.clone()).droppable().open().unwrap();
+    for _ in 0..KILLS {
+        let publisher = start(&scene, "publish", "exclusive", "publishing");
+        let mut subscriber = bus.subscriber(exclusive.clone()).open().unwrap();
+        receive(&mut subscriber);
+        publisher.signal(Signal::SIGSTOP);
+        let killed = kill_both(&scene);
+        publisher.kill();
+        drop(subscriber);
+        await_successors(&scene, killed);
+        let mut next = publisher_after(&bus, &exclusive);
+        // Nobody holds the ring.
+        for _ in 0..1000 {
+            next.publish_timeout(b"01234567", LIMIT).unwrap();
+        }
+        drop(next);
+        let status = bus.topic(exclusive.name()).unwrap();
+        assert_eq!((status.publishers.len(), status.subscribers.len()), (0, 1));
+    }
+    while !matches!(witness.try_recv(), Ok(None)) {}
+}
+
+#[test]
+fn leases_survive_and_those_of_the_dead_return() {
+    let scene = Scene::new("leases");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    let options = GroupOptions::new().lease(Duration::from_secs(600));
+    bus.create_group(topic(Mode::Many).name(), "g", &options, Start::Oldest, false).unwrap();
+    let (mut living, mut dying) = (start(&scene, "consume", "", "ready"), start(&scene, "consume", "", "ready"));
+    (0..4).for_each(|number: u64| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
+    let take = |who: &mut Process, expected: &str| {
+        who.tell("take");
+        who.expect(expected);
+    };
+    take(&mut living, "0 1");
+    take(&mut dying, "1 1");
+    take(&mut living, "2 1");
+    let killed = kill_both(&scene);
+    dying.kill();
+    take(&mut living, "3 1");
+    await_successors(&scene, killed);
+    // On proof of death, long before the lease ends.
+    take(&mut living, "1 2");
+    for _ in 0..4 {
+        living.tell("ack");
+        living.expect("Ok(())");
+    }
+    let newcomer = start(&scene, "consume", "", "ready");
+    let status = bus.topic(topic(Mode::Many).name()).unwrap();
+    assert_eq!((status.groups[0].consumers.len(), status.groups[0].in_flight, status.groups[0].returned), (2, 0, 0));
+    drop(newcomer);
+}
+
+#[test]
+fn a_name_goes_on_where_it_was() {
+    let scene = Scene::new("names");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher_as(many.clone(), NAME).unwrap();
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    (1..=5).for_each(|number: u64| assert!(publisher.publish_numbered(b"x", number).is_ok()));
+    let killed = kill_both(&scene);
+    (6..=9).for_each(|number: u64| assert!(publisher.publish_numbered(b"x", number).is_ok()));
+    await_successors(&scene, killed);
+    let names = bus.publisher_names(many.name()).unwrap();
+    assert_eq!((names[0].name.as_str(), names[0].last_number), (NAME, 9));
+    // The successor fences it, as ever.
+    let successor = scene.open().publisher_as(many, NAME).unwrap();
+    assert_eq!(successor.last_number(), Some(9));
+    assert!(publisher.publish(b"late").is_err());
+    (0..9).for_each(|_| drop(receive(&mut subscriber)));
+}
+
+#[test]
+fn both_killed_again_while_they_gather() {
+    let scene = Scene::new("again");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    let mut stopped = start(&scene, "hold", "stopped", "held");
+    // Those who gather wait for it until they are killed.
+    stopped.signal(Signal::SIGSTOP);
+    let mut killed = kill_both(&scene);
+    for number in 0..KILLS as u64 {
+        await_successors(&scene, killed);
+        publisher.publish(&number.to_le_bytes()).unwrap();
+        killed = kill_both(&scene);
+    }
+    await_successors(&scene, killed);
+    stopped.signal(Signal::SIGCONT);
+    let topics: Vec<String> = bus.topics().unwrap().into_iter().map(|status| status.name).collect();
+    assert_eq!(topics, [many.name(), "stopped"]);
+    (0..KILLS as u64).for_each(|number| assert_eq!(receive(&mut subscriber).1, number.to_le_bytes()));
+    stopped.tell("read");
+    stopped.expect("held");
+    stopped.tell("publish");
+    stopped.expect("1");
+}
+
+#[test]
+fn who_comes_too_late_is_told_that_its_topic_is_lost() {
+    let scene = Scene::new("late");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    let mut stopped = start(&scene, "hold", "stopped", "held");
+    stopped.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    assert_eq!(bus.topics().unwrap().len(), 1);
+    stopped.signal(Signal::SIGCONT);
+    // Once it has presented it, too late.
+    await_that("the end of its topic", || {
+        stopped.tell("publish");
+        stopped.line() == format!("Gone({:?})", GoneReason::Removed)
+    });
+    publisher.publish(b"x").unwrap();
+    // The name is free.
+    drop(start(&scene, "hold", "stopped", "held"));
+}
+
+#[test]
+fn a_group_of_which_nobody_comes_in_time_is_lost_and_says_so() {
+    let scene = Scene::new("group");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    let create = || bus.create_group(topic(Mode::Many).name(), "g", &GroupOptions::new(), Start::Oldest, false);
+    create().unwrap();
+    let mut stopped = start(&scene, "consume", "", "ready");
+    stopped.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    assert_eq!(bus.topic(topic(Mode::Many).name()).unwrap().groups.len(), 0);
+    create().unwrap();
+    stopped.signal(Signal::SIGCONT);
+    publisher.publish(&7u64.to_le_bytes()).unwrap();
+    await_that("the end of its group", || {
+        stopped.tell("take");
+        stopped.line() == "Fenced"
+    });
+    let mut another = start(&scene, "consume", "", "ready");
+    another.tell("take");
+    another.expect("0 1");
+}
+
+#[test]
+fn without_the_right_to_start_one_it_waits_for_another() {
+    let scene = Scene::new("patient");
+    let bus = scene.open();
+    let patient = scene.options().spawn(false).open().unwrap();
+    let mut publisher = patient.publisher(topic(Mode::Many)).unwrap();
+    drop(bus);
+    let killed = kill_both(&scene);
+    publisher.publish(b"x").unwrap();
+    thread::sleep(Duration::from_millis(100));
+    assert!(scene.servers(None).iter().all(|pid| killed.contains(pid)), "somebody started a coordinator");
+    let another = scene.open();
+    assert_eq!(another.topic(topic(Mode::Many).name()).unwrap().tail_sequence, 1);
+    assert_eq!(patient.topics().unwrap().len(), 1);
+}
+
+#[test]
+fn a_bus_hosted_on_a_thread_is_taken_up_by_another_process() {
+    let (scene, elsewhere) = (Scene::new("hosted"), tempfile::tempdir().unwrap());
+    let start = |topic: &str| {
+        let mut process = scene.start_alone(elsewhere.path(), "hold", topic);
+        process.expect("held");
+        process
+    };
+    let (host, mut heir) = (start("first"), start("second"));
+    assert!(scene.servers(None).is_empty());
+    host.kill();
+    // Who serves now has to hear from itself.
+    let names = || scene.options().spawn(false).open().ok()?.topics().ok();
+    await_that("the heir to serve", || names().is_some_and(|topics| topics.len() == 1 && topics[0].name == "second"));
+    heir.tell("read");
+    heir.expect("held");
+    assert!(scene.servers(None).is_empty());
+}
+
+#[test]
+fn with_nobody_left_a_new_bus_begins() {
+    let scene = Scene::new("nobody");
+    let bus = scene.open();
+    bus.create(&topic(Mode::Many)).unwrap();
+    let holder = start(&scene, "hold", "held", "held");
+    holder.signal(Signal::SIGSTOP);
+    kill_both(&scene);
+    holder.kill();
+    // This process held nothing, and learns that the bus is another one.
+    let another = scene.open();
+    assert_eq!(another.topics().unwrap().len(), 0);
+    assert!(matches!(bus.topics(), Err(OpenError::Connect(ConnectError::Ended { .. }))));
+}
+
+fn small(name: &str) -> Topic<[u8]> {
+    Topic::named(name.to_owned()).messages(16).bytes(4096)
+}
+
+/// Publishes to a topic of its own, which is there as long as what is returned.
+fn publisher(bus: &Bus, name: &str, payload: &[u8]) -> Publisher<[u8]> {
+    let mut publisher = bus.publisher(small(name)).unwrap();
+    publisher.publish(payload).unwrap();
+    publisher
+}
+
+#[test]
+fn wildcards_sleep_through_it_and_wake_for_what_comes_after() {
+    let scene = Scene::new("wildcard");
+    let bus = scene.open();
+    let mut before = publisher(&bus, "w.before", b"missed");
+    let mut parked = start(&scene, "park", "w.>", "parked");
+    before.publish(b"first").unwrap();
+    parked.expect("w.before first");
+    await_successors(&scene, kill_both(&scene));
+    before.publish(b"second").unwrap();
+    parked.expect("w.before second");
+    let asked = Instant::now();
+    let _after = publisher(&bus, "w.after", b"new");
+    parked.expect("w.after new");
+    assert!(asked.elapsed() < SILENCE, "it slept for {:?}: nobody rang", asked.elapsed());
+    assert_eq!(bus.topic("w.after").unwrap().subscribers.len(), 1);
+    parked.kill();
+    await_that("its cursors to go", || bus.topics().unwrap().iter().all(|topic| topic.subscribers.is_empty()));
+}
+
+#[test]
+fn a_wildcard_that_comes_too_late_has_missed_nothing() {
+    let scene = Scene::new("late-wildcard");
+    let bus = scene.open();
+    let mut held = publisher(&bus, "w.held", b"missed");
+    let mut parked = start(&scene, "park", "w.>", "parked");
+    let alone = publisher(&bus, "w.lost", b"last");
+    parked.expect("w.lost last");
+    parked.signal(Signal::SIGSTOP);
+    drop(alone);
+    await_that("its publisher to go", || bus.topic("w.lost").unwrap().publishers.is_empty());
+    await_successors(&scene, kill_both(&scene));
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    // Nobody else had the one, and the other's cursor is in force.
+    let left: Vec<(String, usize)> =
+        bus.topics().unwrap().into_iter().map(|topic| (topic.name, topic.subscribers.len())).collect();
+    assert_eq!(left, [("w.held".to_owned(), 1)]);
+    held.publish(b"meanwhile").unwrap();
+    let _new = publisher(&bus, "w.new", b"new");
+    let _again = publisher(&bus, "w.lost", b"another");
+    parked.signal(Signal::SIGCONT);
+    let mut heard = [parked.line(), parked.line(), parked.line()];
+    heard.sort();
+    assert_eq!(heard, ["w.held meanwhile", "w.lost another", "w.new new"]);
+    // It has presented its notice, so it is woken.
+    let asked = Instant::now();
+    let _later = publisher(&bus, "w.later", b"later");
+    parked.expect("w.later later");
+    assert!(asked.elapsed() < SILENCE, "it slept for {:?}: nobody rang", asked.elapsed());
+}
+
+#[test]
+fn ephemeral_topics_and_requests_survive_with_their_owner() {
+    let scene = Scene::new("ephemeral");
+    let (bus, owner) = (scene.open(), scene.open());
+    owner.create_ephemeral("own", &TopicOptions::default()).unwrap();
+    let _keeps = owner.publisher(Topic::<[u8]>::new("own")).unwrap();
+    let mut responder = bus.responder(Topic::new("service")).unwrap();
+    let mut requester = owner.requester(Topic::new("service")).unwrap();
+    let inboxes = || bus.topics().unwrap().into_iter().filter(|topic| topic.name.starts_with("_inbox.")).count();
+    await_successors(&scene, kill_both(&scene));
+    assert_eq!(inboxes(), 1);
+    let serve = thread::spawn(move || {
+        let request = responder.recv().unwrap();
+        request.reply(b"answer").unwrap();
+        responder
+    });
+    assert_eq!(&*requester.request(b"question", LIMIT).unwrap(), b"answer");
+    drop(serve.join().unwrap());
+    assert!(bus.topic("own").is_ok());
+    drop((requester, _keeps, owner));
+    assert!(bus.topic("own").is_err(), "it went with its owner");
+    assert_eq!(inboxes(), 0);
+}
+
+#[test]
+fn a_good_bye_counts_while_nobody_serves_yet() {
+    let scene = Scene::new("leaver");
+    let (bus, leaver) = (scene.open(), scene.open());
+    let exclusive = || topic(Mode::Exclusive);
+    let mut publisher = leaver.publisher(exclusive()).unwrap();
+    publisher.publish(b"kept").unwrap();
+    let mut subscriber = bus.subscriber(exclusive()).start(Start::Oldest).open().unwrap();
+    // They gather for as long as it does not come.
+    let stopped = start(&scene, "hold", "stopped", "held");
+    stopped.signal(Signal::SIGSTOP);
+    await_successors(&scene, kill_both(&scene));
+    drop((publisher, leaver));
+    // This process lives on, and so would its place.
+    let mut again = bus.publisher(exclusive()).unwrap();
+    again.publish(b"again").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"kept");
+    assert_eq!(receive(&mut subscriber).1, b"again");
+}
+
+#[test]
+fn an_exec_is_noticed_after_both_were_killed() {
+    let scene = Scene::new("exec");
+    let bus = scene.open();
+    let mut holder = start(&scene, "hold", "t", "held");
+    let _reader = bus.subscriber(topic_of_holder("t")).open().unwrap();
+    await_successors(&scene, kill_both(&scene));
+    let all_here = || bus.report().is_ok_and(|report| report.participants.iter().all(|process| process.connected));
+    await_that("both to come back", all_here);
+    assert!(bus.publisher(topic_of_holder("t")).is_err());
+    holder.tell("exec");
+    await_that("the place of a program that is no more", || bus.publisher(topic_of_holder("t")).is_ok());
+}
