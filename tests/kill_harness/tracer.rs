@@ -50,6 +50,8 @@ pub(crate) fn between_markers<R>(operation: impl FnOnce() -> R) -> ! {
 pub(crate) struct Tracee {
     process: Pid,
     thread: Pid,
+    /// Threads that the followed one has started: they stand still, so that only its own steps count.
+    others: Vec<Pid>,
     memory: File,
     /// Where the victim's progress lies, once it has come to its marker.
     progress: u64,
@@ -89,7 +91,8 @@ impl Tracee {
         }
         // It is waited for here, not by way of its `Child`.
         let pid = Pid::from_raw(command.spawn()?.id() as i32);
-        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, progress: 0, gone: false };
+        let mut tracee =
+            Tracee { process: pid, thread: pid, others: Vec::new(), memory: memory_of(pid)?, progress: 0, gone: false };
         tracee.wait()?;
         ptrace::setoptions(pid, Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACECLONE)?;
         Ok(tracee)
@@ -98,7 +101,8 @@ impl Tracee {
     /// Takes hold of a running process (its main thread) and stops it.
     pub(crate) fn seize(pid: Pid) -> io::Result<Tracee> {
         ptrace::seize(pid, Options::PTRACE_O_EXITKILL)?;
-        let mut tracee = Tracee { process: pid, thread: pid, memory: memory_of(pid)?, progress: 0, gone: false };
+        let mut tracee =
+            Tracee { process: pid, thread: pid, others: Vec::new(), memory: memory_of(pid)?, progress: 0, gone: false };
         ptrace::interrupt(pid)?;
         tracee.wait()?;
         Ok(tracee)
@@ -147,6 +151,10 @@ impl Tracee {
                         self.progress = self.registers()?.rdi;
                         return Ok(());
                     }
+                }
+                Stop::Thread(thread) if self.thread != self.process => {
+                    waitpid(thread, Some(WaitPidFlag::__WALL))?;
+                    self.others.push(thread);
                 }
                 Stop::Thread(thread) => {
                     // The main thread only waits for it, with nothing to stop for.
@@ -253,6 +261,12 @@ impl Tracee {
             while !self.gone && self.wait().is_ok() {}
         }
         // With its last thread goes the process.
+        for other in self.others.drain(..) {
+            while !matches!(
+                waitpid(other, Some(WaitPidFlag::__WALL)),
+                Err(_) | Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..))
+            ) {}
+        }
         if self.thread != self.process {
             self.thread = self.process;
             self.gone = false;
