@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions, Permissions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
@@ -98,7 +99,7 @@ fn obey(
         "topics of the wildcard" => {
             let wildcard = kept.last_mut().unwrap().downcast_mut::<shmbus::WildcardSubscriber<[u8]>>().unwrap();
             while wildcard.try_recv()?.is_some() {}
-            return Ok(wildcard.topics().collect::<Vec<_>>().join(" "));
+            return Ok(BTreeSet::from_iter(wildcard.topics()).into_iter().collect::<Vec<_>>().join(" "));
         }
         "attack" => return Ok(attack()),
         "create" => drop(bus.create_topic(topic, &small(), false)?),
@@ -318,8 +319,8 @@ fn wildcards_skip_what_their_owner_may_not_read() {
     assert_eq!(ask(&mut bob, "topics"), "w.open");
     bus.create_topic_with_access("w.new", &small(), &open, false).unwrap();
     bus.create_topic("w.hidden", &small(), false).unwrap();
-    assert_eq!(ask(&mut bob, "topics of the wildcard"), "w.open w.new");
-    assert_eq!(ask(&mut bob, "wildcard w.*"), "w.open w.new");
+    assert_eq!(ask(&mut bob, "topics of the wildcard"), "w.new w.open");
+    assert_eq!(ask(&mut bob, "wildcard w.*"), "w.new w.open");
 }
 
 #[test]
