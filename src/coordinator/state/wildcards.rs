@@ -158,18 +158,29 @@ impl Decider<'_> {
         let mut taken: BTreeMap<u64, usize> = BTreeMap::new();
         let wanting = self.state.wildcards.iter();
         let wanting = wanting.filter_map(|(wildcard, entry)| Some((*wildcard, entry, entry.wants(self.state, new)?)));
-        for (cursor, (wildcard, entry, reads)) in (0..).zip(wanting) {
-            if cursor >= info.options.max_subscribers {
-                let what = format!("subscribers of topic {:?}", info.name);
-                let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
-                return Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend });
-            }
+        for (wildcard, entry, reads) in wanting {
+            let cursor = events.len() as u32;
             let of_owner = taken.entry(entry.incarnation).or_default();
+            let room = self.check_place(info, cursor, entry.incarnation, *of_owner + 1);
+            match room {
+                // Who may only subscribe does not prevent a topic of others.
+                Err(_) if reads == Reads::Own => continue,
+                other => other?,
+            }
             *of_owner += 1;
-            self.check_handles_of(entry.incarnation, *of_owner)?;
             events.push(entry.cursor_on(wildcard, info, cursor, StartAt::Oldest, reads, self.footprint));
         }
         Ok(events)
+    }
+
+    /// Whether a topic that is about to be created has this cursor, and a wildcard's owner may have `more` handles.
+    fn check_place(&self, info: &TopicInfo, cursor: u32, owner: u64, more: usize) -> Result<(), Refusal> {
+        if cursor >= info.options.max_subscribers {
+            let what = format!("subscribers of topic {:?}", info.name);
+            let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
+            return Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend });
+        }
+        self.check_handles_of(owner, more)
     }
 }
 
