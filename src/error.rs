@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(not(loom))]
+use crate::access::Right;
 use crate::ring::sequence::Sequence;
 use crate::topic::Schema;
 
@@ -193,6 +195,53 @@ pub enum Refusal {
         role: String,
         /// Who holds it (as seen by the coordinator).
         pid: u32,
+    },
+    /// The user lacks a right on the topic.
+    #[cfg(not(loom))]
+    #[error(
+        "user {uid} may not {right} on topic {topic:?}; its owner, user {owner}, or root grants that by creating it with \
+             --allow {right}={uid}"
+    )]
+    NoRight {
+        /// The topic.
+        topic: String,
+        /// What it takes.
+        right: Right,
+        /// Who asked.
+        uid: u32,
+        /// Who created the topic.
+        owner: u32,
+    },
+    /// The user may subscribe, but hold no publisher back.
+    #[error(
+        "user {uid} may only subscribe on topic {topic:?}, and so not hold publishers back: {mend}; or user {owner} or \
+             root creates it with --allow consume={uid}"
+    )]
+    SubscribeOnly {
+        /// The topic.
+        topic: String,
+        /// Who asked.
+        uid: u32,
+        /// Who created the topic.
+        owner: u32,
+        /// What works without another right.
+        mend: String,
+    },
+    /// The bus does not let this user in.
+    #[error("user {uid} may not use this bus; user {host}, who runs it, lets him in with `shmbus serve --allow {uid}`")]
+    NotAllowed {
+        /// Who asked.
+        uid: u32,
+        /// Who runs the bus.
+        host: u32,
+    },
+    /// Only root and who runs the bus may do it.
+    #[error("user {uid} may not stop this bus; user {host}, who runs it, or root may")]
+    NotHost {
+        /// Who asked.
+        uid: u32,
+        /// Who runs the bus.
+        host: u32,
     },
     /// A limit is reached.
     #[error("limit reached: {what} is {limit}; {mend}")]

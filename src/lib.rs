@@ -8,6 +8,8 @@
 #![cfg_attr(loom, allow(dead_code, missing_docs, unreachable_pub))]
 
 #[cfg(not(loom))]
+mod access;
+#[cfg(not(loom))]
 mod channel;
 #[cfg(not(loom))]
 mod client;
@@ -30,6 +32,7 @@ mod wait;
 
 #[cfg(not(loom))]
 pub use crate::{
+    access::{Access, Right, Who},
     channel::{Channel, ChannelError},
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,

@@ -55,6 +55,30 @@ pub(crate) fn until<S, R>(
     park(state, deadline, bell, poll)
 }
 
+/// The same without a bell: looks every few milliseconds once it has spun.
+pub(crate) fn until_seen<S, R>(
+    state: &mut S,
+    wait: Wait,
+    deadline: Option<Instant>,
+    mut poll: impl FnMut(&mut S) -> Option<R>,
+) -> Option<R> {
+    if wait.spins()
+        && let Some(outcome) = spin(state, wait, deadline, &mut poll)
+    {
+        return outcome;
+    }
+    loop {
+        if let Some(result) = poll(state) {
+            return Some(result);
+        }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return None;
+        }
+        std::thread::sleep(left.map_or(MOMENT, |left| left.min(MOMENT)));
+    }
+}
+
 /// What a look at several things showed.
 pub enum Look<R> {
     /// The result that was waited for.

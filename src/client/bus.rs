@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::access::Access;
 use crate::client::control::Control;
 use crate::client::{launch, watch};
 use crate::coordinator::directory::Place;
@@ -96,7 +97,21 @@ impl Bus {
 
     /// Creates a topic. With `exist_ok`, one that exists with the same options is fine. Returns whether it existed.
     pub fn create_topic(&self, name: &str, options: &TopicOptions, exist_ok: bool) -> Result<bool, OpenError> {
-        self.create_as(name, options, exist_ok, false)
+        self.create_as(name, options, None, exist_ok, false)
+    }
+
+    /// The same with an access list: what others than the user of this process and root may do on the topic.
+    ///
+    /// # Errors
+    /// With `exist_ok` also where the topic exists with another list.
+    pub fn create_topic_with_access(
+        &self,
+        name: &str,
+        options: &TopicOptions,
+        access: &Access,
+        exist_ok: bool,
+    ) -> Result<bool, OpenError> {
+        self.create_as(name, options, Some(access.clone()), exist_ok, false)
     }
 
     /// Creates a topic that is this bus connection's own: it is removed when the connection closes or the process dies.
@@ -104,18 +119,19 @@ impl Bus {
     /// # Errors
     /// The topic exists; otherwise as [`Self::create_topic`].
     pub fn create_ephemeral(&self, name: &str, options: &TopicOptions) -> Result<(), OpenError> {
-        self.create_as(name, options, false, true).map(drop)
+        self.create_as(name, options, None, false, true).map(drop)
     }
 
     pub(crate) fn create_as(
         &self,
         name: &str,
         options: &TopicOptions,
+        access: Option<Access>,
         exist_ok: bool,
         ephemeral: bool,
     ) -> Result<bool, OpenError> {
         let (topic, options) = (name.to_owned(), options.clone());
-        match self.control.request(&Request::CreateTopic { topic, options, exist_ok, ephemeral })?.0 {
+        match self.control.request(&Request::CreateTopic { topic, options, access, exist_ok, ephemeral })?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
         }

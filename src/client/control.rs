@@ -702,10 +702,10 @@ fn check_peer(place: &Place, socket: &OwnedFd) -> Result<(), ConnectError> {
     let peer =
         socket::peer(socket.as_fd()).map_err(|source| ConnectError::io("cannot see who serves the bus", source))?;
     let us = Uid::effective().as_raw();
-    if peer.uid == us || peer.uid == 0 {
+    if place.trusts(peer.uid) {
         return Ok(());
     }
-    let problem = format!("is served by user {}, expected {us} or root", peer.uid);
+    let problem = format!("is served by user {}, expected {us}, root or whose directory it is", peer.uid);
     let mend = "set SHMBUS_DIR to a directory of your own";
     Err(ConnectError::Refused { path: place.socket().to_owned(), problem, mend })
 }

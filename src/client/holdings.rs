@@ -59,7 +59,9 @@ impl Holdings {
         let new = || Holding { info: info.clone(), handles: 0, segments: HashMap::new() };
         self.topics.entry(info.id).or_insert_with(new).handles += 1;
         for (segment, fd) in segments.iter().zip(fds) {
-            self.keep(info.id, name_of(*segment, group), fd);
+            if let Some(name) = name_of(*segment, group) {
+                self.keep(info.id, name, fd);
+            }
         }
     }
 
@@ -122,14 +124,16 @@ impl Holdings {
     }
 }
 
-fn name_of(segment: SegmentRef, group: u32) -> String {
-    match segment {
+/// `None`: nobody but its owner needs it.
+fn name_of(segment: SegmentRef, group: u32) -> Option<String> {
+    Some(match segment {
         SegmentRef::Log => "log".to_owned(),
         SegmentRef::Cursors => "cursors".to_owned(),
         SegmentRef::Arena(slot) => arena_name(slot),
         SegmentRef::Channel => "channel".to_owned(),
         SegmentRef::Ledger => ledger_name(group),
-    }
+        SegmentRef::OwnCursors => return None,
+    })
 }
 
 /// The name of a publisher slot's arena among its topic's segments.

@@ -31,6 +31,8 @@ const START_AGAIN: Duration = Duration::from_millis(250);
 /// Connects to the bus; with `spawn`, starts a coordinator where there is none.
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
+    // In another user's directory only he can.
+    let spawn = spawn && place.is_writable();
     let mut starter = Starter::new(place.clone());
     let later = || spawn.then(|| Starter::new(place.clone()));
     loop {

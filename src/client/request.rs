@@ -101,7 +101,7 @@ impl Bus {
         let declared = Topic::<[u8]>::named(inbox.as_str()).messages(INBOX_MESSAGES).bytes(reply_bytes);
         let options = TopicOptions { max_subscribers: 8, ..declared.full(Full::Reject).envelope().options() };
         // Where it exists we have created it, and the coordinator died before it could say so: nobody else has the name.
-        self.create_as(&inbox, &options, true, true)?;
+        self.create_as(&inbox, &options, None, true, true)?;
         let replies = self.subscriber(Topic::named(inbox.as_str())).open().inspect_err(|_| {
             // If this fails, too, the inbox goes with the connection.
             let _ = self.remove_topic(&inbox, true);

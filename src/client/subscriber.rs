@@ -85,6 +85,8 @@ pub(crate) struct SubscriberCore {
     opener: Option<Opener>,
     options: TopicOptions,
     wait: Wait,
+    /// Whether anybody rings its bell.
+    rung: bool,
     held: Option<Held>,
     home: Home,
 }
@@ -223,6 +225,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             droppable: self.droppable,
         };
         let (options, opener) = (opened.info.options.clone(), Opener::new(&opened.info));
+        let rung = !segments.contains(&SegmentRef::OwnCursors);
         let port = opened.attach(segments.into_iter().zip(fds))?;
         Ok(SubscriberCore {
             port,
@@ -230,6 +233,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             opener,
             options,
             wait: self.wait,
+            rung,
             held: Some(held),
             home: control.home(),
         })
@@ -256,7 +260,9 @@ impl Opened {
             let attach = |promise, access| Segment::attach(fd.as_fd(), &promise, access);
             match segment {
                 SegmentRef::Log => log = Some(attach(info.log(), Access::ReadOnly)?),
-                SegmentRef::Cursors => cursors = Some(attach(info.cursors(), Access::ReadWrite)?),
+                SegmentRef::Cursors | SegmentRef::OwnCursors => {
+                    cursors = Some(attach(info.cursors(), Access::ReadWrite)?);
+                }
                 SegmentRef::Channel => {
                     return Ok(Port::channel(info, &attach(info.channel(), Access::ReadWrite)?, false));
                 }
@@ -333,6 +339,7 @@ impl SubscriberCore {
             opener: Opener::new(&info),
             options,
             wait: Wait::default(),
+            rung: true,
             held: None,
             home,
         }
@@ -345,14 +352,16 @@ impl SubscriberCore {
         cursor: u32,
         place: Place,
         droppable: bool,
-        segments: impl Iterator<Item = (SegmentRef, OwnedFd)>,
+        segments: Vec<(SegmentRef, OwnedFd)>,
     ) -> Result<Self, AttachError> {
         let (options, asked, home) = (info.options.clone(), place.sequence, control.home());
         let info = Arc::new(info);
         let opener = Opener::new(&info);
-        let port = Opened { info, control, cursor, place, asked, exactly: false, droppable }.attach(segments)?;
+        let rung = segments.iter().all(|(segment, _)| *segment != SegmentRef::OwnCursors);
+        let opened = Opened { info, control, cursor, place, asked, exactly: false, droppable };
+        let port = opened.attach(segments.into_iter())?;
         let (found, wait) = (Found::nothing(), Wait::default());
-        Ok(SubscriberCore { port, found, opener, options, wait, held: None, home })
+        Ok(SubscriberCore { port, found, opener, options, wait, rung, held: None, home })
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -424,11 +433,19 @@ impl SubscriberCore {
             Ok(true) => Some(Ok(())),
             Err(error) => Some(Err(error)),
         };
+        if !self.rung {
+            return wait::until_seen(self, self.wait, deadline, found).unwrap_or(Err(RecvError::TimedOut));
+        }
         wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
     pub(crate) fn bell(&self) -> &Doorbell {
         with_port!(&self.port, port => port.bell())
+    }
+
+    /// Whether publishers ring the bell. For those that may not write among others' cursors they do not.
+    pub(crate) fn is_rung(&self) -> bool {
+        self.rung
     }
 
     /// Whether a receive would return at once.
@@ -479,7 +496,11 @@ impl<T: Payload + ?Sized> Waitable for Subscriber<T> {}
 
 impl<T: Payload + ?Sized> Parts for Subscriber<T> {
     fn glance(&mut self) -> Look<()> {
-        if self.core.is_ready() { Look::Found(()) } else { Look::Nothing }
+        match self.core.is_ready() {
+            true => Look::Found(()),
+            false if self.core.is_rung() => Look::Nothing,
+            false => Look::Soon,
+        }
     }
 
     fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {

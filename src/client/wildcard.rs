@@ -191,7 +191,7 @@ impl WildcardCore {
         let Answer::WildcardTopic { info, cursor, position, sequence, segments, .. } = answer else { return Ok(()) };
         let (name, handle) = (info.name.clone(), HandleRef::Subscriber { topic: info.id, cursor });
         let place = Place { position, sequence };
-        let segments = segments.into_iter().zip(fds);
+        let segments = segments.into_iter().zip(fds).collect();
         let opened = SubscriberCore::of_wildcard(info, self.control.clone(), cursor, place, self.droppable, segments);
         match opened {
             Ok(core) => {
@@ -257,11 +257,16 @@ impl WildcardCore {
             Look::Found(Err(WildcardError::Gone(GoneReason::Stopped)))
         } else if before != self.generation {
             Look::OtherBells
-        } else if *news == News::OnTheirWay {
+        } else if *news == News::OnTheirWay || !self.is_rung() {
             Look::Soon
         } else {
             Look::Nothing
         }
+    }
+
+    /// Whether all its topics ring when there is something.
+    fn is_rung(&self) -> bool {
+        self.topics.iter().all(|member| member.core.is_rung())
     }
 
     /// Takes a topic out of the subscription; its name.
@@ -294,8 +299,8 @@ impl WildcardCore {
         let ready = |member: &mut Member| member.core.is_ready();
         match news {
             _ if self.notice.has_ended() || self.topics.iter_mut().any(ready) => Look::Found(()),
-            Ok(News::AllHere) => Look::Nothing,
-            Ok(News::OnTheirWay) => Look::Soon,
+            Ok(News::AllHere) if self.is_rung() => Look::Nothing,
+            Ok(_) => Look::Soon,
             // Being cut off is found again by the receive, what is wrong with a topic is not.
             Err(WildcardError::Connect(_)) => Look::Found(()),
             Err(error) => {

@@ -35,6 +35,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::fstat;
 use nix::unistd::Uid;
 
+use crate::access::Who;
 use crate::coordinator::connection::{Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::link::{Link, participant_name, segment_name};
@@ -52,8 +53,8 @@ const WINDOW: Duration = Duration::from_secs(2);
 const MAX_CONNECTIONS: usize = 2048;
 
 /// The registry of a bus whose processes died and of which somebody is left. Only with the lock. `stay`: what the bus is
-/// to be from now on, where it was not already.
-pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
+/// to be from now on, where it was not already; `allow`: whom it lets in from now on, if anybody is named.
+pub(crate) fn left_behind(place: &Place, stay: bool, allow: &[Who]) -> Option<OwnedFd> {
     let (path, file) = (place.registry(), named(place)?);
     // What cannot be read, or names only the dead, is as good as none: the next bus puts its own in its place.
     let (mut registry, events) = Registry::open(file, Some(path)).ok()?;
@@ -67,7 +68,16 @@ pub(crate) fn left_behind(place: &Place, stay: bool) -> Option<OwnedFd> {
     if stay && !state.stay {
         registry.append(&Event::Stays).ok()?;
     }
+    if !allow.is_empty() && state.allowed != allow {
+        registry.append(&Event::Allowed { users: allow.to_vec() }).ok()?;
+    }
     registry.as_fd().try_clone_to_owned().ok()
+}
+
+/// Whether the bus of this registry lets others in than root and who runs it.
+pub(crate) fn lets_others_in(registry: BorrowedFd<'_>, path: &Path) -> bool {
+    let opened = registry.try_clone_to_owned().ok().and_then(|fd| Registry::open(fd, Some(path)).ok());
+    opened.is_some_and(|(_, events)| !replayed(&events).allowed.is_empty())
 }
 
 /// The registry that is found by its name, if it is of the same bus as one that was kept. It is the newer one, where they differ.
@@ -243,7 +253,7 @@ impl Gathering<'_> {
         while self.waits_for_somebody() && Instant::now() < deadline {
             self.wait(listener, &presenters, deadline)?;
             while let Ok(socket) = socket::accept(listener) {
-                presenters.extend(Presenter::new(socket).filter(|_| presenters.len() < MAX_CONNECTIONS));
+                presenters.extend(Presenter::new(socket, &self.state).filter(|_| presenters.len() < MAX_CONNECTIONS));
             }
             // Whoever breaks the rules, or is refused, is not listened to any longer.
             presenters.retain_mut(|presenter| self.listen_to(presenter, &mut buffer));
@@ -433,9 +443,9 @@ struct Presenter {
 
 impl Presenter {
     /// `None`: somebody else's.
-    fn new(socket: OwnedFd) -> Option<Presenter> {
-        let peer = socket::peer(socket.as_fd()).ok()?;
-        let trusted = peer.uid == 0 || peer.uid == Uid::effective().as_raw();
+    fn new(socket: OwnedFd, state: &State) -> Option<Presenter> {
+        let (peer, user) = (socket::peer(socket.as_fd()).ok()?, socket::user(socket.as_fd()).ok()?);
+        let trusted = peer.uid == 0 || peer.uid == Uid::effective().as_raw() || state.allows(&user);
         trusted.then(|| Presenter { connection: Connection::new(socket, peer), incarnation: None })
     }
 }

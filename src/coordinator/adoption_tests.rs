@@ -4,6 +4,7 @@ use super::*;
 use crate::coordinator::estate::Estate;
 use crate::coordinator::registry::Registry;
 use crate::os::memfd;
+use crate::os::socket::User;
 use crate::topic::TopicOptions;
 
 /// A bus with one topic, which has lost its keeper and coordinator.
@@ -18,9 +19,12 @@ impl Wreck {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("b.registry");
         let mut estate = Estate::found(7, Some(&path)).unwrap();
-        let us = estate.admit(std::process::id(), 1000, pidfd::open(std::process::id()).unwrap()).unwrap();
+        let us = estate
+            .admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd::open(std::process::id()).unwrap())
+            .unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
-        let create = Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false, ephemeral: false };
+        let create =
+            Request::CreateTopic { topic: "t".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
         estate.request(us, &create).unwrap();
         let stored = estate.stored().into_iter();
         let segments = stored.filter_map(|(name, fd)| Some((name.strip_prefix("topic-0/")?.to_owned(), fd)));

@@ -28,6 +28,8 @@ pub(crate) struct Connection {
     pub(crate) peer: Peer,
     /// Who it is, once it has said Hello.
     pub(crate) incarnation: Option<u64>,
+    /// Somebody whom the bus does not let in.
+    pub(crate) stranger: bool,
     queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     /// Descriptors accepted with one request.
     max_fds: usize,
@@ -37,7 +39,15 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn new(socket: OwnedFd, peer: Peer) -> Connection {
-        Connection { socket, peer, incarnation: None, queue: VecDeque::new(), max_fds: 0, fds: Vec::new() }
+        Connection {
+            socket,
+            peer,
+            incarnation: None,
+            stranger: false,
+            queue: VecDeque::new(),
+            max_fds: 0,
+            fds: Vec::new(),
+        }
     }
 
     /// Whether answers wait for the client to read. Until it does, its requests wait.

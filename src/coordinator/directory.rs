@@ -3,11 +3,11 @@
 //! Whoever holds the lock owns these names. Keeper and coordinator share one open file description of it, so the lock
 //! ends with the last of them, and what dead processes left under these names is replaced by the next holder.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{AccessFlags, Uid, access};
@@ -31,17 +31,19 @@ pub(crate) struct Place {
     lock: PathBuf,
     registry: PathBuf,
     socket_is_given: bool,
+    /// Whose directory it is.
+    owner: u32,
 }
 
 impl Place {
     /// The names of `bus` in `directory`, or in the first of the usual ones that can be used. Creates the directory.
     pub(crate) fn find(bus: &str, directory: Option<&Path>) -> Result<Place, ConnectError> {
         check_name(bus).map_err(|source| ConnectError::Name { name: bus.to_owned(), source })?;
-        let directory = directory.map_or_else(usual_directory, Path::to_owned);
+        let directory = directory.map_or_else(|| usual_directory(Some(bus)), Path::to_owned);
         if !directory.is_absolute() {
             return Err(refused(&directory, "is a relative path", "give the socket directory as an absolute path"));
         }
-        create_and_check(&directory)?;
+        let owner = create_and_check(&directory)?;
         let socket = directory.join(format!("{bus}.sock"));
         let len = socket.as_os_str().as_bytes().len();
         if len > socket::MAX_PATH_BYTES {
@@ -50,11 +52,27 @@ impl Place {
         }
         let lock = directory.join(format!("{bus}.lock"));
         let registry = directory.join(format!("{bus}.registry"));
-        Ok(Place { bus: bus.to_owned(), directory, socket, lock, registry, socket_is_given: false })
+        Ok(Place { bus: bus.to_owned(), directory, socket, lock, registry, socket_is_given: false, owner })
     }
 
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Whether a coordinator of this user may serve here: root, this user, and whose directory it is. Nobody else could put a
+    /// socket there, but by way of them.
+    pub(crate) fn trusts(&self, uid: u32) -> bool {
+        uid == 0 || uid == Uid::effective().as_raw() || uid == self.owner
+    }
+
+    /// Whether this process could serve the bus.
+    pub(crate) fn is_writable(&self) -> bool {
+        access(&self.directory, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    }
+
+    /// Lets everybody who can search the directory connect, or the owner alone: who it is the coordinator asks the kernel.
+    pub(crate) fn open_socket(&self, to_others: bool) -> io::Result<()> {
+        fs::set_permissions(&self.socket, Permissions::from_mode(if to_others { 0o666 } else { 0o600 }))
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -162,20 +180,25 @@ impl Place {
 
 /// The socket directory that [`Place::find`] would use, checked and not created: it may not exist.
 pub(crate) fn in_use(directory: Option<&Path>) -> Result<PathBuf, ConnectError> {
-    let directory = directory.map_or_else(usual_directory, Path::to_owned);
+    let directory = directory.map_or_else(|| usual_directory(None), Path::to_owned);
     match fs::symlink_metadata(&directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(directory),
-        _ => check(&directory).map(|()| directory),
+        _ => check(&directory).map(|_| directory),
     }
 }
 
 /// `$SHMBUS_DIR`, `/run/shmbus`, `$XDG_RUNTIME_DIR/shmbus`, else `/tmp/shmbus-UID`.
-fn usual_directory() -> PathBuf {
+///
+/// `/run/shmbus` where this process may serve a bus, or where the one it looks for (`None`: any) lets others connect.
+fn usual_directory(bus: Option<&str>) -> PathBuf {
     if let Some(given) = std::env::var_os(DIRECTORY_VARIABLE).filter(|given| !given.is_empty()) {
         return given.into();
     }
     let system = Path::new("/run/shmbus");
-    if access(system, AccessFlags::W_OK | AccessFlags::X_OK).is_ok() && check(system).is_ok() {
+    let socket = bus.map(|bus| system.join(format!("{bus}.sock")));
+    let can_connect = || socket.as_ref().is_some_and(|socket| access(socket.as_path(), AccessFlags::W_OK).is_ok());
+    let can_serve = access(system, AccessFlags::W_OK | AccessFlags::X_OK).is_ok();
+    if (can_serve || can_connect()) && check(system).is_ok() {
         return system.to_owned();
     }
     match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
@@ -184,7 +207,7 @@ fn usual_directory() -> PathBuf {
     }
 }
 
-fn create_and_check(directory: &Path) -> Result<(), ConnectError> {
+fn create_and_check(directory: &Path) -> Result<u32, ConnectError> {
     match DirBuilder::new().mode(0o700).create(directory) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -193,23 +216,34 @@ fn create_and_check(directory: &Path) -> Result<(), ConnectError> {
     check(directory)
 }
 
-/// Refuses a directory in which somebody else could put a socket for us to connect to.
-fn check(directory: &Path) -> Result<(), ConnectError> {
+/// Refuses a directory in which somebody else could put a socket for us to connect to; its owner. Ours and root's will do, and
+/// another user's where root alone can have put it: a service's, say, in `/run`.
+fn check(directory: &Path) -> Result<u32, ConnectError> {
     let found = fs::symlink_metadata(directory)
         .map_err(|error| ConnectError::io(format!("cannot look at {}", directory.display()), error))?;
     let us = Uid::effective().as_raw();
     if !found.is_dir() {
         return Err(refused(directory, "is not a directory", "remove it, or set SHMBUS_DIR to another place"));
     }
-    if found.uid() != us && found.uid() != 0 {
+    if found.uid() != us && found.uid() != 0 && !is_put_there_by_root(directory) {
         let problem = format!("belongs to user {}, expected {us} or root", found.uid());
         return Err(refused(directory, &problem, "set SHMBUS_DIR to a directory of your own"));
     }
     if found.mode() & WRITABLE_BY_OTHERS != 0 {
         let problem = format!("is writable by others (mode {:04o})", found.mode() & 0o7777);
-        return Err(refused(directory, &problem, "make it 0700, or set SHMBUS_DIR to another place"));
+        let mend = "make it 0700, or 0755 or 0750 for several users, or set SHMBUS_DIR to another place";
+        return Err(refused(directory, &problem, mend));
     }
-    Ok(())
+    Ok(found.uid())
+}
+
+/// Whether nobody but root can have named this directory: everything above it is root's, and nobody else's to write.
+fn is_put_there_by_root(directory: &Path) -> bool {
+    let roots = |path: &Path| {
+        let found = fs::symlink_metadata(path);
+        found.is_ok_and(|found| found.is_dir() && found.uid() == 0 && found.mode() & WRITABLE_BY_OTHERS == 0)
+    };
+    directory.ancestors().skip(1).all(roots)
 }
 
 fn refused(path: &Path, problem: &str, mend: &'static str) -> ConnectError {
@@ -225,7 +259,7 @@ fn remove(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 

@@ -16,6 +16,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use nix::unistd::Uid;
+
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
@@ -26,8 +28,9 @@ use crate::coordinator::protocol::{
     SubscriberStatus, TopicInfo, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
-use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, TopicEntry};
+use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, SubscriberEntry, TopicEntry};
 use crate::error::Refusal;
+use crate::os::socket::User;
 use crate::os::{address_space, pidfd};
 use crate::ring::log::TopicState;
 use crate::topic::Mode;
@@ -35,6 +38,7 @@ use crate::topic::Mode;
 /// Bytes that the segments of a topic take.
 const FOOTPRINT: Footprint = Footprint {
     topic: TopicMemory::footprint_bytes,
+    cursors: TopicMemory::cursors_footprint_bytes,
     arena: TopicMemory::arena_footprint_bytes,
     group: TopicMemory::group_footprint_bytes,
 };
@@ -114,6 +118,7 @@ impl Estate {
         let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         let mut losses = estate.adopt(&mut store);
+        estate.renew_own_cursors();
         losses.extend(estate.adopt_groups(&mut store));
         for event in losses {
             if let Err(error) = estate.carry_out(event) {
@@ -208,6 +213,27 @@ impl Estate {
         losses
     }
 
+    /// Cursors that one subscriber has for itself hold nobody, so they are not kept for a successor: it shows where those who have
+    /// them began.
+    fn renew_own_cursors(&mut self) {
+        for (topic, entry) in self.state.topics() {
+            let Some(memory) = self.memories.get_mut(topic) else { continue };
+            for (&cursor, subscriber) in entry.subscribers.iter().filter(|(_, subscriber)| subscriber.own.is_some()) {
+                let renewed = memory.add_own_cursors(cursor);
+                let joined = renewed
+                    .and_then(|()| memory.join(cursor, subscriber.incarnation, StartAt::Oldest, subscriber.droppable));
+                if let Err(error) = joined {
+                    eprintln!("shmbus coordinator: cursor {cursor} of topic {topic}: {error}");
+                }
+            }
+        }
+    }
+
+    /// Whether the bus lets a user in.
+    pub(crate) fn lets_in(&self, user: &User) -> bool {
+        user.uid == 0 || user.uid == Uid::effective().as_raw() || self.state.allows(user)
+    }
+
     pub(crate) fn state(&self) -> &State {
         &self.state
     }
@@ -285,7 +311,7 @@ impl Estate {
     /// their cursors, or have them in the registry only. Nobody was told of such a topic, so nothing has been missed.
     fn repair_wildcards(&mut self) {
         for (wildcard, topic) in self.state.missing_cursors() {
-            let event = self.state.cursor_for(wildcard, topic);
+            let event = self.state.cursor_for(wildcard, topic, FOOTPRINT);
             let opened = event.map_or(Err(broken("no cursor is free for a wildcard")), |event| self.carry_out(event));
             if let Err(error) = opened {
                 eprintln!("shmbus coordinator: topic {topic} is not in wildcard subscription {wildcard}: {error}");
@@ -337,7 +363,7 @@ impl Estate {
         let News { wildcard, told, topic, cursor, .. } = news;
         let memory = self.memory(topic)?;
         let place = memory.cursor_place(cursor).ok_or_else(|| broken("a wildcard's cursor is not in force"))?;
-        let (segments, fds) = memory.subscriber_fds()?.into_iter().unzip();
+        let (segments, fds) = memory.subscriber_fds(cursor)?.into_iter().unzip();
         let (info, position, sequence) = (self.entry(topic)?.info.clone(), place.position, place.sequence);
         Ok((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds))
     }
@@ -355,8 +381,8 @@ impl Estate {
     }
 
     /// Lets a process in.
-    pub(crate) fn admit(&mut self, pid: u32, uid: u32, pidfd: OwnedFd) -> Result<u64, Refusal> {
-        let plan = self.state.join(&self.limits, pid, uid)?;
+    pub(crate) fn admit(&mut self, pid: u32, user: User, pidfd: OwnedFd) -> Result<u64, Refusal> {
+        let plan = self.state.join(&self.limits, pid, user.uid, user.gids)?;
         let Reply::Welcome { incarnation } = plan.reply else { return Err(broken("a join without a welcome")) };
         let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
         if let Some(link) = &mut self.link {
@@ -422,6 +448,9 @@ impl Estate {
 
     /// Grants a participant's request, or declines it. `None`: the bus is to be stopped.
     pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
+        if matches!(request, Request::Stop) {
+            self.check_host(incarnation)?;
+        }
         let Plan { events, reply } = self.state.request(&self.limits, FOOTPRINT, incarnation, request)?;
         self.carry_out_all(events)?;
         let opened = match reply {
@@ -437,6 +466,15 @@ impl Estate {
             self.carry_out(Event::Closed { handle })?;
         }
         granted.map(Some)
+    }
+
+    /// Whether a participant may do what concerns the whole bus.
+    fn check_host(&self, incarnation: u64) -> Result<(), Refusal> {
+        let (uid, host) = (self.state.participant(incarnation).map(|who| who.uid), Uid::effective().as_raw());
+        match uid {
+            Some(uid) if uid != 0 && uid != host => Err(Refusal::NotHost { uid, host }),
+            _ => Ok(()),
+        }
     }
 
     fn carry_out_all(&mut self, events: Vec<Event>) -> Result<(), Refusal> {
@@ -477,6 +515,14 @@ impl Estate {
                 self.prepare_group(*topic, info, *start, *replaces)?;
             }
             Event::GroupRetired { topic, group } => self.fence_group(*topic, *group)?,
+            Event::SubscriberOpened { topic, cursor, own: Some(_), .. } => {
+                let memory = self.memories.get_mut(topic).ok_or_else(|| broken("a subscriber without a topic"))?;
+                memory.add_own_cursors(*cursor)?;
+            }
+            // What is there under its number is what a subscriber that was never logged has left.
+            Event::SubscriberOpened { topic, cursor, .. } => {
+                self.memories.get_mut(topic).into_iter().for_each(|memory| memory.drop_own_cursors(*cursor));
+            }
             Event::PublisherOpened { opened, .. } => self.check_origin(opened.identity.as_ref())?,
             // Once it is logged it must succeed.
             Event::Fenced { topic, .. } => self.memory(*topic)?.has_room_for_fence()?,
@@ -507,7 +553,7 @@ impl Estate {
                 }
             }
             Event::Fenced { topic, slot } => self.fence(*topic, *slot)?,
-            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard } => {
+            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, .. } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
                     Ok(joined) => match wildcard {
                         Some(wildcard) => self.add_news(*incarnation, *wildcard, *topic, *cursor),
@@ -653,8 +699,12 @@ impl Estate {
                 if let Ok(memory) = self.memory(topic) {
                     let entry = self.entry(topic).ok().and_then(|entry| entry.subscribers.get(&cursor));
                     // Who is droppable holds nothing, and so has nothing to release.
-                    let from_oldest = entry.is_some_and(|entry| entry.start == StartAt::Oldest && !entry.droppable);
+                    let holds = |entry: &SubscriberEntry| !entry.droppable && entry.own.is_none();
+                    let from_oldest = entry.is_some_and(|entry| entry.start == StartAt::Oldest && holds(entry));
                     memory.leave(cursor, from_oldest);
+                }
+                if let Some(memory) = self.memories.get_mut(&topic) {
+                    memory.drop_own_cursors(cursor);
                 }
             }
             // Its cursors are handles of their own.
@@ -756,7 +806,7 @@ impl Estate {
     fn subscriber_opened(&mut self, topic: u64, cursor: u32) -> Result<Granted, Refusal> {
         let Joined { position, sequence, asked } =
             self.joined.take().ok_or_else(|| broken("a subscriber that never joined"))?;
-        let (segments, fds) = self.memory(topic)?.subscriber_fds()?.into_iter().unzip();
+        let (segments, fds) = self.memory(topic)?.subscriber_fds(cursor)?.into_iter().unzip();
         let info = self.entry(topic)?.info.clone();
         Ok((Answer::SubscriberOpened { info, cursor, position, sequence, asked, segments }, fds))
     }
@@ -839,6 +889,8 @@ impl Estate {
             id: entry.info.id,
             name: entry.info.name.clone(),
             options: entry.info.options.clone(),
+            owner: entry.uid,
+            access: entry.access.clone(),
             oldest_sequence: oldest,
             tail_sequence: tail,
             memory_bytes: entry.bytes,

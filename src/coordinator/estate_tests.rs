@@ -25,10 +25,19 @@ impl Keeper {
         let mut keeper = Keeper { store: BTreeMap::from([(link::REGISTRY.to_owned(), registry)]), socket };
         let mut estate = keeper.restart();
         let pidfd = pidfd::open(std::process::id()).unwrap();
-        let us = estate.admit(std::process::id(), 1000, pidfd).unwrap();
+        let us = estate.admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd).unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         estate
-            .request(us, &Request::CreateTopic { topic: "t".to_owned(), options, exist_ok: false, ephemeral: false })
+            .request(
+                us,
+                &Request::CreateTopic {
+                    topic: "t".to_owned(),
+                    options,
+                    access: None,
+                    exist_ok: false,
+                    ephemeral: false,
+                },
+            )
             .unwrap();
         keeper.listen();
         let handle = Handle::on(&keeper, &estate.entry(0).unwrap().info);
@@ -186,7 +195,8 @@ fn a_creation_that_was_cut_short_is_finished_for_its_wildcards() {
         let (mut keeper, mut estate, _) = Keeper::with_topic();
         let us = open_wildcard(&mut keeper, &mut estate);
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
-        let request = Request::CreateTopic { topic: "new".to_owned(), options, exist_ok: false, ephemeral: false };
+        let request =
+            Request::CreateTopic { topic: "new".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
         let plan = estate.state.request(&estate.limits, FOOTPRINT, us, &request).unwrap();
         assert_eq!(plan.events.len(), 2);
         estate.carry_out(plan.events[0].clone()).unwrap();

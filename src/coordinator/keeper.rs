@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
+use crate::access::Who;
 use crate::coordinator::adoption;
 use crate::coordinator::directory::Place;
 use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Message};
@@ -62,18 +63,18 @@ struct Keeper {
 
 /// Starts a bus and keeps it until it ends, in the background: it goes away when nobody needs it.
 pub(crate) fn run_spawned(place: Place) -> Result<(), ConnectError> {
-    let store = found(&place, false, Store::new())?;
+    let store = found(&place, false, &[], Store::new())?;
     Keeper::new(place, store, None)?.run(None)
 }
 
 /// Serves a bus in the foreground until it is stopped. Under a service manager: on the socket that it hands over, if it
 /// does, and with what it kept of the bus when all of its processes died.
-pub(crate) fn run_foreground(place: Place) -> Result<(), ConnectError> {
+pub(crate) fn run_foreground(place: Place, allow: &[Who]) -> Result<(), ConnectError> {
     let handed_over = systemd::handed_over()
         .map_err(|source| ConnectError::io("taking what the service manager hands over", source))?;
     let manager = systemd::Manager::from_environment();
     let (store, strange) = service_store(&place, handed_over)?;
-    let store = found(&place, true, store)?;
+    let store = found(&place, true, allow, store)?;
     if let Some(manager) = &manager {
         strange.iter().for_each(|name| manager.forget(name));
         store.iter().for_each(|(name, fd)| manager.store(name, fd.as_fd()));
@@ -122,7 +123,7 @@ fn len_of(fd: &OwnedFd) -> u64 {
 }
 
 /// Adds to `store` what a bus cannot do without and is not there: lock, listener, registry.
-fn found(place: &Place, stay: bool, mut store: Store) -> Result<Store, ConnectError> {
+fn found(place: &Place, stay: bool, allow: &[Who], mut store: Store) -> Result<Store, ConnectError> {
     if !store.contains_key(LOCK) {
         let lock = place.lock()?.ok_or_else(|| ConnectError::AlreadyServed { bus: place.bus.clone() })?;
         store.insert(LOCK.to_owned(), lock);
@@ -131,22 +132,29 @@ fn found(place: &Place, stay: bool, mut store: Store) -> Result<Store, ConnectEr
         store.insert(LISTENER.to_owned(), place.listen()?);
     }
     if !store.contains_key(link::REGISTRY) {
-        let registry = match adoption::left_behind(place, stay) {
+        let registry = match adoption::left_behind(place, stay, allow) {
             Some(registry) => registry,
-            None => {
-                new_registry(place, stay).map_err(|source| ConnectError::io("cannot create the registry", source))?
-            }
+            None => new_registry(place, stay, allow)
+                .map_err(|source| ConnectError::io("cannot create the registry", source))?,
         };
         store.insert(link::REGISTRY.to_owned(), registry);
+    }
+    // A service manager has its own idea of its socket.
+    if store.contains_key(LISTENER)
+        && let Some(registry) = store.get(link::REGISTRY)
+    {
+        let others = adoption::lets_others_in(registry.as_fd(), place.registry());
+        place.open_socket(others).map_err(|source| ConnectError::io("cannot set the socket's mode", source))?;
     }
     Ok(store)
 }
 
 /// The registry of a bus of which there is nothing yet.
-fn new_registry(place: &Place, stay: bool) -> io::Result<OwnedFd> {
+fn new_registry(place: &Place, stay: bool, allow: &[Who]) -> io::Result<OwnedFd> {
     let bus = crate::coordinator::random_u64();
-    let began = Event::Began { bus, stay };
-    Registry::create(Some(place.registry()), bus, FIRST_HALF_BYTES, &[began])?.as_fd().try_clone_to_owned()
+    let allowed = (!allow.is_empty()).then(|| Event::Allowed { users: allow.to_vec() });
+    let events: Vec<Event> = [Event::Began { bus, stay }].into_iter().chain(allowed).collect();
+    Registry::create(Some(place.registry()), bus, FIRST_HALF_BYTES, &events)?.as_fd().try_clone_to_owned()
 }
 
 /// Takes the place of a keeper that died: the coordinator at the other end of `link` hands everything over.

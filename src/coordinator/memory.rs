@@ -30,6 +30,14 @@ pub(crate) struct TopicMemory {
     parts: Parts,
     /// By the group's number.
     groups: BTreeMap<u32, GroupMemory>,
+    /// By cursor: of subscribers that share none.
+    own: BTreeMap<u32, OwnCursors>,
+}
+
+/// A segment of cursors of which a subscriber that may hold nobody uses its own: publishers do not know of it.
+struct OwnCursors {
+    segments: LogSegments,
+    fd: OwnedFd,
 }
 
 enum Parts {
@@ -93,6 +101,11 @@ impl TopicMemory {
         info.log().len_bytes + info.cursors().len_bytes + info.arena(0).len_bytes
     }
 
+    /// Bytes that a subscriber's own cursors reserve.
+    pub(crate) fn cursors_footprint_bytes(info: &TopicInfo) -> u64 {
+        info.cursors().len_bytes
+    }
+
     /// Bytes that one more arena reserves.
     pub(crate) fn arena_footprint_bytes(info: &TopicInfo) -> u64 {
         info.arena(0).len_bytes
@@ -126,7 +139,7 @@ impl TopicMemory {
     }
 
     fn new(info: &TopicInfo, parts: Parts) -> TopicMemory {
-        TopicMemory { info: info.clone(), parts, groups: BTreeMap::new() }
+        TopicMemory { info: info.clone(), parts, groups: BTreeMap::new(), own: BTreeMap::new() }
     }
 
     /// Every segment with the name it is stored under.
@@ -167,6 +180,34 @@ impl TopicMemory {
         Ok(())
     }
 
+    /// Creates the segment of a subscriber's own cursor.
+    pub(crate) fn add_own_cursors(&mut self, cursor: u32) -> Result<(), Refusal> {
+        let Parts::Log { segments, .. } = &self.parts else {
+            return Err(corrupt(&self.info, "a channel has no cursors".into()));
+        };
+        let promise = self.info.cursors();
+        let (fd, cursors) = new_segment(&self.info, "own-cursors", &promise)?;
+        let segments = LogSegments { log: segments.log.clone(), cursors };
+        segments.cursor_lines(&self.info).iter().for_each(|line| line.format());
+        segments.cursors.publish(&promise);
+        self.own.insert(cursor, OwnCursors { segments, fd });
+        Ok(())
+    }
+
+    /// Gives up the segment of a cursor that is nobody's any more.
+    pub(crate) fn drop_own_cursors(&mut self, cursor: u32) {
+        self.own.remove(&cursor);
+    }
+
+    /// The segments in which a cursor lies; `None` on channels.
+    fn segments_of(&self, cursor: u32) -> Option<&LogSegments> {
+        match (&self.parts, self.own.get(&cursor)) {
+            (_, Some(own)) => Some(&own.segments),
+            (Parts::Log { segments, .. }, None) => Some(segments),
+            (Parts::Channel { .. }, None) => None,
+        }
+    }
+
     /// Descriptors for a publisher: log, cursors, own arena, all read-write (a channel: its segment).
     pub(crate) fn publisher_fds(&self, slot: u32) -> Result<Vec<OwnedFd>, Refusal> {
         let system = |e| system(&self.info, "cannot duplicate a descriptor", e);
@@ -179,9 +220,13 @@ impl TopicMemory {
         }
     }
 
-    /// Descriptors for a subscriber: log (read-only), cursors (read-write), each arena (read-only) with its slot; a
+    /// Descriptors for a subscriber: log (read-only), the cursors that its own is among (read-write), each arena (read-only) with its slot; a
     /// channel: its segment.
-    pub(crate) fn subscriber_fds(&self) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
+    pub(crate) fn subscriber_fds(&self, cursor: u32) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
+        self.reader_fds(self.own.get(&cursor))
+    }
+
+    fn reader_fds(&self, own: Option<&OwnCursors>) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
         let system = |e| system(&self.info, "cannot duplicate a descriptor", e);
         let (log, cursors, arenas) = match &self.parts {
             Parts::Channel { fd, .. } => return Ok(vec![(SegmentRef::Channel, fd.try_clone().map_err(system)?)]),
@@ -189,7 +234,10 @@ impl TopicMemory {
         };
         let mut fds = vec![
             (SegmentRef::Log, memfd::read_only(log.as_fd()).map_err(system)?),
-            (SegmentRef::Cursors, cursors.try_clone().map_err(system)?),
+            match own {
+                Some(own) => (SegmentRef::OwnCursors, own.fd.try_clone().map_err(system)?),
+                None => (SegmentRef::Cursors, cursors.try_clone().map_err(system)?),
+            },
         ];
         for (slot, part) in arenas.iter().enumerate() {
             if let Some(part) = part {
@@ -335,7 +383,7 @@ impl TopicMemory {
     }
 
     fn join_line(&self, cursor: u32, start: StartAt, occupy: impl FnOnce(&Cursor)) -> Result<Joined, Refusal> {
-        let Parts::Log { segments, .. } = &self.parts else { return self.join_channel() };
+        let Some(segments) = self.segments_of(cursor) else { return self.join_channel() };
         let lines = segments.cursor_lines(&self.info);
         let line = lines.get(cursor as usize).ok_or_else(|| corrupt(&self.info, format!("no cursor {cursor}")))?;
         let (header, readers) = (segments.header(), segments.readers());
@@ -443,9 +491,10 @@ impl TopicMemory {
     /// Takes a cursor out of force and wakes publishers that it held, or died over waking. Idempotent. `from_oldest`: its reader began with the
     /// oldest message, so that on a topic that holds nothing below the cursor is unread.
     pub(crate) fn leave(&self, cursor: u32, from_oldest: bool) {
-        let segments = match &self.parts {
-            Parts::Channel { segment, .. } => return topic::channel_header(segment).writers.ring_again(),
-            Parts::Log { segments, .. } => segments,
+        let segments = match (&self.parts, self.segments_of(cursor)) {
+            (Parts::Channel { segment, .. }, _) => return topic::channel_header(segment).writers.ring_again(),
+            (_, Some(segments)) => segments,
+            (_, None) => return,
         };
         let (header, readers, lines) = (segments.header(), segments.readers(), segments.cursor_lines(&self.info));
         let Some(line) = lines.get(cursor as usize) else { return };
@@ -490,23 +539,24 @@ impl TopicMemory {
 
     /// A cursor's sequence.
     pub(crate) fn cursor_sequence(&self, cursor: u32) -> u64 {
-        match &self.parts {
-            Parts::Channel { segment, .. } => channel_ends(segment, &self.info).0,
-            Parts::Log { segments, .. } => {
+        match (&self.parts, self.segments_of(cursor)) {
+            (Parts::Channel { segment, .. }, _) => channel_ends(segment, &self.info).0,
+            (_, Some(segments)) => {
                 segments.cursor_lines(&self.info).get(cursor as usize).map_or(0, |line| line.sequence())
             }
+            (_, None) => 0,
         }
     }
 
     /// Whether a cursor is in force for this owner.
     pub(crate) fn is_in_force(&self, cursor: u32, owner: u64) -> bool {
-        let Parts::Log { segments, .. } = &self.parts else { return true };
+        let Some(segments) = self.segments_of(cursor) else { return true };
         segments.cursor_lines(&self.info).get(cursor as usize).is_some_and(|line| line.is_in_force_for(owner))
     }
 
     /// Where a cursor stands; `None` where it is not in force.
     pub(crate) fn cursor_place(&self, cursor: u32) -> Option<Place> {
-        let Parts::Log { segments, .. } = &self.parts else { return None };
+        let segments = self.segments_of(cursor)?;
         segments.cursor_lines(&self.info).get(cursor as usize)?.place()
     }
 
@@ -526,6 +576,7 @@ impl TopicMemory {
                 segments.header().end(state);
                 segments.readers().readers.call_attention();
                 segments.readers().writers.call_attention();
+                self.own.values().for_each(|own| own.segments.readers().readers.call_attention());
             }
         }
     }

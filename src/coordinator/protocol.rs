@@ -7,13 +7,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::Access;
 use crate::error::Refusal;
 use crate::group::GroupOptions;
 use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 4;
+pub(crate) const PROTOCOL_VERSION: u32 = 5;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -29,8 +30,9 @@ pub(crate) enum Request {
     /// told of again.
     Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
     /// Creates a topic. With `exist_ok` an existing topic with the same options is fine. An `ephemeral` one is removed when
-    /// the participant that created it leaves or dies.
-    CreateTopic { topic: String, options: TopicOptions, exist_ok: bool, ephemeral: bool },
+    /// the participant that created it leaves or dies. `access`: who else may use it; `None`: nobody, or of one that exists
+    /// whoever may.
+    CreateTopic { topic: String, options: TopicOptions, access: Option<Access>, exist_ok: bool, ephemeral: bool },
     /// Removes a topic; `force` also while it is in use.
     RemoveTopic { topic: String, force: bool },
     /// Opens a publisher; `create` holds the options to create the topic with where it does not exist.
@@ -140,6 +142,8 @@ impl HandleRef {
 pub(crate) enum SegmentRef {
     Log,
     Cursors,
+    /// Cursors of which one is used, by a subscriber that may share none: nobody scans them, and nobody rings there.
+    OwnCursors,
     /// The arena of this publisher slot.
     Arena(u32),
     Channel,
@@ -341,6 +345,10 @@ pub struct TopicStatus {
     pub name: String,
     /// What it was created with.
     pub options: TopicOptions,
+    /// The user who created it.
+    pub owner: u32,
+    /// Who may use it besides its owner and root.
+    pub access: Access,
     /// Oldest sequence that is still retained.
     pub oldest_sequence: u64,
     /// Next sequence to be published.

@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     fn joined(incarnation: u64) -> Event {
-        Event::Joined { incarnation, pid: 1, uid: 2 }
+        Event::Joined { incarnation, pid: 1, uid: 2, gids: vec![2] }
     }
 
     fn reopen(registry: &Registry) -> Result<(Registry, Vec<Event>), RegistryError> {

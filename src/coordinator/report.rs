@@ -10,9 +10,15 @@ use crate::topic::{Full, Mode};
 const MAX_BLOCKED: usize = 64;
 
 impl Estate {
-    /// The bus as it is now.
-    pub(crate) fn report(&self, keeper_pid: Option<u32>, is_connected: impl Fn(u64) -> bool) -> BusReport {
-        let participants = self.state().participants().iter().map(|(&incarnation, participant)| ParticipantStatus {
+    /// The bus as it is now, as far as it is for the eyes of who `asks`: root and who runs the bus see everything, others their
+    /// own processes and the topics on which they have a right.
+    pub(crate) fn report(&self, asks: u64, keeper_pid: Option<u32>, is_connected: impl Fn(u64) -> bool) -> BusReport {
+        let is_host = self.check_host(asks).is_ok();
+        let me = self.state().participant(asks);
+        let is_mine = |uid: u32| is_host || me.is_some_and(|me| me.uid == uid);
+        let sees = |entry: &&TopicEntry| is_host || me.is_some_and(|me| entry.is_seen_by(me));
+        let everybody = self.state().participants().iter().filter(|(_, participant)| is_mine(participant.uid));
+        let participants = everybody.map(|(&incarnation, participant)| ParticipantStatus {
             incarnation,
             pid: participant.pid,
             uid: participant.uid,
@@ -25,7 +31,14 @@ impl Estate {
             budget_bytes: self.limits().budget_bytes,
             most_reserved_bytes: self.state().most_reserved_bytes(),
             participants: participants.collect(),
-            blocked: self.state().topics().values().filter_map(|t| self.blocked(t)).take(MAX_BLOCKED).collect(),
+            blocked: self
+                .state()
+                .topics()
+                .values()
+                .filter(sees)
+                .filter_map(|t| self.blocked(t))
+                .take(MAX_BLOCKED)
+                .collect(),
         }
     }
 

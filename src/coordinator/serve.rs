@@ -3,6 +3,7 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use crate::access::Who;
 use crate::coordinator::directory::Place;
 use crate::coordinator::keeper;
 use crate::coordinator::roles::{self, Role};
@@ -17,6 +18,8 @@ pub struct ServeOptions {
     pub bus: String,
     /// The socket directory; `None` for the usual one.
     pub directory: Option<PathBuf>,
+    /// Who may use the bus, besides root and the user who runs it. Kept when it is restarted.
+    pub allow: Vec<Who>,
     /// Start the bus in the background and return (`--spawned`, hidden). It goes away when nobody needs it.
     pub spawned: bool,
     /// Be one of the bus's processes (`--role`, hidden).
@@ -37,7 +40,7 @@ pub fn serve(options: ServeOptions) -> Result<(), ConnectError> {
     process::raise_descriptor_limit()
         .map_err(|source| ConnectError::io("cannot raise the descriptor limit", source))?;
     match (options.role, options.fd) {
-        (None, _) => keeper::run_foreground(place),
+        (None, _) => keeper::run_foreground(place, &options.allow),
         (Some(Role::Keeper), None) => keeper::run_spawned(place),
         (Some(Role::Keeper), Some(fd)) => keeper::run_successor(place, inherited(fd)?),
         (Some(Role::Coordinator), Some(fd)) => coordinate(place, inherited(fd)?),

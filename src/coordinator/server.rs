@@ -22,7 +22,7 @@ use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
 use crate::os::address_space;
-use crate::os::socket::{self, Peer};
+use crate::os::socket::{self, Peer, User};
 
 /// A bus that nobody has found yet waits longer than one that was left.
 const FIRST_LINGER: Duration = Duration::from_secs(5);
@@ -37,6 +37,9 @@ const NAMES_LOOK: Duration = Duration::from_secs(30);
 /// come back or stay for good.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(30);
+
+/// Connections of users whom the bus does not let in, which wait to be told so.
+const MAX_STRANGERS: usize = 16;
 
 /// Connections accepted in one round, and events looked at.
 const ACCEPTS_PER_ROUND: usize = 16;
@@ -87,10 +90,11 @@ pub(crate) struct Server {
 impl Server {
     /// A bus without a keeper, on a thread of this process: new, or what is left of one whose processes died.
     pub(crate) fn host(place: Place, lock: OwnedFd, listener: OwnedFd) -> io::Result<Server> {
-        let estate = match adoption::left_behind(&place, false) {
+        let estate = match adoption::left_behind(&place, false, &[]) {
             None => Estate::found(crate::coordinator::random_u64(), Some(place.registry()))?,
             Some(registry) => {
                 let (mut store, path) = (BTreeMap::new(), place.registry());
+                place.open_socket(adoption::lets_others_in(registry.as_fd(), path))?;
                 adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, None)?;
                 Estate::resume(store, registry, Some(path), None).map_err(|(error, _)| io::Error::other(error))?
             }
@@ -294,19 +298,28 @@ impl Server {
 
     fn welcome_connection(&mut self, socket: OwnedFd) -> io::Result<()> {
         let Ok(peer) = socket::peer(socket.as_fd()) else { return Ok(()) };
-        if peer.uid != 0 && peer.uid != Uid::effective().as_raw() {
+        let Ok(user) = socket::user(socket.as_fd()) else { return Ok(()) };
+        let stranger = !self.estate.lets_in(&user);
+        let of_kind = |client: &&Connection| if stranger { client.stranger } else { client.peer.uid == user.uid };
+        let alike = self.clients.values().filter(of_kind).count();
+        // He is told so when he says Hello, if there are not too many of his kind.
+        if stranger && alike >= MAX_STRANGERS {
             return Ok(());
         }
         // Each participant has at most one connection, and as many again may be about to say Hello.
         let limit = self.estate.limits().participants * 2;
-        if self.clients.len() >= limit {
+        let of_user = self.estate.limits().user_participants * 2;
+        if self.clients.len() >= limit || alike >= of_user {
+            let limit = if alike >= of_user { of_user } else { limit };
             decline(&socket, too_many_connections(limit));
             return Ok(());
         }
         let id = self.next_client;
         self.next_client += 1;
         self.watch(&socket, token(KIND_CLIENT, id))?;
-        self.clients.insert(id, Connection::new(socket, peer));
+        let mut connection = Connection::new(socket, peer);
+        connection.stranger = stranger;
+        self.clients.insert(id, connection);
         Ok(())
     }
 
@@ -440,7 +453,7 @@ impl Server {
                 Ok(())
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
-            (Some(_), Request::Report) => self.report(id),
+            (Some(incarnation), Request::Report) => self.report(id, incarnation),
             (Some(incarnation), request) => self.grant(id, incarnation, &request),
         }
     }
@@ -454,6 +467,13 @@ impl Server {
         }
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let peer = client.peer;
+        let user = socket::user(client.as_fd())?;
+        if client.stranger {
+            let refusal = Refusal::NotAllowed { uid: user.uid, host: Uid::effective().as_raw() };
+            self.send(id, &Answer::Refused(refusal), Vec::new())?;
+            self.expel(id);
+            return Ok(());
+        }
         let watched = socket::peer_pidfd(client.as_fd(), peer);
         let space = address_space::open(peer.pid);
         // Who is still connected is still the process and the program that connected: both descriptors are its own, and no
@@ -465,7 +485,7 @@ impl Server {
         }
         let space = space.ok().filter(|_| !hung_up);
         let admitted = match watched {
-            Ok(pidfd) => self.let_in(peer, pidfd, space, incarnation, holds)?,
+            Ok(pidfd) => self.let_in((peer, user), pidfd, space, incarnation, holds)?,
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -512,7 +532,7 @@ impl Server {
 
     fn let_in(
         &mut self,
-        peer: Peer,
+        (peer, user): (Peer, User),
         pidfd: OwnedFd,
         space: Option<OwnedFd>,
         incarnation: Option<u64>,
@@ -527,7 +547,7 @@ impl Server {
             }
             return Ok(readmitted.map(|()| incarnation));
         }
-        let admitted = self.estate.admit(peer.pid, peer.uid, pidfd);
+        let admitted = self.estate.admit(peer.pid, user, pidfd);
         if let Ok(incarnation) = admitted
             && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
         {
@@ -600,9 +620,9 @@ impl Server {
         Ok(())
     }
 
-    fn report(&mut self, id: u64) -> io::Result<()> {
+    fn report(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
         let keeper = self.estate.link().and_then(Link::pid);
-        let report = self.estate.report(keeper, |incarnation| self.connected.contains_key(&incarnation));
+        let report = self.estate.report(incarnation, keeper, |incarnation| self.connected.contains_key(&incarnation));
         self.send(id, &Answer::Report(report), Vec::new())
     }
 

@@ -4,6 +4,7 @@
 //! it. The server carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
 //! event has just happened or is replayed from the registry.
 
+mod access;
 mod groups;
 mod limits;
 mod wildcards;
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::{Access, Right, Who};
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
 use crate::coordinator::names;
 use crate::coordinator::names::NameEntry;
@@ -40,18 +42,28 @@ const SHOWN_NAME_BYTES: usize = 64;
 pub(crate) enum Event {
     /// First event of a registry: the bus, and whether it stays when nobody needs it.
     Began { bus: u64, stay: bool },
+    /// The users who may connect, besides root and who runs the bus.
+    Allowed { users: Vec<Who> },
     /// Ids below these have been given away (part of a compacted registry).
     Given { participants: u64, topics: u64, publishers: u64 },
     /// The same for wildcard subscriptions.
     WildcardsGiven { wildcards: u64 },
     /// A process connected.
-    Joined { incarnation: u64, pid: u32, uid: u32 },
+    Joined { incarnation: u64, pid: u32, uid: u32, gids: Vec<u32> },
     /// Which process a participant is, beside its number: proof of its death for a coordinator that has no descriptor of it.
     Recognized { incarnation: u64, birth: Birth },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry). It goes with its `owner`.
-    TopicCreated { info: TopicInfo, uid: u32, bytes: u64, publishers: u64, kept: bool, owner: Option<u64> },
+    TopicCreated {
+        info: TopicInfo,
+        uid: u32,
+        access: Access,
+        bytes: u64,
+        publishers: u64,
+        kept: bool,
+        owner: Option<u64>,
+    },
     /// Inode numbers of a topic's segments by their names: what is presented for one of them must be this one.
     SegmentsKnown { topic: u64, inodes: Vec<(String, u64)> },
     /// It is gone, with all its handles.
@@ -67,7 +79,8 @@ pub(crate) enum Event {
     Fenced { topic: u64, slot: u32 },
     /// A publisher has lost its identity, whose last number is this: it is fenced, dead, or has left.
     IdentitySettled { topic: u64, slot: u32, last_number: u64 },
-    /// A subscriber holds a cursor, perhaps for a wildcard subscription.
+    /// A subscriber holds a cursor, perhaps for a wildcard subscription. With `own` its cursor lies in a segment of its own, of so
+    /// many bytes.
     SubscriberOpened {
         topic: u64,
         cursor: u32,
@@ -75,6 +88,7 @@ pub(crate) enum Event {
         start: StartAt,
         droppable: bool,
         wildcard: Option<u64>,
+        own: Option<u64>,
     },
     /// A group exists, in the place of the one it `replaces` (a rewind), which is retired.
     GroupCreated { topic: u64, info: GroupInfo, start: StartAt, bytes: u64, replaces: Option<u32> },
@@ -133,6 +147,8 @@ pub(crate) enum Reply {
 pub(crate) struct Participant {
     pub(crate) pid: u32,
     pub(crate) uid: u32,
+    /// Its group and supplementary groups.
+    pub(crate) gids: Vec<u32>,
     /// Absent only until it is let in.
     pub(crate) birth: Option<Birth>,
     pub(crate) handles: BTreeSet<HandleRef>,
@@ -143,6 +159,7 @@ pub(crate) struct Participant {
 pub(crate) struct TopicEntry {
     pub(crate) info: TopicInfo,
     pub(crate) uid: u32,
+    pub(crate) access: Access,
     pub(crate) bytes: u64,
     pub(crate) arenas: BTreeSet<u32>,
     /// Inode numbers of its segments, by name.
@@ -181,6 +198,8 @@ pub(crate) struct SubscriberEntry {
     pub(crate) droppable: bool,
     /// The wildcard subscription it belongs to.
     pub(crate) wildcard: Option<u64>,
+    /// Bytes of the segment of its own that its cursor lies in, counted to its user.
+    pub(crate) own: Option<u64>,
 }
 
 /// Bytes that segments take; asked of whoever lays them out.
@@ -188,6 +207,8 @@ pub(crate) struct SubscriberEntry {
 pub(crate) struct Footprint {
     /// A new topic: log, cursors and first arena, or the channel.
     pub(crate) topic: fn(&TopicInfo) -> u64,
+    /// Cursors of a subscriber's own.
+    pub(crate) cursors: fn(&TopicInfo) -> u64,
     /// One more arena.
     pub(crate) arena: fn(&TopicInfo) -> u64,
     /// A group's ledger.
@@ -200,6 +221,7 @@ pub(crate) struct State {
     pub(crate) bus: u64,
     pub(crate) stay: bool,
     pub(crate) ending: bool,
+    pub(crate) allowed: Vec<Who>,
     participants: BTreeMap<u64, Participant>,
     topics: BTreeMap<u64, TopicEntry>,
     names: BTreeMap<String, u64>,
@@ -263,8 +285,10 @@ impl State {
                 self.next_publisher = self.next_publisher.max(*publishers);
             }
             Event::WildcardsGiven { wildcards } => self.next_wildcard = self.next_wildcard.max(*wildcards),
-            Event::Joined { incarnation, pid, uid } => {
-                let participant = Participant { pid: *pid, uid: *uid, birth: None, handles: BTreeSet::new() };
+            Event::Allowed { users } => self.allowed.clone_from(users),
+            Event::Joined { incarnation, pid, uid, gids } => {
+                let (pid, uid, gids) = (*pid, *uid, gids.clone());
+                let participant = Participant { pid, uid, gids, birth: None, handles: BTreeSet::new() };
                 self.participants.insert(*incarnation, participant);
                 self.next_incarnation = self.next_incarnation.max(incarnation + 1);
             }
@@ -276,8 +300,9 @@ impl State {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
                 self.participants.remove(incarnation);
             }
-            Event::TopicCreated { info, uid, bytes, publishers, kept, owner } => {
-                self.add_topic(info, *uid, *bytes, *publishers, *kept, *owner);
+            Event::TopicCreated { info, uid, access, bytes, publishers, kept, owner } => {
+                let new = TopicEntry::new(info, *uid, access, *bytes, *publishers, *kept, *owner);
+                self.add_topic(new);
             }
             Event::SegmentsKnown { topic, inodes } => {
                 let entry = self.topics.get_mut(topic);
@@ -315,15 +340,16 @@ impl State {
                 entry.settle_identity(*slot, *last_number);
                 self.forget_origins(*topic);
             }
-            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard } => {
+            Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, own } => {
                 self.close(HandleRef::Subscriber { topic: *topic, cursor: *cursor });
                 let Some(entry) = self.topics.get_mut(topic) else { return };
-                let (start, droppable, wildcard) = (*start, *droppable, *wildcard);
-                let new = SubscriberEntry { incarnation: *incarnation, start, droppable, wildcard };
+                let (start, droppable, wildcard, own) = (*start, *droppable, *wildcard, *own);
+                let new = SubscriberEntry { incarnation: *incarnation, start, droppable, wildcard, own };
                 if let Some(subscription) = wildcard.and_then(|wildcard| self.wildcards.get_mut(&wildcard)) {
                     subscription.opened += 1;
                 }
                 entry.subscribers.insert(*cursor, new);
+                self.count_own_cursors(&new, true);
                 self.hold(*incarnation, HandleRef::Subscriber { topic: *topic, cursor: *cursor });
             }
             Event::GroupCreated { topic, info, start, bytes, replaces } => {
@@ -359,8 +385,9 @@ impl State {
     /// The fewest events from which the same state comes again.
     pub(crate) fn snapshot(&self) -> Vec<Event> {
         let mut events = vec![Event::Began { bus: self.bus, stay: self.stay }];
+        events.extend((!self.allowed.is_empty()).then(|| Event::Allowed { users: self.allowed.clone() }));
         for (&incarnation, p) in &self.participants {
-            events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid });
+            events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid, gids: p.gids.clone() });
             events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth }));
         }
         self.snapshot_wildcards(&mut events);
@@ -384,36 +411,14 @@ impl State {
         removed.chain([Event::Left { incarnation }]).collect()
     }
 
-    fn add_topic(
-        &mut self,
-        info: &TopicInfo,
-        uid: u32,
-        bytes: u64,
-        publishers_seen: u64,
-        kept: bool,
-        owner: Option<u64>,
-    ) {
-        self.next_topic = self.next_topic.max(info.id + 1);
-        self.names.insert(info.name.clone(), info.id);
-        *self.reserved.entry(uid).or_default() += bytes;
-        let entry = TopicEntry {
-            info: info.clone(),
-            uid,
-            bytes,
-            arenas: BTreeSet::from([0]),
-            inodes: BTreeMap::new(),
-            publishers: BTreeMap::new(),
-            subscribers: BTreeMap::new(),
-            groups: BTreeMap::new(),
-            next_group: 0,
-            identities: BTreeMap::new(),
-            publishers_seen,
-            kept,
-            owner,
-        };
-        let owned = self.owned.entry(uid).or_default();
-        (owned.topics, owned.segments) = (owned.topics + 1, owned.segments + entry.segments());
-        self.topics.insert(info.id, entry);
+    fn add_topic(&mut self, new: TopicEntry) {
+        let id = new.info.id;
+        self.next_topic = self.next_topic.max(id + 1);
+        self.names.insert(new.info.name.clone(), id);
+        *self.reserved.entry(new.uid).or_default() += new.bytes;
+        let owned = self.owned.entry(new.uid).or_default();
+        (owned.topics, owned.segments) = (owned.topics + 1, owned.segments + new.segments());
+        self.topics.insert(id, new);
     }
 
     fn remove_topic(&mut self, topic: u64) {
@@ -446,7 +451,9 @@ impl State {
                 removed.map(|publisher| publisher.incarnation)
             }
             HandleRef::Subscriber { topic, cursor } => {
-                self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor)).map(|s| s.incarnation)
+                let removed = self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor));
+                removed.iter().for_each(|subscriber| self.count_own_cursors(subscriber, false));
+                removed.map(|subscriber| subscriber.incarnation)
             }
             HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
             HandleRef::Wildcard { wildcard } => self.close_wildcard(wildcard),
@@ -458,6 +465,33 @@ impl State {
 }
 
 impl TopicEntry {
+    fn new(
+        info: &TopicInfo,
+        uid: u32,
+        access: &Access,
+        bytes: u64,
+        publishers_seen: u64,
+        kept: bool,
+        owner: Option<u64>,
+    ) -> TopicEntry {
+        TopicEntry {
+            info: info.clone(),
+            uid,
+            access: access.clone(),
+            bytes,
+            arenas: BTreeSet::from([0]),
+            inodes: BTreeMap::new(),
+            publishers: BTreeMap::new(),
+            subscribers: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            next_group: 0,
+            identities: BTreeMap::new(),
+            publishers_seen,
+            kept,
+            owner,
+        }
+    }
+
     /// Who reads its messages: subscribers, consumers and, where ids are compared, publishers.
     pub(crate) fn readers(&self) -> impl Iterator<Item = u64> + '_ {
         let publishers = self.publishers.values().filter(|_| self.info.options.dedup).map(|p| p.incarnation);
@@ -483,7 +517,8 @@ impl TopicEntry {
         let publishers = self.publishers_seen - self.publishers.len() as u64;
         let (info, kept, owner) = (self.info.clone(), self.kept, self.owner);
         let bytes = self.bytes - self.group_bytes();
-        events.push(Event::TopicCreated { info, uid: self.uid, bytes, publishers, kept, owner });
+        let access = self.access.clone();
+        events.push(Event::TopicCreated { info, uid: self.uid, access, bytes, publishers, kept, owner });
         for &slot in self.arenas.iter().filter(|slot| **slot != 0) {
             events.push(Event::ArenaAdded { topic, slot, bytes: 0 });
         }
@@ -499,8 +534,8 @@ impl TopicEntry {
             events.push(Event::PublisherOpened { topic, slot, opened: opened.clone() });
         }
         for (&cursor, s) in &self.subscribers {
-            let SubscriberEntry { incarnation, start, droppable, wildcard } = *s;
-            events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard });
+            let SubscriberEntry { incarnation, start, droppable, wildcard, own } = *s;
+            events.push(Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, own });
         }
         self.snapshot_groups(events);
     }
@@ -538,14 +573,14 @@ struct Decider<'a> {
 
 impl State {
     /// A process without an incarnation connects.
-    pub(crate) fn join(&self, limits: &Limits, pid: u32, uid: u32) -> Result<Plan, Refusal> {
+    pub(crate) fn join(&self, limits: &Limits, pid: u32, uid: u32, gids: Vec<u32>) -> Result<Plan, Refusal> {
         if self.participants.len() >= limits.participants {
             let mend = "end some programs that use the bus".to_owned();
             return Err(Refusal::Limit { what: "participants".to_owned(), limit: limits.participants as u64, mend });
         }
         self.check_user_participants(limits, uid)?;
         let incarnation = self.next_incarnation;
-        let events = vec![Event::Joined { incarnation, pid, uid }];
+        let events = vec![Event::Joined { incarnation, pid, uid, gids }];
         Ok(Plan { events, reply: Reply::Welcome { incarnation } })
     }
 
@@ -580,8 +615,8 @@ impl State {
             Request::Hello { .. } | Request::Goodbye | Request::Report => {
                 Err(Refusal::Protocol { problem: "out of turn".to_owned() })
             }
-            Request::CreateTopic { topic, options, exist_ok, ephemeral } => {
-                decider.create_topic(topic, options, *exist_ok, *ephemeral)
+            Request::CreateTopic { topic, options, access, exist_ok, ephemeral } => {
+                decider.create_topic(topic, options, access.as_ref(), *exist_ok, *ephemeral)
             }
             Request::RemoveTopic { topic, force } => decider.remove_topic(topic, *force),
             Request::OpenPublisher { topic, schema, create, identity } => {
@@ -621,18 +656,23 @@ impl Decider<'_> {
         &self,
         name: &str,
         options: &TopicOptions,
+        access: Option<&Access>,
         exist_ok: bool,
         ephemeral: bool,
     ) -> Result<Plan, Refusal> {
         checked(name)?;
         let Some(existing) = self.state.names.get(name).and_then(|id| self.state.topics.get(id)) else {
-            let (_, events) = self.new_topic(name, options, !ephemeral, ephemeral.then_some(self.incarnation))?;
+            let (_, events) =
+                self.new_topic(name, options, access, !ephemeral, ephemeral.then_some(self.incarnation))?;
             return Ok(Plan { events, reply: Reply::Created { existed: false } });
         };
         if !exist_ok {
             return Err(Refusal::AlreadyExists { topic: name.to_owned() });
         }
-        match difference(&existing.info.options, options) {
+        self.check_sees(existing)?;
+        let other_access = access.filter(|access| **access != existing.access);
+        let other_access = other_access.map(|access| format!("access is {}, asked for {access}", existing.access));
+        match difference(&existing.info.options, options).or(other_access) {
             Some(difference) => Err(Refusal::Exists { topic: name.to_owned(), difference }),
             None => Ok(Plan { events: Vec::new(), reply: Reply::Created { existed: true } }),
         }
@@ -640,6 +680,7 @@ impl Decider<'_> {
 
     fn remove_topic(&self, name: &str, force: bool) -> Result<Plan, Refusal> {
         let entry = self.existing(name)?;
+        self.check_right(entry, Right::Administer)?;
         let (publishers, subscribers) = (entry.publishers.len() as u32, entry.subscribers.len() as u32);
         let consumers = entry.consuming().count() as u32;
         if !force && publishers + subscribers + consumers > 0 {
@@ -665,11 +706,12 @@ impl Decider<'_> {
         let (info, slot, tenancy) = match (existing, create) {
             (None, None) => return Err(unknown(name)),
             (None, Some(options)) => {
-                let (info, created) = self.new_topic(name, options, false, None)?;
+                let (info, created) = self.new_topic(name, options, None, false, None)?;
                 events.extend(created);
                 (info, 0, 0)
             }
             (Some(entry), _) => {
+                self.check_right(entry, Right::Publish)?;
                 let slot = self.publisher_slot(entry)?;
                 identity.map_or(Ok(()), |identity| names::check_room(entry, identity))?;
                 // First what may fail for want of memory: a holder is fenced for a successor that comes.
@@ -697,9 +739,10 @@ impl Decider<'_> {
         droppable: bool,
     ) -> Result<Plan, Refusal> {
         let entry = self.existing(name)?;
+        let own = self.check_subscribe(entry, droppable)?;
         self.check_handles()?;
         check_schema(&entry.info, schema)?;
-        let (topic, incarnation) = (entry.info.id, self.incarnation);
+        let (topic, incarnation, wildcard) = (entry.info.id, self.incarnation, None);
         let Some(cursor) = entry.free_cursor() else {
             return Err(match entry.info.options.mode {
                 Mode::Channel => {
@@ -708,7 +751,7 @@ impl Decider<'_> {
                 _ => too_many("subscribers and groups", entry, entry.max_subscribers()),
             });
         };
-        let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard: None }];
+        let events = vec![Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, own }];
         Ok(Plan { events, reply: Reply::Subscriber { topic, cursor } })
     }
 
@@ -732,7 +775,9 @@ impl Decider<'_> {
 
     /// Changes memory alone: what is given up is nobody's.
     fn purge(&self, name: &str) -> Result<Plan, Refusal> {
-        let info = &self.existing(name)?.info;
+        let entry = self.existing(name)?;
+        self.check_right(entry, Right::Administer)?;
+        let info = &entry.info;
         if info.options.mode == Mode::Channel {
             let problem = "a channel's messages are its receiver's; read them, or remove the topic".to_owned();
             return Err(Refusal::Options { topic: name.to_owned(), problem });
@@ -742,18 +787,24 @@ impl Decider<'_> {
 
     fn status(&self, topic: Option<&str>, after: Option<&str>) -> Result<Plan, Refusal> {
         if let Some(name) = topic {
-            let topics = vec![self.existing(name)?.info.id];
+            let entry = self.existing(name)?;
+            self.check_sees(entry)?;
+            let topics = vec![entry.info.id];
             return Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more: false } });
         }
         let start = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-        let mut rest = self.state.names.range::<str, _>((start, std::ops::Bound::Unbounded)).map(|(_, id)| *id);
+        let rest = self.state.names.range::<str, _>((start, std::ops::Bound::Unbounded)).map(|(_, id)| *id);
+        let seen = |id: &u64| self.state.topics.get(id).is_some_and(|entry| self.sees(entry));
+        let mut rest = rest.filter(seen);
         let topics = rest.by_ref().take(MAX_STATUS_TOPICS).collect();
         let more = rest.next().is_some();
         Ok(Plan { events: Vec::new(), reply: Reply::Status { topics, more } })
     }
 
     fn names(&self, topic: &str, after: Option<String>) -> Result<Plan, Refusal> {
-        let topic = self.existing(topic)?.info.id;
+        let entry = self.existing(topic)?;
+        self.check_sees(entry)?;
+        let topic = entry.info.id;
         Ok(Plan { events: Vec::new(), reply: Reply::Names { topic, after } })
     }
 
@@ -768,6 +819,7 @@ impl Decider<'_> {
         &self,
         name: &str,
         options: &TopicOptions,
+        access: Option<&Access>,
         kept: bool,
         owner: Option<u64>,
     ) -> Result<(TopicInfo, Vec<Event>), Refusal> {
@@ -798,8 +850,12 @@ impl Decider<'_> {
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
         self.check_owned(self.uid, 1, limits::first_segments(options.mode))?;
-        let cursors = self.wildcard_cursors(&info)?;
-        let created = Event::TopicCreated { info: info.clone(), uid: self.uid, bytes, publishers: 0, kept, owner };
+        let access = access.cloned().or_else(|| self.access_of_dead_letters(name)).unwrap_or_default();
+        access.check().map_err(|problem| Refusal::Options { topic: name.to_owned(), problem })?;
+        let new = TopicEntry::new(&info, self.uid, &access, bytes, 0, kept, owner);
+        let cursors = self.wildcard_cursors(&new)?;
+        let created =
+            Event::TopicCreated { info: info.clone(), uid: self.uid, access, bytes, publishers: 0, kept, owner };
         Ok((info, [created].into_iter().chain(cursors).collect()))
     }
 

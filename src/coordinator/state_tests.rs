@@ -11,7 +11,7 @@ const LIMITS: Limits = Limits {
     wildcards: 2,
     budget_bytes: 10_000,
 };
-const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, arena: |_| 100, group: |_, _| 10 };
+const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, cursors: |_| 50, arena: |_| 100, group: |_, _| 10 };
 
 fn state() -> State {
     let mut state = State::default();
@@ -20,7 +20,7 @@ fn state() -> State {
 }
 
 fn join(state: &mut State) -> u64 {
-    let plan = state.join(&LIMITS, 4000, 1000).unwrap();
+    let plan = state.join(&LIMITS, 4000, 1000, vec![1000]).unwrap();
     plan.events.iter().for_each(|event| state.apply(event));
     let Reply::Welcome { incarnation } = plan.reply else { panic!("{plan:?}") };
     incarnation
@@ -33,7 +33,7 @@ fn ask(state: &mut State, who: u64, request: Request) -> Result<Plan, Refusal> {
 }
 
 fn create(topic: &str, options: TopicOptions) -> Request {
-    Request::CreateTopic { topic: topic.to_owned(), options, exist_ok: true, ephemeral: false }
+    Request::CreateTopic { topic: topic.to_owned(), options, access: None, exist_ok: true, ephemeral: false }
 }
 
 fn publisher(topic: &str) -> Request {
@@ -60,7 +60,7 @@ fn wildcard(pattern: &str) -> Request {
 
 fn ephemeral(topic: &str) -> Request {
     let (topic, options) = (topic.to_owned(), TopicOptions::default());
-    Request::CreateTopic { topic, options, exist_ok: false, ephemeral: true }
+    Request::CreateTopic { topic, options, access: None, exist_ok: false, ephemeral: true }
 }
 
 /// The cursors that a plan opens, as (topic, cursor, incarnation, start).
@@ -117,7 +117,7 @@ fn a_topic_whose_creation_was_cut_short_gets_its_cursors() {
     let plan = state.request(&LIMITS, FOOTPRINT, a, &create("t", TopicOptions::default())).unwrap();
     state.apply(&plan.events[0]);
     assert_eq!(state.missing_cursors(), [(1, 0)]);
-    let event = state.cursor_for(1, 0).unwrap();
+    let event = state.cursor_for(1, 0, FOOTPRINT).unwrap();
     assert_eq!(event, plan.events[1]);
     state.apply(&event);
     assert_eq!(state.missing_cursors(), []);
@@ -214,8 +214,13 @@ fn creating_again_compares_every_option() {
     let options = TopicOptions::default();
     ask(&mut state, a, create("t", options.clone())).unwrap();
     assert_eq!(ask(&mut state, a, create("t", options.clone())).unwrap().reply, Reply::Created { existed: true });
-    let strict =
-        Request::CreateTopic { topic: "t".to_owned(), options: options.clone(), exist_ok: false, ephemeral: false };
+    let strict = Request::CreateTopic {
+        topic: "t".to_owned(),
+        options: options.clone(),
+        access: None,
+        exist_ok: false,
+        ephemeral: false,
+    };
     assert!(matches!(ask(&mut state, a, strict), Err(Refusal::AlreadyExists { .. })));
     let others = [
         TopicOptions { messages: 16, ..options.clone() },
@@ -236,7 +241,7 @@ fn limits_refuse_and_give_back() {
     for _ in 0..3 {
         join(&mut state);
     }
-    assert!(matches!(state.join(&LIMITS, 1, 1), Err(Refusal::Limit { .. })));
+    assert!(matches!(state.join(&LIMITS, 1, 1, Vec::new()), Err(Refusal::Limit { .. })));
     for topic in ["a", "b", "c", "d"] {
         ask(&mut state, a, create(topic, TopicOptions::default())).unwrap();
     }
@@ -269,9 +274,9 @@ fn each_user_has_limits_of_his_own() {
         Err(Refusal::Limit { what, .. }) => assert_eq!(what, format!("{expected} of user {uid}")),
         other => panic!("{other:?}"),
     };
-    limited(state.join(&limits, 1, uid), "participants");
+    limited(state.join(&limits, 1, uid, Vec::new()), "participants");
     // Another user is not concerned.
-    state.join(&limits, 1, uid + 1).unwrap();
+    state.join(&limits, 1, uid + 1, Vec::new()).unwrap();
     ask(&mut state, a, create("a", TopicOptions::default())).unwrap();
     ask(&mut state, a, create("b", TopicOptions::default())).unwrap();
     let third = create("c", TopicOptions::default());
@@ -339,7 +344,15 @@ fn long_lists_of_handles_are_decided_at_once() {
     let held = |cursor| HandleRef::Subscriber { topic: 0, cursor };
     for cursor in 0..16_384 {
         let (topic, start, wildcard) = (0, StartAt::Latest, None);
-        state.apply(&Event::SubscriberOpened { topic, cursor, incarnation: a, start, droppable: false, wildcard });
+        state.apply(&Event::SubscriberOpened {
+            topic,
+            cursor,
+            incarnation: a,
+            start,
+            droppable: false,
+            wildcard,
+            own: None,
+        });
     }
     let strangers: Vec<HandleRef> = (0..40_000).map(|slot| HandleRef::Publisher { topic: 9, slot }).collect();
     let started = std::time::Instant::now();
@@ -392,7 +405,7 @@ fn replay_equals_live() {
         let who = if known.is_empty() { 0 } else { known[next(known.len() as u64) as usize] };
         let topic = ["a", "b", "c"][next(3) as usize].to_owned();
         let plan = match next(16) {
-            0 => live.join(&LIMITS, 1, next(2) as u32),
+            0 => live.join(&LIMITS, 1, next(2) as u32, Vec::new()),
             1 if next(4) == 0 => Ok(Plan { events: live.leave(who), reply: Reply::Done }),
             2 => live.rejoin(who, &live.handles_of(who)[..live.handles_of(who).len() / 2]),
             3 => ask_only(

@@ -26,12 +26,25 @@ const KERNEL_MAX_FDS: usize = 253;
 /// Connections that may wait to be accepted (the kernel caps it at net.core.somaxconn).
 const BACKLOG: i32 = 4096;
 
+/// The peer's supplementary groups (asm-generic/socket.h; Linux 4.13).
+const SO_PEERGROUPS: libc::c_int = 59;
+
 /// Who is at the other end, by the kernel's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
     pub(crate) pid: u32,
     pub(crate) uid: u32,
 }
+
+/// A user with all his groups, by the kernel's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gids: Vec<u32>,
+}
+
+/// Supplementary groups that are looked at; whoever has more has none for us.
+const MAX_GROUPS: usize = 1024;
 
 /// One packet.
 pub(crate) struct Packet {
@@ -161,6 +174,22 @@ pub(crate) fn shut_down(fd: BorrowedFd<'_>) {
 pub(crate) fn peer(fd: BorrowedFd<'_>) -> io::Result<Peer> {
     let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
     Ok(Peer { pid: u32::try_from(credentials.pid()).unwrap_or(0), uid: credentials.uid() })
+}
+
+/// The peer's user and groups, as they were when it connected.
+pub(crate) fn user(fd: BorrowedFd<'_>) -> io::Result<User> {
+    let credentials = getsockopt(&fd, sockopt::PeerCredentials)?;
+    let mut gids = vec![credentials.gid()];
+    let mut groups = [0; MAX_GROUPS];
+    let mut len = size_of_val(&groups) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes of numbers to `groups`, and how many it were to `len`.
+    let outcome = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len)
+    };
+    if outcome == 0 {
+        gids.extend(groups.iter().take(len as usize / size_of::<libc::gid_t>()));
+    }
+    Ok(User { uid: credentials.uid(), gids })
 }
 
 /// Whether the other end is closed, though what it sent may still be unread.

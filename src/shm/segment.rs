@@ -65,7 +65,8 @@ struct Header {
 
 const _: () = assert!(size_of::<Header>() == 72);
 
-/// A mapped segment.
+/// A mapped segment. A clone is the same mapping.
+#[derive(Clone)]
 pub(crate) struct Segment {
     map: Arc<MmapRaw>,
 }

@@ -81,6 +81,11 @@ impl Scene {
         Process::new(command)
     }
 
+    /// [`Self::start`] of this copy of the test binary.
+    pub(crate) fn start_program(&self, program: &Path, role: &str, arguments: &str) -> Process {
+        Process::new(self.command_of(&[program.as_os_str()], role, arguments))
+    }
+
     fn command_inside(&self, starter: &[&str], role: &str, arguments: &str) -> Command {
         let this = std::env::current_exe().unwrap();
         let line: Vec<&OsStr> = starter.iter().map(OsStr::new).chain([this.as_os_str()]).collect();

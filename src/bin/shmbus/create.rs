@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use shmbus::{Schema, TopicOptions};
+use shmbus::{Access, Schema, TopicOptions};
 
 use crate::output::{json_line, line};
-use crate::values::{self, FullArg, ModeArg};
+use crate::values::{self, FullArg, Grant, ModeArg};
 use crate::{Ended, Globals};
 
 /// Create a topic with options of its own.
@@ -61,6 +61,12 @@ pub(crate) struct Args {
     /// Alignment of every message of a typed topic
     #[arg(long, value_name = "BYTES", requires = "schema", default_value_t = 1)]
     align: u32,
+    /// What others than you and root may do, as in publish=alice,@traders or subscribe=*
+    ///
+    /// Rights: publish, subscribe, consume (also to subscribe without --droppable), administer (groups, purge, rm). Users by name or number, groups as @NAME, * for everybody whom
+    /// the bus lets in (`shmbus serve --allow`).
+    #[arg(long, value_name = "RIGHT=WHO", value_parser = values::grant)]
+    allow: Vec<Grant>,
     /// Fine if the topic exists already with the same options
     #[arg(long)]
     exist_ok: bool,
@@ -90,6 +96,14 @@ impl Args {
     }
 }
 
+impl Args {
+    fn access(&self) -> Option<Access> {
+        let entries = self.allow.iter().flat_map(|(right, all)| all.iter().map(|who| (*right, *who)));
+        let access = entries.fold(Access::new(), |access, (right, who)| access.allow(right, who));
+        (!self.allow.is_empty()).then_some(access)
+    }
+}
+
 #[derive(Serialize)]
 struct Created<'a> {
     topic: &'a str,
@@ -98,7 +112,11 @@ struct Created<'a> {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let existed = globals.open_bus()?.create_topic(&args.topic, &args.options(), args.exist_ok)?;
+    let bus = globals.open_bus()?;
+    let existed = match args.access() {
+        Some(access) => bus.create_topic_with_access(&args.topic, &args.options(), &access, args.exist_ok)?,
+        None => bus.create_topic(&args.topic, &args.options(), args.exist_ok)?,
+    };
     match (globals.json, existed) {
         (true, _) => json_line(&Created { topic: &args.topic, created: !existed })?,
         (false, false) => line(format_args!("created topic {}", args.topic))?,

@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 
+use shmbus::Who;
 use shmbus::coordinator::{Role, ServeOptions, serve};
 
 use crate::{Ended, Globals};
@@ -13,6 +14,12 @@ use crate::{Ended, Globals};
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus --bus trading serve")]
 pub(crate) struct Args {
+    /// Who may use the bus besides root and you: a user's name or number, @GROUP, or * (repeat it or separate by commas)
+    ///
+    /// They must be able to search the socket directory (--dir, as in mode 0755, or 0750 and a group), which nobody else may
+    /// write. What they may do on a topic is for its creator to say: `shmbus create --allow`.
+    #[arg(long, value_name = "WHO", value_delimiter = ',')]
+    allow: Vec<Who>,
     /// Start the bus in the background and return; how clients start one
     #[arg(long, hide = true)]
     spawned: bool,
@@ -28,6 +35,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
     serve(ServeOptions {
         bus: globals.bus_name().to_owned(),
         directory: globals.dir.clone(),
+        allow: args.allow,
         spawned: args.spawned,
         role: args.role,
         fd: args.fd,

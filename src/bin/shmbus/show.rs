@@ -18,7 +18,7 @@ const WATCH: Duration = Duration::from_millis(100);
 /// [{group, id, floor, lag, in_flight, returned, moving, window, redelivered, expired, dead_lettered, oldest_lease: {sequence,
 /// consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid, in_flight, active}], options}], options: {mode,
 /// messages, bytes, full, hold, max_publishers, max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms:
-/// none), memory_bytes, messages_per_s}. tail_sequence is the next message's.
+/// none), owner (the user who created it), access: ["RIGHT=WHO"], memory_bytes, messages_per_s}. tail_sequence is the next message's.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
 pub(crate) struct Args {
@@ -40,6 +40,10 @@ pub(crate) struct TopicView {
     pub(crate) subscribers: Vec<SubscriberView>,
     pub(crate) groups: Vec<GroupView>,
     pub(crate) options: OptionsView,
+    /// The user who created it.
+    owner: u32,
+    /// What others may do, as `create --allow` takes it.
+    access: Vec<String>,
     pub(crate) memory_bytes: u64,
     pub(crate) messages_per_s: f64,
 }
@@ -204,6 +208,8 @@ impl TopicView {
                 .collect(),
             groups: status.groups.into_iter().map(GroupView::from).collect(),
             options: status.options.into(),
+            owner: status.owner,
+            access: status.access.entries().map(|(right, who)| format!("{right}={who}")).collect(),
             memory_bytes: status.memory_bytes,
             messages_per_s,
         }
@@ -254,6 +260,8 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
     let hold = if options.hold { ", held for later subscribers" } else { "" };
     line(format_args!("topic     {}", topic.topic))?;
     line(format_args!("payload   {payload}"))?;
+    let others = if topic.access.is_empty() { "nobody else".to_owned() } else { topic.access.join(" ") };
+    line(format_args!("access    user {}, root; {others}", topic.owner))?;
     line(format_args!(
         "mode      {} ({} publishers, {} subscribers at most)",
         options.mode, options.max_publishers, options.max_subscribers

@@ -4,7 +4,7 @@ use std::num::ParseIntError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
-use shmbus::{Full, Mode, Sequence, Start, check_name, check_pattern};
+use shmbus::{Full, Mode, Right, Sequence, Start, Who, check_name, check_pattern};
 
 /// A number with an optional suffix K, M or G (powers of 1,024).
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -35,6 +35,15 @@ pub(crate) fn topic_name(text: &str) -> Result<String, String> {
 /// A topic name, or a pattern of them.
 pub(crate) fn topic_or_pattern(text: &str) -> Result<String, String> {
     check_pattern(text).map(|()| text.to_owned()).map_err(|e| e.to_string())
+}
+
+/// A right with those who get it.
+pub(crate) type Grant = (Right, Vec<Who>);
+
+/// `publish=alice,@traders`.
+pub(crate) fn grant(text: &str) -> Result<Grant, String> {
+    let (right, all) = text.split_once('=').ok_or("write RIGHT=WHO, as in publish=alice,@traders or subscribe=*")?;
+    Ok((right.parse()?, all.split(',').map(str::parse).collect::<Result<_, _>>()?))
 }
 
 /// A duration with its unit: ms, s, m, h or d.

@@ -187,7 +187,9 @@ impl Opened {
             let attach = |promise, access| Segment::attach(fd.as_fd(), &promise, access);
             match segment {
                 SegmentRef::Log => log = Some(attach(info.log(), Access::ReadOnly)?),
-                SegmentRef::Cursors => cursors = Some(attach(info.cursors(), Access::ReadWrite)?),
+                SegmentRef::Cursors | SegmentRef::OwnCursors => {
+                    cursors = Some(attach(info.cursors(), Access::ReadWrite)?)
+                }
                 SegmentRef::Ledger => ledger = Some(attach(info.ledger(&self.group), Access::ReadWrite)?),
                 SegmentRef::Arena(slot) => {
                     let arena = attach(info.arena(slot), Access::ReadOnly)?;

@@ -199,7 +199,8 @@ impl Core {
     /// else has created is used as it is.
     fn create_dead_letter_topic(&self) {
         let (topic, options) = (self.moves.topic.clone(), self.moves.options.clone());
-        let create = Request::CreateTopic { topic: topic.clone(), options, exist_ok: true, ephemeral: false };
+        let create =
+            Request::CreateTopic { topic: topic.clone(), options, access: None, exist_ok: true, ephemeral: false };
         if let Ok((Answer::Created { existed: false }, _)) = self.control.request(&create) {
             let (group, options) = (DEAD_LETTER_GROUP.to_owned(), GroupOptions::for_dead_letters());
             let create = Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: true };

@@ -227,7 +227,9 @@ fn a_topic_that_is_removed_takes_its_ledgers_along() {
 fn a_group_keeps_the_bus() {
     for has_group in [false, true] {
         let mut estate = Estate::found(7, None).unwrap();
-        estate.admit(std::process::id(), 1000, pidfd::open(std::process::id()).unwrap()).unwrap();
+        estate
+            .admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd::open(std::process::id()).unwrap())
+            .unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let (topic, create_topic) = ("t".to_owned(), Some(options));
         ask(&mut estate, Request::OpenPublisher { topic, schema: None, create: create_topic, identity: None }).unwrap();
@@ -321,8 +323,11 @@ fn the_overdue_is_fenced_on_its_outputs_before_another_gets_its_leases() {
 fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let options = TopicOptions { mode: Mode::Exclusive, ..TopicOptions::default() };
-    ask(&mut estate, Request::CreateTopic { topic: "out".to_owned(), options, exist_ok: false, ephemeral: false })
-        .unwrap();
+    ask(
+        &mut estate,
+        Request::CreateTopic { topic: "out".to_owned(), options, access: None, exist_ok: false, ephemeral: false },
+    )
+    .unwrap();
     let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
     ask(&mut estate, reclaim(0)).unwrap();
     assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);

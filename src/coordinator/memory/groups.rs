@@ -239,7 +239,7 @@ impl TopicMemory {
 
     /// Descriptors for a consumer: as for a subscriber, and the ledger (read-write).
     pub(crate) fn consumer_fds(&self, group: u32) -> Result<Vec<(SegmentRef, OwnedFd)>, Refusal> {
-        let mut fds = self.subscriber_fds()?;
+        let mut fds = self.reader_fds(None)?;
         let ledger = self.group(group)?.fd.try_clone();
         let ledger = ledger.map_err(|error| system(&self.info, "cannot duplicate a descriptor", error))?;
         // After log and cursors.

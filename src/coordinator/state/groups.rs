@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Decider, Event, Plan, Reply, State, TopicEntry, check_schema, shown};
+use crate::access::Right;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, StartAt};
 use crate::error::Refusal;
@@ -163,6 +164,7 @@ impl Decider<'_> {
     ) -> Result<Plan, Refusal> {
         let entry = self.existing(name.topic)?;
         checked_group(name.group)?;
+        self.check_right(entry, Right::Administer)?;
         let Some(existing) = entry.group_named(name.group) else {
             let (_, event) = self.new_group(entry, name.group, options, start, None)?;
             return Ok(Plan { events: vec![event], reply: Reply::Created { existed: false } });
@@ -179,6 +181,7 @@ impl Decider<'_> {
 
     pub(super) fn remove_group(&self, name: GroupName<'_>, force: bool) -> Result<Plan, Refusal> {
         let (entry, group) = self.existing_group(name)?;
+        self.check_right(entry, Right::Administer)?;
         self.check_unused(entry, group, force)?;
         let event = Event::GroupRetired { topic: entry.info.id, group: group.info.id };
         Ok(Plan { events: vec![event], reply: Reply::Done })
@@ -186,6 +189,7 @@ impl Decider<'_> {
 
     pub(super) fn rewind_group(&self, name: GroupName<'_>, start: StartAt, force: bool) -> Result<Plan, Refusal> {
         let (entry, old) = self.existing_group(name)?;
+        self.check_right(entry, Right::Administer)?;
         self.check_unused(entry, old, force)?;
         let (_, event) = self.new_group(entry, name.group, &old.info.options, start, Some(old.info.id))?;
         Ok(Plan { events: vec![event], reply: Reply::Done })
@@ -199,6 +203,7 @@ impl Decider<'_> {
     ) -> Result<Plan, Refusal> {
         let entry = self.existing(name.topic)?;
         checked_group(name.group)?;
+        self.check_right(entry, Right::Consume)?;
         self.check_handles()?;
         check_schema(&entry.info, schema)?;
         if entry.consuming().count() >= MAX_CONSUMERS_OF_TOPIC {
@@ -209,6 +214,7 @@ impl Decider<'_> {
         let (group, consumer) = match (entry.group_named(name.group), create) {
             (Some(group), _) => (group.info.id, free_consumer(entry, group)?),
             (None, Some((options, start))) => {
+                self.check_right(entry, Right::Administer)?;
                 let (group, event) = self.new_group(entry, name.group, options, *start, None)?;
                 events.push(event);
                 (group, 0)

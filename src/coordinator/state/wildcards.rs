@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Decider, Event, Plan, Reply, SHOWN_NAME_BYTES, State, TopicEntry, check_schema, too_many};
+use super::access::Reads;
+use super::{Decider, Event, Footprint, Plan, Reply, SHOWN_NAME_BYTES, State, TopicEntry, check_schema, too_many};
 use crate::coordinator::protocol::{HandleRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::pattern::{check_pattern, matches};
@@ -23,11 +24,15 @@ pub(crate) struct WildcardEntry {
 }
 
 impl WildcardEntry {
-    /// Whether the subscription is to have the topic. Topics of another type and channels are passed over.
-    fn wants(&self, info: &TopicInfo) -> bool {
-        info.options.mode != Mode::Channel
+    /// Whether and how the subscription is to have the topic. Topics of another type, channels, and those on which its owner
+    /// may not subscribe (or not like this) are passed over.
+    fn wants(&self, state: &State, topic: &TopicEntry) -> Option<Reads> {
+        let info = &topic.info;
+        let fits = info.options.mode != Mode::Channel
             && matches(&self.pattern, &info.name)
-            && check_schema(info, self.schema.as_ref()).is_ok()
+            && check_schema(info, self.schema.as_ref()).is_ok();
+        let owner = state.participants.get(&self.incarnation).filter(|_| fits)?;
+        topic.reads(owner, self.droppable)
     }
 }
 
@@ -55,7 +60,8 @@ impl State {
         let lacks =
             |entry: &&TopicEntry, wildcard: u64| entry.subscribers.values().all(|s| s.wildcard != Some(wildcard));
         let of = |(&wildcard, entry): (&u64, &WildcardEntry)| {
-            let wanted = self.topics.values().filter(|topic| topic.publishers_seen == 0 && entry.wants(&topic.info));
+            let wants = |topic: &TopicEntry| entry.wants(self, topic).is_some();
+            let wanted = self.topics.values().filter(|topic| topic.publishers_seen == 0 && wants(topic));
             wanted.filter(|topic| lacks(topic, wildcard)).map(|topic| (wildcard, topic.info.id)).collect::<Vec<_>>()
         };
         self.wildcards.iter().flat_map(of).collect()
@@ -63,9 +69,10 @@ impl State {
 
     /// The event that gives a wildcard subscription its cursor on a topic, from the oldest message on; `None` where no
     /// cursor is free.
-    pub(crate) fn cursor_for(&self, wildcard: u64, topic: u64) -> Option<Event> {
-        let (entry, cursor) = (self.wildcards.get(&wildcard)?, self.topics.get(&topic)?.free_cursor()?);
-        Some(entry.cursor_on(wildcard, topic, cursor, StartAt::Oldest))
+    pub(crate) fn cursor_for(&self, wildcard: u64, topic: u64, footprint: Footprint) -> Option<Event> {
+        let (entry, on) = (self.wildcards.get(&wildcard)?, self.topics.get(&topic)?);
+        let (cursor, reads) = (on.free_cursor()?, entry.wants(self, on)?);
+        Some(entry.cursor_on(wildcard, &on.info, cursor, StartAt::Oldest, reads, footprint))
     }
 
     pub(super) fn open_wildcard(&mut self, wildcard: u64, entry: WildcardEntry) {
@@ -92,9 +99,18 @@ impl State {
 }
 
 impl WildcardEntry {
-    fn cursor_on(&self, wildcard: u64, topic: u64, cursor: u32, start: StartAt) -> Event {
-        let (incarnation, droppable, wildcard) = (self.incarnation, self.droppable, Some(wildcard));
-        Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard }
+    fn cursor_on(
+        &self,
+        wildcard: u64,
+        info: &TopicInfo,
+        cursor: u32,
+        start: StartAt,
+        reads: Reads,
+        footprint: Footprint,
+    ) -> Event {
+        let (topic, incarnation, droppable) = (info.id, self.incarnation, self.droppable);
+        let (wildcard, own) = (Some(wildcard), (reads == Reads::Own).then(|| (footprint.cursors)(info)));
+        Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, own }
     }
 }
 
@@ -121,11 +137,13 @@ impl Decider<'_> {
         let (pattern, schema) = (pattern.to_owned(), schema.cloned());
         let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened: 0, notice: None };
         let mut cursors = Vec::new();
-        for topic in self.state.topics.values().filter(|topic| entry.wants(&topic.info)) {
+        let wanted = self.state.topics.values();
+        for (topic, reads) in wanted.filter_map(|topic| Some((topic, entry.wants(self.state, topic)?))) {
             let free = topic.free_cursor().ok_or_else(|| too_many("subscribers", topic, topic.max_subscribers()))?;
-            cursors.push(entry.cursor_on(wildcard, topic.info.id, free, start));
+            cursors.push(entry.cursor_on(wildcard, &topic.info, free, start, reads, self.footprint));
         }
         self.check_handles_of(incarnation, cursors.len() + 1)?;
+        self.check_own_cursors(&entry.pattern, self.uid, &cursors)?;
         let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, .. } = entry;
         let mut events =
             vec![Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened }];
@@ -134,22 +152,35 @@ impl Decider<'_> {
     }
 
     /// The cursors that wildcard subscriptions take on a topic that is about to be created: from its first message on.
-    pub(super) fn wildcard_cursors(&self, info: &TopicInfo) -> Result<Vec<Event>, Refusal> {
+    pub(super) fn wildcard_cursors(&self, new: &TopicEntry) -> Result<Vec<Event>, Refusal> {
+        let info = &new.info;
         let mut events = Vec::new();
         let mut taken: BTreeMap<u64, usize> = BTreeMap::new();
-        let wanting = self.state.wildcards.iter().filter(|(_, entry)| entry.wants(info));
-        for (cursor, (&wildcard, entry)) in (0..).zip(wanting) {
-            if cursor >= info.options.max_subscribers {
-                let what = format!("subscribers of topic {:?}", info.name);
-                let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
-                return Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend });
-            }
+        let wanting = self.state.wildcards.iter();
+        let wanting = wanting.filter_map(|(wildcard, entry)| Some((*wildcard, entry, entry.wants(self.state, new)?)));
+        for (wildcard, entry, reads) in wanting {
+            let cursor = events.len() as u32;
             let of_owner = taken.entry(entry.incarnation).or_default();
+            let room = self.check_place(info, cursor, entry.incarnation, *of_owner + 1);
+            match room {
+                // Who may only subscribe does not prevent a topic of others.
+                Err(_) if reads == Reads::Own => continue,
+                other => other?,
+            }
             *of_owner += 1;
-            self.check_handles_of(entry.incarnation, *of_owner)?;
-            events.push(entry.cursor_on(wildcard, info.id, cursor, StartAt::Oldest));
+            events.push(entry.cursor_on(wildcard, info, cursor, StartAt::Oldest, reads, self.footprint));
         }
         Ok(events)
+    }
+
+    /// Whether a topic that is about to be created has this cursor, and a wildcard's owner may have `more` handles.
+    fn check_place(&self, info: &TopicInfo, cursor: u32, owner: u64, more: usize) -> Result<(), Refusal> {
+        if cursor >= info.options.max_subscribers {
+            let what = format!("subscribers of topic {:?}", info.name);
+            let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
+            return Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend });
+        }
+        self.check_handles_of(owner, more)
     }
 }
 
