@@ -176,7 +176,12 @@ impl Process {
 
     /// The next thing it says.
     pub(crate) fn line(&mut self) -> String {
-        match self.lines.recv_timeout(LIMIT) {
+        self.line_within(LIMIT)
+    }
+
+    /// The next thing it says, where that takes long.
+    pub(crate) fn line_within(&mut self, limit: Duration) -> String {
+        match self.lines.recv_timeout(limit) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => panic!("process {} says nothing", self.pid()),
             Err(RecvTimeoutError::Disconnected) => panic!("process {} ended: {:?}", self.pid(), self.child.wait()),
