@@ -144,7 +144,8 @@ fn descriptors(pid: Pid) -> Vec<PathBuf> {
 
 /// Bytes of shared memory that a process keeps.
 fn memfd_bytes(pid: Pid) -> u64 {
-    let is_memory = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| to.starts_with("/memfd:"));
+    let is_memory =
+        |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
     let mut files: Vec<(u64, u64)> = descriptors(pid)
         .into_iter()
         .filter(is_memory)
