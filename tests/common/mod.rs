@@ -101,6 +101,12 @@ impl Scene {
         fs::rename(&socket, socket.with_extension("hidden")).unwrap();
     }
 
+    /// The socket is there again after [`Self::hide`].
+    pub(crate) fn show(&self) {
+        let socket = self.directory().join(format!("{}.sock", self.name));
+        fs::rename(socket.with_extension("hidden"), socket).unwrap();
+    }
+
     /// The command line, on this bus.
     pub(crate) fn shmbus(&self, args: &[&str]) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap().with_file_name("../shmbus"));

@@ -3,7 +3,7 @@
 //!
 //! | variable | meaning | short | promised |
 //! |---|---|---|---|
-//! | `SHMBUS_SOAK_SECONDS` | length of the random schedule | 6 | – |
+//! | `SHMBUS_SOAK_SECONDS` | length of the random schedule | 5 | – |
 //! | `SHMBUS_SOAK_KILLS` | kills for each recovery time; from 1,000 on p99 ≤ 10 ms is demanded | 30 | 1,000 |
 //! | `SHMBUS_SOAK_CYCLES` | processes that join and are killed | 1,000 | 100,000 |
 //! | `SHMBUS_SOAK_PAIRS` | pairs of chunks with and without coordinator; unset: not run | – | 20 |

@@ -249,7 +249,7 @@ fn prepare(bus: &Bus) -> [Consumer<[u8]>; 2] {
 #[test]
 fn whatever_happens_to_processes_the_history_keeps_the_contract() {
     let _turn = turn();
-    let seconds = setting("SHMBUS_SOAK_SECONDS").unwrap_or(6);
+    let seconds = setting("SHMBUS_SOAK_SECONDS").unwrap_or(5);
     let scene = Scene::new("soak");
     let bus = scene.open();
     let _idle = prepare(&bus);
