@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, publisher_after, raw, receive, say};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use shmbus::{
     Bus, ConnectError, GoneReason, GroupOptions, Mode, OpenError, PublishError, Publisher, RecvError, Start,
@@ -29,6 +29,9 @@ const NAME: &str = "till-7";
 #[test]
 fn role() {
     let Some((role, arguments)) = common::role() else { return };
+    if role == "ignore children" {
+        return open_without_children();
+    }
     let bus = Bus::open_default().unwrap();
     match role.as_str() {
         "publish" => publish_for_ever(&bus, &arguments),
@@ -59,6 +62,15 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// Role: opens the bus as a program does that lets the kernel reap its children.
+fn open_without_children() {
+    // SAFETY: no handler of this process waits for its children.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
+    say("opening");
+    let bus = Bus::open_default().map_err(|error| error.to_string());
+    say(&bus.map_or_else(|error| error, |_| "open".to_owned()));
 }
 
 fn topic_of_holder(name: &str) -> Topic<[u8]> {
@@ -360,6 +372,18 @@ fn without_the_right_to_start_one_it_waits_for_another() {
     let another = scene.open();
     assert_eq!(another.topic(topic(Mode::Many).name()).unwrap().tail_sequence, 1);
     assert_eq!(patient.topics().unwrap().len(), 1);
+}
+
+#[test]
+fn who_ignores_its_children_can_try_again_to_start_a_coordinator() {
+    let scene = Scene::new("ignorant");
+    let _bus = scene.open();
+    // Whoever is started now finds the lock taken, and leaves: it has to be tried again until somebody listens.
+    scene.hide();
+    let mut ignorant = start(&scene, "ignore children", "", "opening");
+    thread::sleep(Duration::from_millis(300));
+    scene.show();
+    ignorant.expect("open");
 }
 
 #[test]

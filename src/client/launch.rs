@@ -7,6 +7,7 @@ use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use crate::client::control::{Control, IntroduceError};
@@ -80,6 +81,8 @@ impl Starter {
                     return Err(failed(&program, io::Error::other(status.to_string())));
                 }
                 Ok(Some(_)) => {}
+                // Where SIGCHLD is ignored the kernel reaps children, and nobody learns how they ended.
+                Err(error) if error.raw_os_error() == Some(Errno::ECHILD as i32) => {}
                 Err(error) => return Err(failed(&program, error)),
             }
         }

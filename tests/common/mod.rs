@@ -106,6 +106,12 @@ impl Scene {
         fs::rename(&socket, socket.with_extension("hidden")).unwrap();
     }
 
+    /// The socket is there again after [`Self::hide`].
+    pub(crate) fn show(&self) {
+        let socket = self.directory().join(format!("{}.sock", self.name));
+        fs::rename(socket.with_extension("hidden"), socket).unwrap();
+    }
+
     /// The command line, on this bus.
     pub(crate) fn shmbus(&self, args: &[&str]) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap().with_file_name("../shmbus"));
@@ -181,7 +187,12 @@ impl Process {
 
     /// The next thing it says.
     pub(crate) fn line(&mut self) -> String {
-        match self.lines.recv_timeout(LIMIT) {
+        self.line_within(LIMIT)
+    }
+
+    /// The next thing it says, where that takes long.
+    pub(crate) fn line_within(&mut self, limit: Duration) -> String {
+        match self.lines.recv_timeout(limit) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => panic!("process {} says nothing", self.pid()),
             Err(RecvTimeoutError::Disconnected) => panic!("process {} ended: {:?}", self.pid(), self.child.wait()),
