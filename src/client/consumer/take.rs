@@ -135,7 +135,7 @@ impl Core {
         for _ in 0..RESERVE_ATTEMPTS {
             let hint = self.ledger.hint();
             let window_end = self.ledger.floor().saturating_add(self.ledger.window());
-            let to = (hint + wanted.max(stride)).min(window_end);
+            let to = hint.saturating_add(wanted.max(stride)).min(window_end);
             if to <= hint {
                 return false;
             }
