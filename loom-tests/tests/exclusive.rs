@@ -98,8 +98,8 @@ fn overwriting_passes_no_wrong_copy_off_as_whole() {
                     assert_eq!(copy, value_of(reader.next()));
                     reader.step();
                 }
-                Some(_) => reader.skip_to_retained(),
-                None if reader.poll() == Poll::Lapped => reader.skip_to_retained(),
+                Some(_) => assert!(reader.skip_to_retained()),
+                None if reader.poll() == Poll::Lapped => assert!(reader.skip_to_retained()),
                 None => thread::yield_now(),
             }
         }

@@ -169,7 +169,7 @@ impl Control {
     pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
         let turn = lock(&self.turn);
-        let answer = self.exchange(request);
+        let answer = self.exchange(request, Instant::now() + PATIENCE);
         drop(turn);
         self.close_given_up();
         match answer? {
@@ -201,6 +201,18 @@ impl Control {
     pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         self.check_process().ok()?;
         let deadline = Instant::now() + ARENA_PATIENCE;
+        if let Some(fd) = self.announced_arena(topic, slot) {
+            return Some(fd);
+        }
+        // Packets come in order: what was sent to us before an answer is here with it. So a garbled entry, for whose arena one
+        // would wait in vain, costs no more than a question.
+        if let Ok(turn) = self.turn.try_lock() {
+            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, deadline);
+            drop(turn);
+            if asked.is_ok() {
+                return self.announced_arena(topic, slot);
+            }
+        }
         let mut inner = lock(&self.line.inner);
         loop {
             inner.receive_all();
@@ -217,6 +229,13 @@ impl Control {
             pause(socket.as_deref(), deadline);
             inner = lock(&self.line.inner);
         }
+    }
+
+    /// The descriptor of an arena, if it has come.
+    fn announced_arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
+        let mut inner = lock(&self.line.inner);
+        inner.receive_all();
+        inner.arenas.get(&(topic, slot))?.try_clone().ok()
     }
 
     /// The bus's number, which every segment of it carries.
@@ -265,8 +284,8 @@ impl Control {
         }
     }
 
-    fn exchange(&self, request: &Request) -> Result<Granted, ConnectError> {
-        let deadline = Instant::now() + PATIENCE;
+    /// Asks and waits for the answer until `deadline`. The caller has the turn.
+    fn exchange(&self, request: &Request, deadline: Instant) -> Result<Granted, ConnectError> {
         let mut sent_on = None;
         loop {
             let mut inner = lock(&self.line.inner);

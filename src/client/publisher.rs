@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::client::bus::{Bus, unexpected};
@@ -67,6 +68,9 @@ struct Sealer {
 
 /// A sealer does not keep more memory than this for the next message.
 const KEPT_SCRATCH_BYTES: usize = 1 << 20;
+
+/// How long to wait for a group's line to be in force before the coordinator is asked again.
+const GROUP_PAUSE: Duration = Duration::from_millis(1);
 
 /// A group's line among the cursors.
 struct GroupLine {
@@ -595,8 +599,14 @@ impl PublisherCore {
             };
             match wait::until(self, self.wait, deadline, |core| core.space_bell(), poll) {
                 Some(Ok(true)) => return Ok(()),
-                // Rewound or removed: the coordinator knows which.
-                Some(Ok(false)) => drop(self.groups.swap_remove(line)),
+                // Rewound or removed: the coordinator knows which. Or garbled: then it says the same as before.
+                Some(Ok(false)) => {
+                    drop(self.groups.swap_remove(line));
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                        return Err(SettleError::TimedOut);
+                    }
+                    thread::sleep(GROUP_PAUSE);
+                }
                 Some(Err(error)) => return Err(error),
                 None => return Err(SettleError::TimedOut),
             }

@@ -16,12 +16,11 @@ use crate::ring::arena::Arena;
 use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Gate, Stop, still_retained};
-use crate::ring::log::{Place, TopicState};
+use crate::ring::log::{MAX_PLACE, Place, TopicState, find_place};
 use crate::ring::many::{ManyLog, Record};
 use crate::ring::spsc::Channel;
 use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
-use crate::sync::Ordering;
 use crate::topic::Mode;
 
 /// A topic's segments as the coordinator holds them: every descriptor, all mapped read-write.
@@ -285,6 +284,15 @@ impl TopicMemory {
     /// The number that a publisher with an identity committed last; `None` where it never came into force. Final once the
     /// publisher is dead, closed or fenced.
     pub(crate) fn last_number(&self, slot: u32, publisher: &PublisherEntry) -> Result<Option<u64>, Refusal> {
+        let last = self.noted_number(slot, publisher)?;
+        // Numbers go on from here, and must not overflow.
+        match last.filter(|last| *last > MAX_PLACE) {
+            Some(last) => Err(corrupt(&self.info, format!("its publisher's last number is said to be {last}"))),
+            None => Ok(last),
+        }
+    }
+
+    fn noted_number(&self, slot: u32, publisher: &PublisherEntry) -> Result<Option<u64>, Refusal> {
         let Parts::Log { segments, .. } = &self.parts else { return Ok(None) };
         let header = segments.header();
         let note = header.note(slot);
@@ -417,9 +425,7 @@ impl TopicMemory {
         if asked >= tail.sequence || self.info.options.mode == Mode::Exclusive {
             let wanted = if asked >= tail.sequence { tail } else { Place { position: asked, sequence: asked } };
             // Not lower than what is retained, not even for a moment: publishers would take it for a reader to wait for.
-            // Acquire: A-INTENT, as a joiner would look at it.
-            let retained = gate.header.intent.0.load(Ordering::Acquire);
-            let position = gate.join(cursor, wanted.position.max(retained));
+            let position = gate.join(cursor, wanted.position.max(gate.header.announced()));
             if position == wanted.position {
                 return Some(wanted);
             }
@@ -431,11 +437,7 @@ impl TopicMemory {
         }
         // In force at the oldest first: from here on the search runs over memory that stays (I-4). Only a reader that
         // holds nothing back can be overtaken by publishers meanwhile; it tries again from what is the oldest then.
-        (0..1000).find_map(|_| {
-            // Acquire: A-INTENT, as a joiner would look at it.
-            let oldest = gate.join(cursor, gate.header.intent.0.load(Ordering::Acquire));
-            self.place_of(asked, oldest, tail)
-        })
+        find_place(|| gate.join(cursor, gate.header.announced()), |oldest| self.place_of(asked, oldest, tail))
     }
 
     fn join_channel(&self) -> Result<Joined, Refusal> {
@@ -481,6 +483,10 @@ impl TopicMemory {
         let Some(word) = log.committed(position) else {
             return log.tail_from(None).filter(|tail| tail.position == position).and_then(back);
         };
+        // Committed since it was looked at.
+        if word.is_fence() {
+            return None;
+        }
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
         // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
@@ -515,8 +521,7 @@ impl TopicMemory {
             return Ok(channel_ends(segment, &self.info));
         };
         let tail = self.tail()?;
-        // Acquire: A-INTENT, as a joiner would look at it.
-        let floor = segments.header().intent.0.load(Ordering::Acquire).min(tail.position);
+        let floor = segments.header().announced().min(tail.position);
         let oldest = match self.info.options.mode {
             _ if floor == tail.position => tail.sequence,
             Mode::Exclusive => floor,

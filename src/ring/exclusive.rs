@@ -291,10 +291,14 @@ impl<const W: usize> Reader<W> {
         self.next += 1;
     }
 
-    /// Continues at the oldest position that is retained for certain.
-    pub fn skip_to_retained(&mut self) {
-        // Acquire: as in `gate::join`; what is seen here is only a place to look at next.
-        self.next = self.log.header.intent.0.load(Ordering::Acquire).max(self.next + 1);
+    /// Continues at the oldest position that is retained for certain, for who was overtaken. `false`: that is not further on,
+    /// so it is garbage, and we stay where we are.
+    #[must_use]
+    pub fn skip_to_retained(&mut self) -> bool {
+        let retained = self.log.header.announced();
+        let further_on = retained > self.next;
+        self.next = retained.max(self.next);
+        further_on
     }
 
     /// Copies the next small message out, if it is there, and stays where it is (models).

@@ -113,7 +113,7 @@ impl Gate<'_> {
             return Err(held.unwrap_or(Blocked { cursor: None, position: ceiling }));
         }
         let target = (need + want.slack).min(ceiling);
-        // Release: R-INTENT pairs with A-INTENT (join): a joiner that is sent to the intent sees the ring as we saw it,
+        // Release: R-INTENT pairs with A-INTENT (announced): a joiner that is sent to the intent sees the ring as we saw it,
         // not entries of laps before. Ordered before the scan by the fence below, which pairs with the one in `join`
         // (I-4); monotone by max.
         self.header.intent.0.fetch_max(target, Ordering::Release);
@@ -165,8 +165,7 @@ impl Gate<'_> {
         loop {
             self.cursors[cursor as usize].propose(position);
             fence(Ordering::SeqCst);
-            // Acquire: A-INTENT pairs with R-INTENT (raise). What lies above an intent seen here stays (I-4).
-            let intent = self.header.intent.0.load(Ordering::Acquire);
+            let intent = self.header.announced();
             if intent <= position {
                 return position;
             }

@@ -14,6 +14,14 @@ pub(crate) const COORDINATOR: u32 = CHECKPOINTS as u32;
 
 const NO_CHECKPOINT: u64 = u64::MAX;
 
+/// No log gets this far. What memory says beyond is garbage, and must not overflow what is added to it (I-8).
+pub(crate) const MAX_PLACE: u64 = u64::MAX / 2;
+
+/// Looks at a place that others keep moving, and how often it may fail to be there without having moved: more than a
+/// race or two takes, and few enough that garbage costs little.
+const PLACE_LOOKS: usize = 1000;
+const SAME_PLACE_LOOKS: usize = 8;
+
 /// First position of a tenancy that is being written: above every message's.
 const NO_POSITION: u64 = u64::MAX;
 
@@ -86,6 +94,24 @@ pub struct Place {
     pub sequence: u64,
 }
 
+/// What `find` finds at the position that `at` names, which others may move on meanwhile.
+#[cfg(not(loom))]
+pub(crate) fn find_place<R>(mut at: impl FnMut() -> u64, mut find: impl FnMut(u64) -> Option<R>) -> Option<R> {
+    let (mut last, mut same) = (None, 0);
+    for _ in 0..PLACE_LOOKS {
+        let position = at();
+        same = if last == Some(position) { same + 1 } else { 0 };
+        if same == SAME_PLACE_LOOKS {
+            return None;
+        }
+        last = Some(position);
+        if let Some(found) = find(position) {
+            return Some(found);
+        }
+    }
+    None
+}
+
 impl LogHeader {
     /// An empty log outside shared memory, starting at `start`.
     #[cfg(loom)]
@@ -131,6 +157,13 @@ impl LogHeader {
     pub fn floor(&self) -> u64 {
         // Acquire: A-FLOOR pairs with R-FLOOR (gate::raise).
         self.floor.0.load(Ordering::Acquire)
+    }
+
+    /// The announced floor: what lies at or above it when this is called is retained, for who has joined (I-4).
+    #[inline]
+    pub(crate) fn announced(&self) -> u64 {
+        // Acquire: A-INTENT pairs with R-INTENT (gate::raise).
+        self.intent.0.load(Ordering::Acquire).min(MAX_PLACE)
     }
 
     /// The topic's life.
@@ -255,8 +288,7 @@ impl Checkpoint {
             let sequences = [0, 1].map(|i: usize| self.pairs[i].sequence.load(Ordering::Acquire));
             if positions() == before {
                 let places = [0, 1].map(|i| Place { position: before[i], sequence: sequences[i] });
-                // Garbage must not overflow what is added to positions and sequences later.
-                let whole = places.into_iter().filter(|place| place.position.max(place.sequence) < u64::MAX / 2);
+                let whole = places.into_iter().filter(|place| place.position.max(place.sequence) < MAX_PLACE);
                 return whole.max_by_key(|place| place.position);
             }
             pause();

@@ -16,12 +16,15 @@
 use crate::ring::arena::{Arena, Span};
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
-use crate::ring::log::{COORDINATOR, LogHeader, Place};
+use crate::ring::log::{COORDINATOR, LogHeader, MAX_PLACE, Place};
 use crate::ring::notes::Note;
 use crate::ring::slot::Ring;
 use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
+
+/// Times that a publisher goes on from a checkpoint within one publish.
+const JUMPS: u32 = 100;
 
 /// Bits of an entry word that count messages.
 const COUNT_BITS: u32 = 10;
@@ -319,7 +322,8 @@ impl Record {
             body_bytes: packed & u64::from(u32::MAX),
             first_number: arena.load(offset + 24),
         };
-        arena.contains(Span { offset: offset + RECORD_HEADER_BYTES, len: record.body_bytes }).then_some(record)
+        let body = Span { offset: offset + RECORD_HEADER_BYTES, len: record.body_bytes };
+        (record.first_sequence < MAX_PLACE && arena.contains(body)).then_some(record)
     }
 }
 
@@ -437,6 +441,7 @@ impl Writer {
         if self.fenced {
             return Err(Stop::Fenced);
         }
+        let mut jumps = 0;
         loop {
             match self.log.look(self.at.position) {
                 Look::Committed(word) if word.fences(self.slot) => {
@@ -445,8 +450,13 @@ impl Writer {
                 }
                 Look::Committed(word) => self.at = after(self.at, word),
                 Look::Free(expected) if self.at.position < self.limit => return Ok(expected),
-                // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today.
-                Look::Free(_) | Look::Lapped => self.make_room(0, self.policy.slack)?,
+                // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today. The rest
+                // of the ring cannot have been overwritten each time: then it is garbage.
+                Look::Lapped if jumps == JUMPS => return Err(Stop::Corrupt("the ring holds what nobody wrote")),
+                Look::Free(_) | Look::Lapped => {
+                    jumps += 1;
+                    self.make_room(0, self.policy.slack)?;
+                }
             }
         }
     }

@@ -149,7 +149,9 @@ impl<const W: usize> Channel<W> {
         let tail = words().map(free_for).min().unwrap_or(0);
         let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
         let absolute = |relative: i64| base.wrapping_add_signed(relative) & (u64::MAX >> 16);
-        (absolute(committed.min().unwrap_or(tail)), absolute(tail))
+        // No further apart than the ring is long, whatever the words say.
+        let head = committed.min().unwrap_or(tail).max(tail - lap);
+        (absolute(head), absolute(tail))
     }
 
     /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.

@@ -14,7 +14,7 @@ use crate::os::cache::prefetch_line;
 use crate::ring::arena::{Arena, Span};
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::still_retained;
-use crate::ring::log::{LogHeader, Place};
+use crate::ring::log::{LogHeader, MAX_PLACE, Place, find_place};
 use crate::ring::many::{self, EntryWord, ManyLog, Record};
 use crate::ring::slot::{Kind, Slot};
 use crate::shm::layout::RECORD_HEADER_BYTES;
@@ -218,7 +218,7 @@ impl EntryLog {
                 many::Poll::Ready(word) => self.tail.step(word),
                 many::Poll::Empty => break,
                 // Other consumers have settled all this, and publishers went on.
-                many::Poll::Lapped => match self.line_place() {
+                many::Poll::Lapped => match self.place_beyond(self.tail.next()) {
                     Some(place) => self.tail.move_to(place),
                     None => break,
                 },
@@ -258,8 +258,8 @@ impl EntryLog {
                 many::Poll::Ready(word) => self.read.step(word),
                 many::Poll::Empty => return None,
                 many::Poll::Lapped => {
-                    let place = self.line_place().filter(|line| line.sequence <= sequence)?;
-                    self.read.move_to(place);
+                    let beyond = self.place_beyond(place).filter(|line| line.sequence <= sequence)?;
+                    self.read.move_to(beyond);
                 }
             }
         }
@@ -288,6 +288,8 @@ impl EntryLog {
         let fences = with_record - position;
         let first_sequence = match self.log.committed(with_record) {
             None => self.log.tail_from(None).filter(|tail| tail.position == with_record)?.sequence,
+            // Committed since it was looked at.
+            Some(word) if word.is_fence() => return None,
             Some(word) => {
                 let (slot, offset) = locate(&self.info.geometry, word.unit());
                 let record = Record::read(self.arena(slot).ok()?, offset);
@@ -298,17 +300,20 @@ impl EntryLog {
         still_retained(&self.log.header, position).then_some(Place { position, sequence })
     }
 
+    /// Where the group's line stands, for who finds the ring overwritten at `place`: it must be further on, or one of them is
+    /// garbage.
+    #[cold]
+    fn place_beyond(&mut self, place: Place) -> Option<Place> {
+        self.line_place().filter(|line| line.position > place.position)
+    }
+
     /// Where the group's line stands: for who finds the ring overwritten where it stood.
     #[cold]
     fn line_place(&mut self) -> Option<Place> {
         // Others may raise the line while we look; each time it is a batch further on.
-        for _ in 0..1000 {
-            let position = self.log.cursors[self.line].place()?.position;
-            if let Some(place) = self.place_at(position) {
-                return Some(place);
-            }
-        }
-        None
+        let (log, line) = (self.log.clone(), self.line);
+        let line = || log.cursors[line].place().map_or(MAX_PLACE, |place| place.position.min(MAX_PLACE));
+        find_place(line, |position| self.place_at(position))
     }
 
     fn position_of_floor(&mut self, floor: u64) -> u64 {
@@ -316,7 +321,7 @@ impl EntryLog {
             let next = self.floor.next();
             match self.floor.poll() {
                 many::Poll::Ready(word) if next.sequence + word.count() <= floor => self.floor.step(word),
-                many::Poll::Lapped => match self.line_place() {
+                many::Poll::Lapped => match self.place_beyond(next) {
                     Some(place) => self.floor.move_to(place),
                     None => return next.position,
                 },

@@ -75,7 +75,13 @@ impl<const W: usize> ExclusivePort<W> {
     #[cold]
     fn lagged(&mut self) -> RecvError {
         let from = self.lost_from.take().unwrap_or(self.reader.next());
-        self.reader.skip_to_retained();
+        if !self.reader.skip_to_retained() {
+            return RecvError::Corrupt("what was overwritten is said to be retained");
+        }
+        let log = self.reader.log();
+        if log.tail().is_none_or(|tail| self.reader.next() > tail.saturating_add(2 * log.ring.len())) {
+            return RecvError::Corrupt("what is said to be retained lies far beyond the tail");
+        }
         RecvError::Lagged { from: Sequence::new(from), to: Sequence::new(self.reader.next()) }
     }
 

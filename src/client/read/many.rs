@@ -10,13 +10,12 @@ use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::{Arena, Span};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::still_retained;
-use crate::ring::log::Place;
+use crate::ring::log::{Place, find_place};
 use crate::ring::many::{self, EntryWord, Record};
 use crate::ring::sequence::Sequence;
 use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::{self, Arenas, SharedInfo, locate};
-use crate::sync::Ordering;
 
 /// A subscriber of a topic with many publishers.
 pub(crate) struct ManyPort {
@@ -171,20 +170,19 @@ impl ManyPort {
     fn lagged(&mut self) -> RecvError {
         let read = self.batch.take().map_or(0, |batch| batch.index);
         let from = self.reader.next().sequence + read;
-        for _ in 0..1000 {
-            // Acquire: as in `gate::join`; only a place to look at next.
-            let oldest = self.reader.log().header.intent.0.load(Ordering::Acquire);
-            match self.place_at(oldest) {
-                Ok(Some(place)) => {
-                    self.reader.move_to(place);
-                    let (from, to) = (Sequence::new(from), Sequence::new(place.sequence));
-                    return RecvError::Lagged { from, to };
-                }
-                Ok(None) => {}
-                Err(error) => return error,
+        let log = self.reader.log().clone();
+        match find_place(|| log.header.announced(), |oldest| self.place_at(oldest).transpose()) {
+            // Overwritten where we stood: what is retained begins further on.
+            Some(Ok(place)) if place.position <= self.reader.next().position || place.sequence < from => {
+                RecvError::Corrupt("what was overwritten is said to be retained")
             }
+            Some(Ok(place)) => {
+                self.reader.move_to(place);
+                RecvError::Lagged { from: Sequence::new(from), to: Sequence::new(place.sequence) }
+            }
+            Some(Err(error)) => error,
+            None => RecvError::Corrupt("no record leads back into the ring"),
         }
-        RecvError::Corrupt("no record leads back into the ring")
     }
 
     /// Position and sequence of the batch at `position`, if it is still retained.

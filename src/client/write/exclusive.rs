@@ -98,8 +98,8 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
     }
 
     fn oldest(&self) -> u64 {
-        // Acquire: A-INTENT, as a joiner would look at it. At most a lap, whatever the memory says.
-        let intent = self.log().header.intent.0.load(Ordering::Acquire);
+        // At most a lap, whatever the memory says.
+        let intent = self.log().header.announced();
         intent.max(self.next().saturating_sub(self.log().ring.len()))
     }
 

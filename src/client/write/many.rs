@@ -199,8 +199,7 @@ impl ManyPort {
 
 /// Where what is retained below `tail` begins; at most a lap of it, whatever the memory says.
 fn oldest_retained(log: &ManyLog, tail: u64) -> u64 {
-    // Acquire: A-INTENT, as a joiner would look at it.
-    log.header.intent.0.load(Ordering::Acquire).max(tail.saturating_sub(log.ring.len()))
+    log.header.announced().max(tail.saturating_sub(log.ring.len()))
 }
 
 impl WritePort for ManyPort {

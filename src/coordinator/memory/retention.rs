@@ -14,7 +14,6 @@ use crate::ring::many::{ManyLog, Record};
 use crate::ring::slot::Kind;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, RECORD_HEADER_BYTES};
 use crate::shm::topic;
-use crate::sync::Ordering;
 use crate::topic::{Full, Mode};
 
 /// Positions looked at in one go, so that nobody waits long for the coordinator.
@@ -33,8 +32,7 @@ impl TopicMemory {
     pub(crate) fn give_up_old(&self, checkpoint: u32) -> Result<(), Refusal> {
         let Parts::Log { segments, .. } = &self.parts else { return Ok(()) };
         let tail = self.tail()?;
-        // Acquire: A-INTENT, as a joiner would look at it.
-        let intent = segments.header().intent.0.load(Ordering::Acquire);
+        let intent = segments.header().announced();
         // What is held is not worth a look; the gate asks the readers once more.
         let held = lowest(&segments.readers(), &segments.cursor_lines(&self.info));
         let held = held.filter(|_| self.info.options.full != Full::Overwrite);
