@@ -511,7 +511,7 @@ impl Wire {
 
 /// The first packet of a connection: a Hello without past (coordinator/protocol.rs, in postcard).
 fn hello() -> [u8; 4] {
-    let version = 4;
+    let version = 5;
     [0, version, 0, 0]
 }
 
