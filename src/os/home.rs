@@ -53,7 +53,11 @@ impl Home {
     #[inline(always)]
     pub(crate) fn is_here(self) -> bool {
         // Relaxed: it changes by forking alone, and the child has one thread then.
-        self.mark.load(Ordering::Relaxed) == HERE
+        let here = self.mark.load(Ordering::Relaxed) == HERE;
+        if !here {
+            unlikely();
+        }
+        here
     }
 
     /// The process that opened the handle.
@@ -77,6 +81,10 @@ impl Home {
         );
     }
 }
+
+/// Tells the compiler which way it need not care about.
+#[cold]
+fn unlikely() {}
 
 /// A page of its own that forked children find wiped.
 fn new_mark() -> io::Result<NonNull<AtomicU32>> {
