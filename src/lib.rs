@@ -74,7 +74,7 @@ pub mod model {
     pub use crate::ring::doorbell::{Armed, Doorbell, arm_all, sleep_any};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
-    pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, Seen, State as LedgerState};
+    pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, RUN, Run, Seen, State as LedgerState, runs_in};
     pub use crate::ring::log::{LogHeader, Place, TopicState};
     pub use crate::ring::many::{Claim, Entry, ManyLog, Poll as ManyPoll, Reader as ManyReader, Writer as ManyWriter};
     pub use crate::ring::notes::Note;

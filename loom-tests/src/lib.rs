@@ -56,8 +56,9 @@ pub fn channel(len: u64) -> Channel<1> {
 
 /// A ledger of `window` words, starting at `start`.
 pub fn ledger(window: u64, start: u64) -> Ledger {
-    let words = (0..window).map(|_| AtomicU64::new(0)).collect::<Box<[_]>>();
-    Ledger::new(Shared::heap(Box::new(LedgerHeader::new(start))), Shared::heap(words))
+    let words = |count| (0..count).map(|_| AtomicU64::new(0)).collect::<Box<[_]>>();
+    let header = Shared::heap(Box::new(LedgerHeader::new(start)));
+    Ledger::new(header, Shared::heap(words(window)), Shared::heap(words(runs_in(window))))
 }
 
 /// A policy that retains as many messages as a ring of `len` has slots, and raises the floor one further than needed.

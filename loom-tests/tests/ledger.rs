@@ -21,7 +21,7 @@ fn counts<const N: usize>() -> Arc<[AtomicU64; N]> {
 
 /// Whether a consumer may take it, as consumers decide.
 fn is_free(seen: Seen) -> bool {
-    match seen.state {
+    match seen.state() {
         LedgerState::Fresh => true,
         LedgerState::Returned | LedgerState::Leased => seen.is_due(NOW),
         _ => false,
@@ -80,9 +80,9 @@ fn who_is_late_changes_nothing() {
         let theirs = ledger.clone();
         let looking = thread::spawn(move || {
             let (first, second) = (theirs.look(0), theirs.look(0));
-            let settled = |seen: Seen| seen.state == LedgerState::Settled;
+            let settled = |seen: Seen| seen.state() == LedgerState::Settled;
             assert!(!settled(first) || settled(second), "settled is final");
-            assert!(first.attempt <= second.attempt);
+            assert!(first.attempt() <= second.attempt());
         });
         let seen = ledger.look(0);
         let taken = if is_free(seen) { ledger.take(seen, 2, AHEAD) } else { None };
@@ -259,7 +259,7 @@ fn move_on(ledger: &Ledger, seen: Seen, owner: u8, notes: &Notes, steps: u32) ->
 /// What a living consumer does with sequence 0: adopts a move that is nobody's, takes what is free and acknowledges it.
 fn carry_on(ledger: &Ledger, owner: u8, notes: &Notes) -> bool {
     let seen = ledger.look(0);
-    if matches!(seen.state, LedgerState::Moving(_)) && seen.owner.is_none() {
+    if matches!(seen.state(), LedgerState::Moving(_)) && seen.owner().is_none() {
         move_on(ledger, seen, owner, notes, 3);
     }
     is_free(seen) && ledger.take(seen, owner, AHEAD).is_some_and(|lease| ledger.settle(lease))
@@ -286,7 +286,7 @@ fn a_mover_that_dies_leaves_exactly_one_copy() {
             let delivered = carrying_on.join().unwrap() | carry_on(&ledger, 2, &notes);
             assert!(!(moved && delivered), "delivered after its move had begun");
             assert_eq!((delivered, notes.copies()), (!moved, usize::from(moved)));
-            assert_eq!(ledger.look(0).state, LedgerState::Settled);
+            assert_eq!(ledger.look(0).state(), LedgerState::Settled);
         });
     }
 }
@@ -313,7 +313,7 @@ fn a_fenced_mover_leaves_exactly_one_copy() {
         reclaim();
         let delivered = delivered | carry_on(&ledger, 2, &notes);
         assert_eq!((delivered, notes.copies()), (!moved, usize::from(moved)));
-        assert_eq!(ledger.look(0).state, LedgerState::Settled);
+        assert_eq!(ledger.look(0).state(), LedgerState::Settled);
     });
 }
 
@@ -334,11 +334,11 @@ fn a_release_touches_only_the_dead_ones() {
         let taken = if is_free(returned) { ledger.take(returned, 2, AHEAD) } else { None };
         assert!(ledger.settle(own), "a living consumer's lease");
         if let Some(taken) = taken {
-            assert!(taken.attempt == 2 && ledger.settle(taken), "what came back was taken again");
+            assert!(taken.attempt() == 2 && ledger.settle(taken), "what came back was taken again");
         }
         assert_eq!(releasing.map(|thread| thread.join().unwrap()).iter().sum::<u64>(), 1);
         let state = if taken.is_some() { LedgerState::Settled } else { LedgerState::Returned };
-        assert_eq!((ledger.look(0).state, ledger.look(1).state), (state, LedgerState::Settled));
+        assert_eq!((ledger.look(0).state(), ledger.look(1).state()), (state, LedgerState::Settled));
     });
 }
 
@@ -354,7 +354,7 @@ fn the_floor_is_never_above_what_is_unsettled() {
                     break;
                 }
                 let seen = ledger.look(sequence);
-                assert_ne!(seen.state, LedgerState::Corrupt, "at most reused");
+                assert_ne!(seen.state(), LedgerState::Corrupt, "at most reused");
                 if is_free(seen)
                     && ledger.take(seen, owner, AHEAD).is_some_and(|lease| {
                         done[sequence as usize].store(1, Relaxed);
@@ -390,7 +390,7 @@ fn what_was_counted_as_returned_is_found() {
         let theirs = ledger.clone();
         let returning = thread::spawn(move || assert!(theirs.give_back(lease, PAST)));
         if ledger.returned() == 1 {
-            assert_eq!(ledger.look(0).state, LedgerState::Returned);
+            assert_eq!(ledger.look(0).state(), LedgerState::Returned);
         }
         returning.join().unwrap();
     });
@@ -407,7 +407,7 @@ fn what_was_taken_lies_below_the_hint() {
             theirs.advance_floor();
             (assert!(theirs.reserve(1, 1)), theirs.take(theirs.look(1), 1, AHEAD).unwrap());
         });
-        if ledger.look(1).owner == Some(1) {
+        if ledger.look(1).owner() == Some(1) {
             assert_eq!(ledger.handed_out(), 1..2);
         }
         let floor = ledger.floor();
@@ -437,4 +437,123 @@ fn an_exclusive_group_has_one_consumer_at_work() {
         stand_by(ledger, working, 2);
         (leaving.join().unwrap(), standing_by.join().unwrap());
     });
+}
+
+/// A ledger with runs (of two), on which the first of them has been handed out.
+fn with_runs() -> Ledger {
+    let ledger = ledger(8, 0);
+    ledger.raise_hint(RUN);
+    ledger
+}
+
+/// Takes the first run as a whole; counts what is leased.
+fn lease_run(ledger: &Ledger, owner: u8, due: u64, leased: &[AtomicU64]) -> Option<Run> {
+    let run = ledger.look_at_run(0)?;
+    let taken = ledger.leased_run(run, owner, due);
+    if !ledger.take_run(run, taken) {
+        return None;
+    }
+    for sequence in run.sequences() {
+        assert_eq!(leased[sequence as usize].fetch_add(1, Relaxed), 0, "{sequence} was leased twice at a time");
+    }
+    Some(taken)
+}
+
+/// Two take the run as a whole, or else one by one; a third takes one message alone.
+#[test]
+fn a_run_is_leased_once_at_a_time() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (ledger, leased) = (with_runs(), counts::<2>());
+        let take = |ledger: Ledger, leased: Arc<[AtomicU64; 2]>, owner: u8| {
+            if lease_run(&ledger, owner, AHEAD, &*leased).is_none() {
+                (0..RUN).for_each(|sequence| lease(&ledger, owner, sequence, &*leased));
+            }
+        };
+        let (theirs, seen) = (ledger.clone(), leased.clone());
+        let taking = thread::spawn(move || take(theirs, seen, 1));
+        let (theirs, seen) = (ledger.clone(), leased.clone());
+        let alone = thread::spawn(move || lease(&theirs, 2, 1, &*seen));
+        take(ledger, leased.clone(), 3);
+        (taking.join().unwrap(), alone.join().unwrap());
+        assert!(leased.iter().all(|count| count.load(Relaxed) == 1), "none is forgotten");
+    });
+}
+
+/// The run's lease is overdue: its owner acknowledges all of it late, or what is left one by one; another takes one message
+/// over; a third looks on.
+#[test]
+fn who_is_late_with_a_run_changes_nothing_of_what_is_anothers() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (ledger, leased) = (with_runs(), counts::<2>());
+        let run = lease_run(&ledger, 1, PAST, &*leased).unwrap();
+        let theirs = ledger.clone();
+        let late = thread::spawn(move || {
+            if theirs.settle_run(run, 1) {
+                return [true; 2];
+            }
+            [0, 1].map(|sequence| theirs.settle(theirs.lease_in(run, sequence)))
+        });
+        let theirs = ledger.clone();
+        let looking = thread::spawn(move || {
+            let (first, second) = (theirs.look(0), theirs.look(0));
+            assert!(first.state() != LedgerState::Settled || second.state() == LedgerState::Settled);
+            assert!(first.attempt() <= second.attempt() && first.state() != LedgerState::Fresh);
+        });
+        let seen = ledger.look(0);
+        let taken = if is_free(seen) { ledger.take(seen, 2, AHEAD) } else { None };
+        if let Some(taken) = taken {
+            assert_eq!((taken.attempt(), ledger.look(0)), (2, taken));
+            assert!(ledger.settle(taken), "the late one changed it");
+        }
+        let acknowledged = late.join().unwrap();
+        assert_eq!(acknowledged, [taken.is_none(), true], "exactly one of both");
+        looking.join().unwrap();
+        assert_eq!(ledger.advance_floor(), RUN);
+    });
+}
+
+/// The owner of a run is proven dead; a living consumer takes what comes back, each message once.
+#[test]
+fn a_dead_ones_run_comes_back() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (ledger, leased) = (with_runs(), counts::<2>());
+        let run = lease_run(&ledger, 1, AHEAD, &*leased).unwrap();
+        assert!(ledger.settle(ledger.lease_in(run, 1)), "it had acknowledged one");
+        let theirs = ledger.clone();
+        let releasing = thread::spawn(move || theirs.release_owner(1, NOW, |_, _| false));
+        let take = || {
+            let seen = ledger.look(0);
+            is_free(seen) && ledger.take(seen, 2, AHEAD).is_some()
+        };
+        let early = take();
+        assert_eq!(releasing.join().unwrap(), 1);
+        assert_ne!(early, take(), "it is taken once");
+        assert_eq!((ledger.look(0).attempt(), ledger.look(1).state()), (2, LedgerState::Settled));
+    });
+}
+
+/// As for one message, a copy is made before the run is settled, and so before the floor lets a publisher in.
+#[test]
+fn copies_come_before_the_overwriting_of_their_run() {
+    for one_by_one in [false, true] {
+        explore(PREEMPTIONS_SMALL, move || {
+            let (ledger, borrowed) = (with_runs(), Arc::new(Borrowed::new(2)));
+            (borrowed.write(0, value_of(0)), borrowed.write(1, value_of(1)));
+            let run = ledger.look_at_run(0).unwrap();
+            let (theirs, copied) = (ledger.clone(), borrowed.clone());
+            let consuming = thread::spawn(move || {
+                (0..RUN).for_each(|at| assert_eq!(copied.read(at), value_of(at)));
+                let taken = theirs.leased_run(run, 1, AHEAD);
+                assert!(theirs.take_run(run, taken));
+                if one_by_one {
+                    (0..RUN).for_each(|at| assert!(theirs.settle(theirs.lease_in(taken, at))));
+                } else {
+                    assert!(theirs.settle_run(taken, 1));
+                }
+            });
+            let floor = ledger.advance_floor();
+            (0..floor).for_each(|at| borrowed.write(at, value_of(at + RUN)));
+            consuming.join().unwrap();
+        });
+    }
 }

@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ring::ledger::runs_in;
 use crate::topic::{Full, Mode, TopicOptions};
 
 /// Bumped with every change of a byte in any segment.
-pub(crate) const LAYOUT_VERSION: u32 = 2;
+pub(crate) const LAYOUT_VERSION: u32 = 3;
 
 /// Where a segment's body starts; the header has the first page to itself.
 pub(crate) const BODY_OFFSET: u64 = 4096;
@@ -174,7 +175,12 @@ pub(crate) fn cursors_len_bytes(max_subscribers: u32) -> u64 {
 
 /// Length of the whole ledger segment of a group with this window.
 pub(crate) fn ledger_len_bytes(window: u64) -> u64 {
-    page_up(BODY_OFFSET + LEDGER_WORDS_OFFSET + window * 8)
+    page_up(BODY_OFFSET + ledger_runs_offset(window) + runs_in(window) * 8)
+}
+
+/// Where the words of the runs start in a ledger's body: on a line of their own.
+pub(crate) fn ledger_runs_offset(window: u64) -> u64 {
+    (LEDGER_WORDS_OFFSET + window * 8).next_multiple_of(128)
 }
 
 fn check(what: &str, found: u64, min: u64, max: u64) -> Result<(), String> {

@@ -7,12 +7,13 @@ use crate::ring::arena::Arena;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::Policy;
-use crate::ring::ledger::{Ledger, LedgerHeader};
+use crate::ring::ledger::{Ledger, LedgerHeader, runs_in};
 use crate::ring::log::LogHeader;
 use crate::ring::many::ManyLog;
 use crate::ring::spsc::{Channel, ChannelHeader};
 use crate::shm::layout::{
     ARENA_ALIGN, CHANNEL_RING_OFFSET, Geometry, LEDGER_WORDS_OFFSET, RING_OFFSET, cursors_len_bytes, ledger_len_bytes,
+    ledger_runs_offset,
 };
 use crate::shm::segment::{Kind, Promise, Segment};
 use crate::shm::shared::Shared;
@@ -108,7 +109,9 @@ impl LogSegments {
 /// The ledger in a group's ledger segment.
 pub(crate) fn ledger(segment: &Segment, info: &TopicInfo, group: &GroupInfo) -> Ledger {
     let header: Shared<LedgerHeader> = segment.view(0);
-    Ledger::new(header, segment.view_slice(LEDGER_WORDS_OFFSET, group.options.window_words(info.options.messages)))
+    let window = group.options.window_words(info.options.messages);
+    let words = segment.view_slice(LEDGER_WORDS_OFFSET, window);
+    Ledger::new(header, words, segment.view_slice(ledger_runs_offset(window), runs_in(window)))
 }
 
 /// An arena segment's memory.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::core::{Core, Item};
 use super::delivery::Lease;
 use crate::error::AckError;
-use crate::ring::ledger::{Seen, State};
+use crate::ring::ledger::{RUN, Seen, State};
 use crate::ring::sequence::Sequence;
 use crate::topic::Payload;
 
@@ -62,7 +62,12 @@ impl<T: ?Sized> Batch<'_, T> {
     /// The first [`AckError`]. All the others have been acknowledged all the same, unless they fail alike.
     #[inline]
     pub fn ack(mut self) -> Result<(), AckError> {
-        self.settle(Core::ack)
+        self.settle_by(Core::ack, |core, index| {
+            let run = core.items[index].run?;
+            let items = index..index + RUN as usize;
+            let whole = core.items.get(items.clone())?.iter().all(|item| !item.kept.get());
+            (whole && core.ack_run(run)).then_some(items.end)
+        })
     }
 
     /// Gives every message back that was not kept; they rest for the group's back-off.
@@ -81,12 +86,27 @@ impl<T: ?Sized> Batch<'_, T> {
         self.settle(|core, lease| core.nack(lease, Some(delay)))
     }
 
+    fn settle(&mut self, settle: impl FnMut(&mut Core, Seen) -> Result<(), AckError>) -> Result<(), AckError> {
+        self.settle_by(settle, |_, _| None)
+    }
+
+    /// Settles what was not kept one by one, or from some index on several at a time: `several` says up to where it has.
     #[inline]
-    fn settle(&mut self, mut settle: impl FnMut(&mut Core, Seen) -> Result<(), AckError>) -> Result<(), AckError> {
+    fn settle_by(
+        &mut self,
+        mut settle: impl FnMut(&mut Core, Seen) -> Result<(), AckError>,
+        mut several: impl FnMut(&mut Core, usize) -> Option<usize>,
+    ) -> Result<(), AckError> {
         let mut first = Ok(());
         // By index: settling needs the whole consumer, but never touches what is in hand.
-        for index in 0..self.core.items.len() {
+        let mut index = 0;
+        while index < self.core.items.len() {
+            if let Some(end) = several(self.core, index) {
+                index = end;
+                continue;
+            }
             let item = &self.core.items[index];
+            index += 1;
             if item.kept.get() {
                 continue;
             }
@@ -104,7 +124,7 @@ impl<T: ?Sized> Batch<'_, T> {
 impl<T: ?Sized> Drop for Batch<'_, T> {
     fn drop(&mut self) {
         // Where one cannot be given back, it is not ours any more.
-        let _ = self.settle(|core, lease| match lease.state {
+        let _ = self.settle(|core, lease| match lease.state() {
             State::Leased => core.nack(lease, None),
             _ => Ok(()),
         });
@@ -121,7 +141,7 @@ impl<'a, T: ?Sized> BatchItem<'a, T> {
     /// Which delivery of the message to this group this is, from 1. Above 4,095 it counts no further.
     #[inline]
     pub fn attempt(&self) -> u32 {
-        self.item.lease.attempt.into()
+        self.item.lease.attempt().into()
     }
 
     /// The publisher's number on the bus. `None` on exclusive topics where more than 255 publishers have followed since.

@@ -25,6 +25,18 @@ impl Copies {
         self.used = 0;
     }
 
+    /// How far copies go now; see [`Self::undo_to`].
+    #[inline]
+    pub(super) fn mark(&self) -> usize {
+        self.used
+    }
+
+    /// Forgets all copies made since.
+    #[inline]
+    pub(super) fn undo_to(&mut self, mark: usize) {
+        self.used = mark;
+    }
+
     /// Forgets `copy`, the one made last.
     #[inline]
     pub(super) fn undo(&mut self, copy: Copy) {

@@ -23,7 +23,7 @@ use crate::group::{Guarantee, LEASE_MS, whole_ms};
 use crate::os::clock;
 use crate::os::home::Home;
 use crate::ring::cursor::{Cursor, CursorsHeader};
-use crate::ring::ledger::{Ledger, MoveReason, Seen, State};
+use crate::ring::ledger::{Ledger, MoveReason, RUN, Run, Seen, State};
 use crate::ring::sequence::Sequence;
 use crate::shm::shared::Shared;
 use crate::shm::topic::SharedInfo;
@@ -36,6 +36,8 @@ const ACKS_PER_FLUSH: u64 = 1024;
 /// A message in hand.
 pub(super) struct Item {
     pub(super) lease: Seen,
+    /// Where the messages from this one on were taken with one swap: what it made of their run's word.
+    pub(super) run: Option<Run>,
     /// Envelope, where the topic has them, and payload.
     pub(super) body: Copy,
     /// Where in it the payload begins.
@@ -98,6 +100,11 @@ impl Flush {
     /// Counts a word, if it is settled, of which nobody has a lease.
     pub(super) fn count(&mut self, settled: bool) {
         self.settled += u32::from(settled);
+    }
+
+    /// Counts the words of a run likewise.
+    pub(super) fn count_run(&mut self, settled: bool) {
+        self.settled += if settled { RUN as u32 } else { 0 };
     }
 }
 
@@ -167,7 +174,7 @@ impl Core {
 
     /// Whether leases still mean anything.
     #[inline]
-    fn check_settle(&self) -> Result<(), AckError> {
+    pub(super) fn check_settle(&self) -> Result<(), AckError> {
         if !self.home.is_here() {
             return Err(AckError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
@@ -184,7 +191,7 @@ impl Core {
     #[inline]
     pub(super) fn ack(&mut self, lease: Seen) -> Result<(), AckError> {
         self.check_settle()?;
-        if lease.state == State::Settled {
+        if lease.state() == State::Settled {
             // At most once: it was done with when it was handed out.
             return Ok(());
         }
@@ -200,11 +207,11 @@ impl Core {
         self.check_settle()?;
         self.check_unsettled(lease)?;
         let options = &self.group.options;
-        if options.max_attempts > 0 && u32::from(lease.attempt) >= options.max_attempts {
+        if options.max_attempts > 0 && u32::from(lease.attempt()) >= options.max_attempts {
             return self.move_away(lease, MoveReason::Exhausted, None);
         }
         let now = clock::now_ms();
-        let rest = delay.map_or_else(|| options.rest_ms(lease.attempt), whole_ms).min(*LEASE_MS.end());
+        let rest = delay.map_or_else(|| options.rest_ms(lease.attempt()), whole_ms).min(*LEASE_MS.end());
         let due = if rest == 0 { now } else { due_after(now, rest) };
         if !self.ledger.give_back(lease, due) {
             return Err(self.why_lost(lease));
@@ -252,16 +259,16 @@ impl Core {
 
     fn check_unsettled(&self, lease: Seen) -> Result<(), AckError> {
         let sequence = Sequence::new(lease.sequence());
-        if lease.state == State::Settled { Err(AckError::AlreadySettled { sequence }) } else { Ok(()) }
+        if lease.state() == State::Settled { Err(AckError::AlreadySettled { sequence }) } else { Ok(()) }
     }
 
     /// A swap failed: because this very lease was used before?
     #[cold]
     fn why_lost(&self, lease: Seen) -> AckError {
         let now = self.ledger.look(lease.sequence());
-        let used = matches!(now.state, State::Settled | State::Moving(_));
+        let used = matches!(now.state(), State::Settled | State::Moving(_));
         let sequence = Sequence::new(lease.sequence());
-        if used && now.owner == lease.owner && now.attempt == lease.attempt {
+        if used && now.owner() == lease.owner() && now.attempt() == lease.attempt() {
             AckError::AlreadySettled { sequence }
         } else {
             AckError::LeaseLost { sequence }
@@ -280,7 +287,13 @@ impl Core {
     #[inline]
     pub(super) fn has_settled(&mut self, lease: Seen) {
         self.has_ended(lease);
-        self.flush.settled += 1;
+        self.have_settled(1);
+    }
+
+    /// After so many of our leases have been settled.
+    #[inline]
+    pub(super) fn have_settled(&mut self, count: u64) {
+        self.flush.settled += count as u32;
         let others_wait = || !self.readers.readers.is_quiet() && self.ledger.is_window_full();
         if self.flush.settled >= self.flush.period || self.readers.writers.is_waited_on() || others_wait() {
             self.raise_floor();
@@ -308,7 +321,7 @@ impl Core {
         let before = self.ledger.floor();
         let floor = self.ledger.advance_floor();
         // The hint after the floor: who found the window full sleeps, or looks once more and finds the new floor.
-        if floor > before && self.ledger.hint() >= before.saturating_add(self.ledger.window()) {
+        if floor > before && self.ledger.hint() >= self.ledger.window_end(before) {
             self.ring_readers();
         }
         let line = &self.cursors[self.group.cursor as usize];

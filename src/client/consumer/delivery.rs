@@ -50,7 +50,7 @@ impl Lease {
 
     /// Which delivery of the message this is, from 1.
     pub fn attempt(&self) -> u32 {
-        self.seen.attempt.into()
+        self.seen.attempt().into()
     }
 }
 
@@ -77,7 +77,7 @@ impl<T: ?Sized> Delivery<'_, T> {
     /// Which delivery of the message to this group this is, from 1. Above 4,095 it counts no further.
     #[inline]
     pub fn attempt(&self) -> u32 {
-        self.item().lease.attempt.into()
+        self.item().lease.attempt().into()
     }
 
     /// The publisher's number on the bus. `None` on exclusive topics where more than 255 publishers have followed since.
@@ -181,7 +181,7 @@ impl<T: ?Sized> Delivery<'_, T> {
 impl<T: ?Sized> Drop for Delivery<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(lease) = self.let_go().filter(|lease| lease.state == State::Leased) {
+        if let Some(lease) = self.let_go().filter(|lease| lease.state() == State::Leased) {
             // Where it cannot be given back, it is not ours any more.
             let _ = self.core.nack(lease, None);
         }

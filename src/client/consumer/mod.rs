@@ -7,6 +7,7 @@ mod delivery;
 mod fetch;
 mod moves;
 mod ordered;
+mod runs;
 mod scan;
 mod take;
 

@@ -138,7 +138,7 @@ impl Core {
         let (due, half) = (self.lease_end(now), self.group.options.lease_ms / 2);
         let (ledger, me) = (&self.ledger, self.me);
         self.moves.queue.retain_mut(|waiting| {
-            let State::Moving(reason) = waiting.seen.state else { return false };
+            let State::Moving(reason) = waiting.seen.state() else { return false };
             if waiting.seen.due_in(now) > half {
                 return true;
             }
@@ -239,7 +239,7 @@ fn letter(
     publisher: Option<u64>,
     original: Option<EnvelopeView<'_>>,
 ) -> Envelope {
-    let reason = match (&next.text, next.seen.state) {
+    let reason = match (&next.text, next.seen.state()) {
         (Some(text), _) => text,
         (None, State::Moving(MoveReason::Rejected)) => "rejected",
         (None, State::Moving(MoveReason::Expired)) => "expired",
@@ -250,7 +250,7 @@ fn letter(
     let mut letter = Envelope::new()
         .ttl(std::time::Duration::MAX)
         .header("reason", reason.as_bytes())
-        .header("attempts", number(next.seen.attempt.into()).as_bytes())
+        .header("attempts", number(next.seen.attempt().into()).as_bytes())
         .header("origin-topic", info.name.as_bytes())
         .header("origin-group", group.name.as_bytes())
         .header("origin-sequence", number(next.seen.sequence()).as_bytes());

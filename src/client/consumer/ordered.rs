@@ -103,13 +103,13 @@ impl Core {
     /// In how many milliseconds a head may be had. `None`: it is settled, and the next of its key in its place.
     fn head_due_in(&mut self, head: u64, now: u64) -> Option<u64> {
         let seen = self.ledger.look(head);
-        match seen.state {
+        match seen.state() {
             State::Settled => {
                 self.ordered.pop(head);
                 None
             }
             State::Returned | State::Leased => Some(seen.due_in(now)),
-            State::Moving(_) if seen.owner.is_some() => Some(seen.due_in(now).min(MOVE_LOOK_MS)),
+            State::Moving(_) if seen.owner().is_some() => Some(seen.due_in(now).min(MOVE_LOOK_MS)),
             _ => Some(0),
         }
     }
@@ -118,7 +118,7 @@ impl Core {
     fn read_along(&mut self) -> Result<bool, RecvError> {
         let floor = self.ledger.floor();
         let from = self.ordered.read_to.max(floor);
-        let to = from.saturating_add(READ_AHEAD).min(floor.saturating_add(self.ledger.window()));
+        let to = from.saturating_add(READ_AHEAD).min(self.ledger.window_end(floor));
         if to <= from {
             return Ok(false);
         }
@@ -134,7 +134,7 @@ impl Core {
 
     fn read_one_along(&mut self, sequence: u64) -> Result<(), RecvError> {
         let seen = self.ledger.look(sequence);
-        if seen.state == State::Settled {
+        if seen.state() == State::Settled {
             return Ok(());
         }
         match self.log.read(sequence, &mut self.copies) {

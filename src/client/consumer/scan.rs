@@ -118,13 +118,13 @@ impl Core {
         let mut come_due = |ms: u64| due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms)));
         for sequence in self.ledger.handed_out() {
             let seen = self.ledger.look(sequence);
-            let wait_ms = match seen.state {
+            let wait_ms = match seen.state() {
                 State::Fresh if sequence < stranded && !self.reserved.contains(&sequence) => 0,
                 // Only the coordinator knows whether we have committed the outputs of what we let lie.
-                State::Leased if keeps_own && seen.owner == Some(self.me) => continue,
+                State::Leased if keeps_own && seen.owner() == Some(self.me) => continue,
                 State::Returned | State::Leased => seen.due_in(now),
-                State::Moving(_) if seen.owner.is_none() => 0,
-                State::Moving(_) if seen.owner != Some(self.me) => seen.due_in(now),
+                State::Moving(_) if seen.owner().is_none() => 0,
+                State::Moving(_) if seen.owner() != Some(self.me) => seen.due_in(now),
                 // Ours waits for room.
                 State::Moving(_) => MOVE_AGAIN_MS,
                 State::Corrupt => 0,

@@ -9,7 +9,7 @@ use crate::client::envelope;
 use crate::error::RecvError;
 use crate::group::Guarantee;
 use crate::os::clock;
-use crate::ring::ledger::{MoveReason, Seen, State};
+use crate::ring::ledger::{MoveReason, RUN, Seen, State};
 use crate::sync::{Ordering, fence};
 
 /// Fewest and most sequences reserved at a time: two lines of the ledger, and what takes well below a step of the clock.
@@ -23,7 +23,7 @@ const AHEAD: u64 = 8;
 const RESERVE_ATTEMPTS: usize = 16;
 
 /// Copying more than this takes long enough for the clock to move on.
-const LONG_COPY_BYTES: usize = 1024;
+pub(super) const LONG_COPY_BYTES: usize = 1024;
 
 /// How many sequences to reserve at a time. Each reservation is a transfer of the hint's line, so who is fast takes longer
 /// strides; who is slow must not keep messages from others, who take over what is left only after a step of the clock.
@@ -100,7 +100,11 @@ impl Core {
     #[inline]
     fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
         while self.items.len() < count {
-            let Some(sequence) = self.next_sequence(count - self.items.len(), now) else { break };
+            let wanted = count - self.items.len();
+            if self.candidates.is_empty() && self.take_run(wanted, now) {
+                continue;
+            }
+            let Some(sequence) = self.next_sequence(wanted, now) else { break };
             if let Err(error) = self.try_take(sequence, now) {
                 if self.items.is_empty() {
                     return Err(error);
@@ -148,7 +152,7 @@ impl Core {
         let stride = self.stride.next(now);
         for _ in 0..RESERVE_ATTEMPTS {
             let hint = self.ledger.hint();
-            let window_end = self.ledger.floor().saturating_add(self.ledger.window());
+            let window_end = self.ledger.window_end(self.ledger.floor());
             let to = hint.saturating_add(wanted.max(stride)).min(window_end);
             if to <= hint {
                 return false;
@@ -157,6 +161,9 @@ impl Core {
             if end <= hint {
                 return false;
             }
+            // As far as runs go, so that what is left begins with one.
+            let whole = end / RUN * RUN;
+            let end = if whole > hint { whole } else { end };
             if self.ledger.reserve(hint, end - hint) {
                 self.reserved = hint..end;
                 (hint..end.min(hint + AHEAD)).for_each(|sequence| self.log.prefetch(sequence));
@@ -170,7 +177,7 @@ impl Core {
     #[inline]
     pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
         let seen = self.ledger.look(sequence);
-        if seen.state != State::Fresh && !self.may_take_again(seen, now)? {
+        if seen.state() != State::Fresh && !self.may_take_again(seen, now)? {
             return Ok(());
         }
         let (body, origin) = match self.log.read(sequence, &mut self.copies) {
@@ -208,11 +215,11 @@ impl Core {
             self.scan.look_again(now);
             return Ok(());
         };
-        if seen.state != State::Fresh {
+        if seen.state() != State::Fresh {
             self.count_redelivery();
         }
-        self.in_flight += u64::from(lease.state == State::Leased);
-        self.items.push(Item { lease, body, payload_at, origin, kept: Cell::new(false) });
+        self.in_flight += u64::from(lease.state() == State::Leased);
+        self.items.push(Item { lease, run: None, body, payload_at, origin, kept: Cell::new(false) });
         Ok(())
     }
 
@@ -261,11 +268,11 @@ impl Core {
     /// Whether a message that was handed out before may be delivered now. Also does what else is to be done about it.
     #[cold]
     fn may_take_again(&mut self, seen: Seen, now: u64) -> Result<bool, RecvError> {
-        match seen.state {
+        match seen.state() {
             State::Fresh => return Ok(true),
             State::Settled => return Ok(false),
             State::Corrupt => return Err(RecvError::Corrupt("a word of the group's ledger makes no sense")),
-            State::Moving(reason) if seen.owner.is_none() => {
+            State::Moving(reason) if seen.owner().is_none() => {
                 self.take_move(seen, reason, now);
                 return Ok(false);
             }
@@ -275,16 +282,16 @@ impl Core {
         if !seen.is_due(clock::now_ms()) {
             return Ok(false);
         }
-        let moving = matches!(seen.state, State::Moving(_));
-        let leased = seen.state == State::Leased;
+        let moving = matches!(seen.state(), State::Moving(_));
+        let leased = seen.state() == State::Leased;
         if moving || leased && self.guarantee() == Guarantee::EffectivelyOnce {
-            if let Some(owner) = seen.owner.filter(|owner| *owner != self.me) {
+            if let Some(owner) = seen.owner().filter(|owner| *owner != self.me) {
                 self.reclaim(owner, now);
             }
             return Ok(false);
         }
         let most = self.group.options.max_attempts;
-        if most > 0 && u32::from(seen.attempt) >= most {
+        if most > 0 && u32::from(seen.attempt()) >= most {
             self.take_move(seen, MoveReason::Exhausted, now);
             return Ok(false);
         }
@@ -298,7 +305,7 @@ impl Core {
         true
     }
 
-    fn is_limited(&self) -> bool {
+    pub(super) fn is_limited(&self) -> bool {
         self.max_in_flight != u64::MAX || self.group.options.max_in_flight > 0
     }
 
@@ -356,7 +363,7 @@ impl Core {
         let overdue = active.filter(|active| {
             self.candidates.iter().any(|sequence| {
                 let seen = self.ledger.look(*sequence);
-                seen.state == State::Leased && seen.owner == Some(*active) && seen.is_due(now)
+                seen.state() == State::Leased && seen.owner() == Some(*active) && seen.is_due(now)
             })
         });
         let superseded = match overdue {

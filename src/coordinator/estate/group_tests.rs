@@ -73,7 +73,7 @@ impl Consumer {
     }
 
     fn sees(&self, sequence: u64) -> Word {
-        self.ledger.look(sequence).state
+        self.ledger.look(sequence).state()
     }
 }
 

@@ -139,7 +139,7 @@ impl Estate {
         if overdue.is_empty() {
             return Ok(());
         }
-        let moves = |seen: &Seen| matches!(seen.state, Word::Moving(_));
+        let moves = |seen: &Seen| matches!(seen.state(), Word::Moving(_));
         if !effectively_once && !overdue.iter().any(moves) {
             self.memory(who.topic)?.give_back(who.group, &overdue, now_ms);
             return Ok(());
@@ -275,12 +275,12 @@ impl Estate {
     }
 
     pub(super) fn lease_status(&self, group: &GroupEntry, seen: Seen) -> Option<LeaseStatus> {
-        let consumer = u32::from(seen.owner?);
+        let consumer = u32::from(seen.owner()?);
         Some(LeaseStatus {
             sequence: seen.sequence(),
             consumer,
             pid: group.consumers.get(&consumer).map_or(0, |incarnation| self.pid_of(*incarnation)),
-            attempt: seen.attempt.into(),
+            attempt: seen.attempt().into(),
             ends_in_ms: seen.due_in(clock::now_ms()),
         })
     }

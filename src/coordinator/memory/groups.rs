@@ -186,8 +186,8 @@ impl TopicMemory {
         let Ok(memory) = self.group(group) else { return Vec::new() };
         let ledger = memory.ledger(&self.info);
         let held = |seen: &Seen| {
-            seen.owner == Some(consumer)
-                && matches!(seen.state, State::Leased | State::Moving(_))
+            seen.owner() == Some(consumer)
+                && matches!(seen.state(), State::Leased | State::Moving(_))
                 && seen.is_due(now_ms)
         };
         ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).collect()
@@ -264,17 +264,17 @@ impl TopicMemory {
         };
         let mut lowest = None;
         for seen in ledger.handed_out().map(|sequence| ledger.look(sequence)) {
-            if seen.state != State::Settled {
+            if seen.state() != State::Settled {
                 lowest = lowest.or(Some(seen));
             }
-            match (seen.state, seen.owner) {
+            match (seen.state(), seen.owner()) {
                 (State::Leased, Some(owner)) => *count.leases.entry(owner.into()).or_default() += 1,
                 (State::Returned, _) => count.returned += 1,
                 (State::Moving(_), _) => count.moving += 1,
                 _ => {}
             }
         }
-        count.oldest = lowest.filter(|seen| seen.state == State::Leased);
+        count.oldest = lowest.filter(|seen| seen.state() == State::Leased);
         Some(count)
     }
 
