@@ -29,6 +29,9 @@ const LEASE: Duration = Duration::from_secs(60);
 /// Time between two kills.
 const KILL_EVERY: Duration = Duration::from_millis(50);
 
+/// Messages that a consumer in batches has in hand at most.
+const BATCH: usize = 32;
+
 /// Keys of the test by key, and the messages of each.
 const KEYS: u64 = 64;
 
@@ -56,6 +59,7 @@ fn role() {
     match role.as_str() {
         "publish" => publish(&bus, arguments.parse().unwrap()),
         "consume" => consume(&bus, &Shift::parse(&arguments)),
+        "consume in batches" => consume_in_batches(&bus, &Shift::parse(&arguments)),
         "pipe" => pipe(&bus, &Shift::parse(&arguments)),
         "publish with keys" => publish_with_keys(&bus),
         "consume by key" => consume_by_key(&bus, &Shift::parse(&arguments)),
@@ -209,6 +213,33 @@ fn consume(bus: &Bus, shift: &Shift) {
             Err(RecvError::TimedOut) => {}
             Err(error) => panic!("{error}"),
         }
+    }
+}
+
+/// Role: consumes in batches until all is over; every other life keeps a message of each, to acknowledge it alone.
+fn consume_in_batches(bus: &Bus, shift: &Shift) {
+    let book = Book::open(&shift.book);
+    let mut consumer = bus.consumer(INPUT, GROUP).open().unwrap();
+    say("consuming");
+    while !book.is_over() {
+        let batch = match consumer.recv_batch_timeout(BATCH, Duration::from_millis(20)) {
+            Ok(batch) => batch,
+            Err(RecvError::TimedOut) => continue,
+            Err(error) => panic!("{error}"),
+        };
+        for message in batch.iter() {
+            let sequence = message.sequence().get();
+            assert_eq!(*message, [sequence; 4], "a foreign or torn message");
+            book.given(sequence, shift.life);
+        }
+        work(shift.work * batch.len() as u32);
+        let sequences: Vec<u64> = batch.iter().map(|message| message.sequence().get()).collect();
+        let alone = batch.iter().nth(3).filter(|_| shift.life % 2 == 1).map(|message| message.keep());
+        batch.ack().unwrap();
+        if let Some(alone) = alone {
+            consumer.ack(&alone).unwrap();
+        }
+        sequences.into_iter().for_each(|sequence| book.acked(sequence, shift.life));
     }
 }
 
@@ -376,9 +407,19 @@ fn four_consumers_share_all_messages_and_the_slow_one_gets_the_fewest() {
 
 #[test]
 fn at_least_once_loses_nothing_and_repeats_only_what_the_dead_had() {
+    check_at_least_once("consume", 1);
+}
+
+#[test]
+fn at_least_once_in_batches_repeats_only_what_the_dead_had() {
+    check_at_least_once("consume in batches", BATCH as u64);
+}
+
+/// Each consumer has up to `in_hand` messages in hand when it is killed.
+fn check_at_least_once(role: &'static str, in_hand: u64) {
     let scene = Scene::new("at-least-once");
     let bus = prepare(&scene, GroupOptions::new().lease(LEASE));
-    let mut crew = Crew::new(&scene, "consume");
+    let mut crew = Crew::new(&scene, role);
     let _publisher = scene.start("publish", &messages().to_string());
     crew.kill_many();
     let book = crew.finish(&bus);
@@ -386,21 +427,33 @@ fn at_least_once_loses_nothing_and_repeats_only_what_the_dead_had() {
     println!("{} kills: {once} given once, {repeated} again", kills());
     assert_eq!(lost, 0);
     assert_eq!(book.head().wrong.load(Ordering::SeqCst), 0, "given again though not in a dead one's hand");
-    assert!(repeated <= u64::from(kills()), "each of {} had one message in hand, {repeated} came again", kills());
+    let had = u64::from(kills()) * in_hand;
+    assert!(repeated <= had, "{} had {in_hand} messages in hand, {repeated} came again", kills());
 }
 
 #[test]
 fn at_most_once_repeats_nothing_and_loses_only_what_the_dead_had() {
+    check_at_most_once("consume", 1);
+}
+
+#[test]
+fn at_most_once_in_batches_loses_only_what_the_dead_had() {
+    check_at_most_once("consume in batches", BATCH as u64);
+}
+
+/// Each consumer has up to `in_hand` messages in hand when it is killed.
+fn check_at_most_once(role: &'static str, in_hand: u64) {
     let scene = Scene::new("at-most-once");
     let bus = prepare(&scene, GroupOptions::new().at_most_once());
-    let mut crew = Crew::new(&scene, "consume");
+    let mut crew = Crew::new(&scene, role);
     let _publisher = scene.start("publish", &messages().to_string());
     crew.kill_many();
     let book = crew.finish(&bus);
     let [lost, once, repeated] = book.count();
     println!("{} kills: {once} given once, {lost} lost", kills());
     assert_eq!(repeated, 0);
-    assert!(lost <= u64::from(kills()), "each of {} had one message in hand, {lost} were lost", kills());
+    let had = u64::from(kills()) * in_hand;
+    assert!(lost <= had, "{} had {in_hand} messages in hand, {lost} were lost", kills());
 }
 
 #[test]
