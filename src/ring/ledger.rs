@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! word: 63 ...... 51   50 ....... 23   22 ..... 11   10 .... 3   2 .. 0
-//!       lap + 1 (13)   due (28, ms)    attempt       owner       state
+//!       lap (13)       due (28, ms)    attempt       owner       state
 //! ```
 //!
 //! A message is taken, settled, given back and taken over by compare-and-swap on the exact word that was seen. The word
@@ -63,7 +63,7 @@ pub const MAX_ATTEMPT: u16 = (1 << 12) - 1;
 
 /// Laps the field can tell apart. Half of them are laps before and half to come, which [`WORD_BY_WORD`] would not need;
 /// the rest guards a swap that was slept through (I-13).
-const LAPS: u64 = (1 << 13) - 1;
+const LAPS: u64 = 1 << 13;
 
 const RETURNED: u64 = 1;
 const LEASED: u64 = 2;
@@ -331,10 +331,10 @@ impl Ledger {
         self.run_word(sequence).map_or_else(apart, |word| word.load(Ordering::Acquire))
     }
 
-    /// The lap as stored: never 0, so that zeroed memory is no lap.
+    /// The lap as stored.
     #[inline]
     fn lap_field(&self, sequence: u64) -> u64 {
-        self.lap(sequence) % LAPS + 1
+        self.lap(sequence) % LAPS
     }
 
     #[inline]
@@ -342,16 +342,16 @@ impl Ledger {
         sequence >> self.lap_shift
     }
 
-    /// Whether a word of `sequence` was written in its own lap.
+    /// Whether a word of `sequence` was written in its own lap. No state is written as 0, so that zeroed memory never was.
     #[inline]
     fn is_of_lap(&self, sequence: u64, raw: u64) -> bool {
-        raw >> LAP_SHIFT == self.lap_field(sequence) && raw != UNREAD
+        raw >> LAP_SHIFT == self.lap_field(sequence) && raw & STATE_MASK != 0
     }
 
     /// Whether a message's word says nothing about its lap: nobody has written it yet, or in a lap before.
     #[inline]
     fn is_old(&self, sequence: u64, raw: u64) -> bool {
-        let age = (self.lap_field(sequence) + LAPS - (raw >> LAP_SHIFT)) % LAPS;
+        let age = self.lap(sequence).wrapping_sub(raw >> LAP_SHIFT) % LAPS;
         raw == 0 || raw & STATE_MASK == SETTLED && (1..=LAPS / 2).contains(&age)
     }
 
@@ -374,9 +374,7 @@ impl Ledger {
     #[inline(always)]
     fn read(&self, sequence: u64, run: u64, raw: u64) -> Seen {
         if self.is_of_lap(sequence, raw) {
-            // Nobody writes a fresh word.
-            let says = if raw & STATE_MASK == 0 { FOREIGN } else { raw };
-            return Seen { sequence, raw, run: 0, says };
+            return Seen { sequence, raw, run: 0, says: raw };
         }
         let says = match self.run_state(sequence, run) {
             _ if !self.is_old(sequence, raw) => FOREIGN,
@@ -401,7 +399,7 @@ impl Ledger {
             };
         }
         // Every lap leaves its mark on the run's word, and every other lap it is this one.
-        let preceding = ((run >> LAP_SHIFT) + 1) % LAPS + 1 == self.lap_field(sequence);
+        let preceding = ((run >> LAP_SHIFT) + 2) % LAPS == self.lap_field(sequence);
         if run == 0 || preceding && matches!(state, APART | SETTLED | SPLIT) {
             RunState::Untouched
         } else {
@@ -643,6 +641,15 @@ impl Ledger {
     #[inline]
     pub fn is_window_full(&self) -> bool {
         self.hint() >= self.window_end(self.floor())
+    }
+
+    /// Asks for the words of the runs that will be looked at next.
+    #[cfg(not(loom))]
+    pub(crate) fn prefetch_runs(&self, sequences: std::ops::Range<u64>) {
+        const RUNS_PER_LINE: u64 = 64 / size_of::<AtomicU64>() as u64;
+        for first in sequences.step_by((RUN * RUNS_PER_LINE) as usize) {
+            self.run_word(first).inspect(|word| crate::os::cache::prefetch_line(word.as_ptr().cast()));
+        }
     }
 
     /// Reserves `count` sequences from `from` on, which is the hint as last seen. It keeps others from trying the same

@@ -166,6 +166,7 @@ impl Core {
             let end = if whole > hint { whole } else { end };
             if self.ledger.reserve(hint, end - hint) {
                 self.reserved = hint..end;
+                self.ledger.prefetch_runs(hint..end);
                 (hint..end.min(hint + AHEAD)).for_each(|sequence| self.log.prefetch(sequence));
                 return true;
             }
