@@ -14,6 +14,7 @@ macro_rules! with_port {
     };
 }
 
+mod blocks;
 mod bus;
 mod consumer;
 pub(crate) mod control;
@@ -26,6 +27,7 @@ mod pipeline;
 pub(crate) mod publisher;
 mod pushed;
 mod read;
+mod received;
 mod repeats;
 mod request;
 mod route;
@@ -38,7 +40,7 @@ mod write;
 pub use bus::{Bus, BusOptions};
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use envelope::Envelope;
-pub use message::Message;
+pub use message::{Message, OwnedMessage};
 pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
 pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
@@ -46,4 +48,4 @@ pub use request::{Incoming, Reply, Requester, Responder};
 pub use route::{Route, RouteBuilder, RouteCounts};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
-pub use wildcard::{WildcardBuilder, WildcardMessage, WildcardSubscriber};
+pub use wildcard::{OwnedWildcardMessage, WildcardBuilder, WildcardMessage, WildcardSubscriber};
