@@ -35,10 +35,10 @@ pub use crate::{
     access::{Access, Right, Who},
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Messages, Outputs, OwnedMessage, OwnedWildcardMessage, Pipeline, PipelineBuilder, Publisher,
-        Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder,
-        Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
+        Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
+        PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Start,
+        Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,

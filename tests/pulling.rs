@@ -2,11 +2,20 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use common::{MODES, Scene, await_that, hear, of_mode, say};
-use shmbus::{Bus, Envelope, Full, Mode, OwnedMessage, RecvError, Topic};
+use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
+use shmbus::{
+    AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
+    OwnedMessage, Publisher, RecvError, Sequence, Start, Topic, Wait,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Long enough never to end in a test.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Not a test: what the tests' other processes do.
 #[test]
@@ -16,6 +25,8 @@ fn role() {
     match role.as_str() {
         "iterate" => iterate(&bus),
         "iterate_all" => iterate_all(&bus),
+        "pool" => pool(&bus),
+        "hoard" => hoard(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -50,6 +61,57 @@ fn iterate_all(bus: &Bus) {
     }
     say("over");
     hear();
+}
+
+/// Role: four workers settle what one iterator takes, in whatever order comes; every seventh message fails at first.
+fn pool(bus: &Bus) {
+    end_with_the_test();
+    let jobs = bus.consumer(jobs(), "workers").existing().max_in_flight(16).open().unwrap();
+    let (hand_out, taken) = mpsc::channel();
+    let taken = Mutex::new(taken);
+    say("ready");
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let taken = &taken;
+            scope.spawn(move || {
+                let mut done = bus.publisher(done()).unwrap();
+                let mut random = Random::new(worker);
+                loop {
+                    let job: OwnedDelivery<u64> = taken.lock().unwrap().recv().unwrap();
+                    (0..random.below(2000)).for_each(|_| std::hint::spin_loop());
+                    assert_eq!(job.sequence().get(), *job, "another message's payload");
+                    match (*job % 7, job.attempt()) {
+                        (0, 1) => job.nack_after(Duration::ZERO).unwrap(),
+                        (1, 1) => drop(job),
+                        _ => {
+                            let report = [*job, job.attempt().into(), std::process::id().into()];
+                            job.ack().unwrap();
+                            done.publish(&report).unwrap();
+                        }
+                    }
+                }
+            });
+        }
+        jobs.into_iter().for_each(|job| hand_out.send(job.unwrap()).unwrap());
+    });
+}
+
+/// Role: takes five messages, acknowledges the third, and keeps the others.
+fn hoard(bus: &Bus) {
+    let jobs = bus.consumer(jobs(), "workers").existing().open().unwrap();
+    let mut hand: Vec<_> = jobs.into_iter().take(5).map(Result::unwrap).collect();
+    hand.remove(2).ack().unwrap();
+    say(&hand.iter().map(|job| job.to_string()).collect::<Vec<_>>().join(" "));
+    hear();
+}
+
+fn jobs() -> Topic<u64> {
+    Topic::new("jobs").messages(4096)
+}
+
+/// What was acknowledged: job, attempt, process.
+fn done() -> Topic<[u64; 3]> {
+    Topic::new("done").messages(8192)
 }
 
 fn feed() -> Topic<u64> {
@@ -166,4 +228,149 @@ fn iterating_over_a_pattern_names_topics_and_ends_with_the_bus() {
     bus.stop().unwrap();
     reader.expect("Gone(Stopped)");
     reader.expect("over");
+}
+
+/// The topic of jobs with a group that has been created from the first message on.
+fn open_jobs(bus: &Bus, options: &GroupOptions) -> Publisher<u64> {
+    let publisher = bus.publisher(jobs()).unwrap();
+    bus.create_group("jobs", "workers", options, Start::Oldest, false).unwrap();
+    publisher
+}
+
+/// A consumer that sleeps at once when there is nothing to do.
+fn sleeper(bus: &Bus) -> ConsumerBuilder<u64> {
+    bus.consumer(jobs(), "workers").existing().wait(Wait::Park)
+}
+
+#[test]
+fn worker_pools_settle_every_message_once_in_any_order() {
+    const MESSAGES: u64 = 3000;
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().back_off([Duration::ZERO]));
+    let _done = bus.publisher(done()).unwrap();
+    let mut reports = bus.subscriber(done()).open().unwrap();
+    let mut pools = [scene.start("pool", ""), scene.start("pool", "")];
+    pools.iter_mut().for_each(|pool| pool.expect("ready"));
+    (0..MESSAGES).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let (mut settled, mut by, mut out_of_order) = (BTreeSet::new(), BTreeSet::new(), 0);
+    let mut last = 0;
+    for _ in 0..MESSAGES {
+        let [job, attempt, pid] = *reports.recv_timeout(LIMIT).unwrap();
+        assert!(settled.insert(job), "{job} was settled twice");
+        assert_eq!(attempt, if job % 7 < 2 { 2 } else { 1 }, "{job}");
+        by.insert(pid);
+        out_of_order += u64::from(job < last);
+        last = job;
+    }
+    assert_eq!((by.len(), out_of_order > 0), (2, true));
+    publisher.wait_settled("workers", Sequence::new(MESSAGES - 1), LIMIT).unwrap();
+    assert!(reports.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn what_a_killed_process_had_in_hand_comes_again_and_what_it_acked_does_not() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..6).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut hoarder = scene.start("hoard", "");
+    hoarder.expect("0 1 3 4");
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let mut take = || {
+        let job = jobs.recv_timeout(LIMIT).unwrap();
+        let seen = (*job, job.attempt());
+        job.ack().unwrap();
+        seen
+    };
+    assert_eq!(take(), (5, 1));
+    hoarder.kill();
+    assert_eq!([take(), take(), take(), take()], [(0, 2), (1, 2), (3, 2), (4, 2)]);
+    publisher.wait_settled("workers", Sequence::new(5), LIMIT).unwrap();
+    assert_eq!(jobs.recv_timeout(Duration::ZERO).unwrap_err(), RecvError::TimedOut);
+}
+
+/// How long an iterator that sleeps takes to yield the next message after `act`. Sleepers look again after a second whatever
+/// happens, so what comes much sooner has been woken.
+fn wake_up(mut jobs: Deliveries<u64>, act: impl FnOnce()) -> (Duration, OwnedDelivery<u64>, Deliveries<u64>) {
+    let (begin, begun) = mpsc::channel();
+    thread::scope(|scope| {
+        let sleeping = scope.spawn(move || {
+            begin.send(this_thread()).unwrap();
+            let job = jobs.recv_timeout(LIMIT).unwrap();
+            (Instant::now(), job, jobs)
+        });
+        await_sleep(&begun.recv().unwrap());
+        let started = Instant::now();
+        act();
+        let (woken, job, jobs) = sleeping.join().unwrap();
+        (woken.saturating_duration_since(started), job, jobs)
+    })
+}
+
+const SOON: Duration = Duration::from_millis(500);
+
+#[test]
+fn settling_on_another_thread_wakes_who_sleeps_at_the_limit() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG).back_off([Duration::ZERO]));
+    (0..8).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).max_in_flight(2).open().unwrap().into_iter();
+    let (mut first, mut second) = (jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap());
+    let acts: [fn(OwnedDelivery<u64>); 4] =
+        [|job| job.ack().unwrap(), |job| job.reject("no").unwrap(), |job| job.nack().unwrap(), drop];
+    for settle in acts {
+        let (took, job, back) = wake_up(jobs, || settle(first));
+        assert!(took < SOON, "{} after {took:?}", *job);
+        (first, second, jobs) = (second, job, back);
+    }
+}
+
+#[test]
+fn what_is_settled_while_the_receiver_sleeps_shows_at_once() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..2).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let hand = [jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap()];
+    let (_, job, _jobs) = wake_up(jobs, || {
+        // Nobody waits when they are acknowledged, and the receiver goes on sleeping.
+        hand.into_iter().rev().for_each(|job| job.ack().unwrap());
+        let started = Instant::now();
+        publisher.wait_settled("workers", Sequence::new(1), LIMIT).unwrap();
+        assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+        publisher.publish(&2).unwrap();
+    });
+    job.ack().unwrap();
+}
+
+#[test]
+fn deliveries_end_with_their_topic_and_outlive_their_iterator() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..3).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let (mut first, second) = (jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap());
+    drop(jobs);
+    first.extend(LONG).unwrap();
+    first.ack().unwrap();
+    assert_eq!(bus.topic("jobs").unwrap().groups[0].consumers.len(), 1, "one is in hand");
+    drop(second);
+    await_that("the consumer's end", || bus.topic("jobs").unwrap().groups[0].consumers.is_empty());
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let seen = |job: &OwnedDelivery<u64>| (**job, job.attempt());
+    let hand = [jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap()];
+    let mut all = hand.each_ref().map(seen);
+    all.sort();
+    assert_eq!(all, [(1, 2), (2, 1)]);
+    drop(publisher);
+    bus.remove_topic("jobs", true).unwrap();
+    assert_eq!(jobs.next().unwrap().unwrap_err(), RecvError::Gone(GoneReason::Removed));
+    assert!(jobs.next().is_none());
+    for job in hand {
+        assert_eq!(job.ack(), Err(AckError::Gone(GoneReason::Removed)));
+    }
 }

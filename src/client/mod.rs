@@ -39,7 +39,7 @@ mod wildcard;
 mod write;
 
 pub use bus::{Bus, BusOptions};
-pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
+pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Deliveries, Delivery, Lease, OwnedDelivery};
 pub use envelope::Envelope;
 pub use iterate::Messages;
 pub use message::{Message, OwnedMessage};

@@ -39,6 +39,15 @@ impl Lease {
         (self.token == token).then_some(self.seen)
     }
 
+    pub(super) fn seen(&self) -> Seen {
+        self.seen
+    }
+
+    /// Whether there is anything to settle: what is delivered at most once is settled before.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.seen.state == State::Leased
+    }
+
     pub(super) fn replace(&mut self, seen: Seen) {
         self.seen = seen;
     }

@@ -7,8 +7,10 @@ mod delivery;
 mod fetch;
 mod moves;
 mod ordered;
+mod pool;
 mod scan;
 mod take;
+mod waiting;
 
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,12 +36,13 @@ use crate::wait::Wait;
 
 pub use batch::{Batch, BatchItem};
 pub use delivery::{Delivery, Lease};
+pub use pool::{Deliveries, OwnedDelivery};
 
 /// One of the consumers of a group: each message of the topic goes to one of them.
 ///
 /// A message is leased to the consumer that receives it, until it is acknowledged, given back or the lease ends. Several
 /// groups of one topic get every message each. A consumer is used by one thread at a time; open one for each thread.
-/// Dropping it gives all its leases back at once.
+/// Dropping it gives all its leases back at once. Iterated over, it yields deliveries that any thread may settle; see [`Deliveries`].
 pub struct Consumer<T: ?Sized> {
     core: Core,
     payload: PhantomData<fn() -> Box<T>>,
