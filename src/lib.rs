@@ -37,8 +37,9 @@ pub use crate::{
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
         Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
-        PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Start,
-        Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
+        PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Runner,
+        RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
+        WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,
@@ -52,7 +53,8 @@ pub use crate::{
 pub use crate::{
     error::{
         AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
-        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, SettleError, WildcardError,
+        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, RunnerError, SettleError,
+        WildcardError,
     },
     ring::sequence::Sequence,
     topic::{

@@ -3,14 +3,16 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, mpsc};
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
 use shmbus::{
-    AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
-    OwnedMessage, Publisher, RecvError, Sequence, Start, Topic, Wait,
+    AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Failure, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
+    OwnedMessage, Publisher, RecvError, Runner, RunnerError, Sequence, Start, Topic, Wait,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -27,6 +29,7 @@ fn role() {
         "iterate_all" => iterate_all(&bus),
         "pool" => pool(&bus),
         "hoard" => hoard(&bus),
+        "flood" => flood(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -103,6 +106,15 @@ fn hoard(bus: &Bus) {
     hand.remove(2).ack().unwrap();
     say(&hand.iter().map(|job| job.to_string()).collect::<Vec<_>>().join(" "));
     hear();
+}
+
+/// Role: publishes to the topic `flood` as fast as it can.
+fn flood(bus: &Bus) {
+    end_with_the_test();
+    let mut publisher = bus.publisher(Topic::<u64>::new("flood")).unwrap();
+    loop {
+        publisher.publish(&0).unwrap();
+    }
 }
 
 fn jobs() -> Topic<u64> {
@@ -373,4 +385,229 @@ fn deliveries_end_with_their_topic_and_outlive_their_iterator() {
     for job in hand {
         assert_eq!(job.ack(), Err(AckError::Gone(GoneReason::Removed)));
     }
+}
+
+/// The group's dead letters from the first one on: payload, reason and attempts.
+fn letters(bus: &Bus, count: usize) -> Vec<(Vec<u8>, String, String)> {
+    let topic = Topic::<[u8]>::new("dlq.jobs.workers");
+    await_that("the dead-letter topic", || bus.topic(topic.name()).is_ok());
+    let mut subscriber = bus.subscriber(topic).start(Start::Oldest).open().unwrap();
+    let mut next = || {
+        let letter = subscriber.recv_timeout(LIMIT).unwrap();
+        let header = |name| String::from_utf8(letter.header(name).unwrap().to_vec()).unwrap();
+        (letter.to_vec(), header("reason"), header("attempts"))
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+#[test]
+fn a_runner_serves_all_kinds_of_handles_on_one_thread() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new());
+    let (tell, told) = mpsc::channel();
+    let mut runner = Runner::new();
+    let say = |what: &'static str| {
+        let tell = tell.clone();
+        move |text: String| tell.send((what, text, thread::current().id())).unwrap()
+    };
+    let (topic, pattern, group) = (say("topic"), say("pattern"), say("group"));
+    runner.subscribe(bus.subscriber(jobs()).open().unwrap(), move |job| topic(job.unwrap().to_string()));
+    let wildcard = bus.wildcard::<u64>("*").open().unwrap();
+    runner.subscribe_wildcard(wildcard, move |job| pattern(job.unwrap().topic().to_owned()));
+    runner.consume(sleeper(&bus).open().unwrap(), move |job| {
+        group(format!("{} {}", **job, job.attempt()));
+        Ok(())
+    });
+    runner.respond(bus.responder(Topic::new("greetings")).unwrap(), |request| {
+        let request = request.unwrap();
+        let greeting = [b"hello ", request.payload()].concat();
+        request.reply(&greeting).unwrap();
+    });
+    let running = runner.spawn().unwrap();
+    for round in 0..3u64 {
+        publisher.publish(&round).unwrap();
+        let mut all: Vec<_> = (0..3).map(|_| told.recv_timeout(LIMIT).unwrap()).collect();
+        all.sort_by_key(|(what, ..)| *what);
+        assert!(all.iter().all(|(.., thread)| *thread == all[0].2));
+        let all: Vec<_> = all.iter().map(|(what, text, _)| (*what, text.as_str())).collect();
+        let (number, job) = (round.to_string(), format!("{round} 1"));
+        assert_eq!(all, [("group", &*job), ("pattern", "jobs"), ("topic", &*number)]);
+        let mut requester = bus.requester(Topic::new("greetings")).unwrap();
+        assert_eq!(*requester.request(b"you", LIMIT).unwrap(), *b"hello you");
+    }
+    publisher.wait_settled("workers", Sequence::new(2), LIMIT).unwrap();
+    running.stop();
+    running.join().unwrap();
+    assert!(bus.topic("jobs").unwrap().groups[0].consumers.is_empty(), "its handles are closed");
+}
+
+#[test]
+fn what_a_handler_returns_settles_its_message() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let options = GroupOptions::new().lease(LONG).back_off([Duration::ZERO]).max_attempts(3);
+    let mut publisher = open_jobs(&bus, &options);
+    (0..4).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let calls = Mutex::new(Vec::new());
+    let mut runner = Runner::new();
+    let stopper = runner.stopper();
+    runner.consume(sleeper(&bus).open().unwrap(), |job| {
+        calls.lock().unwrap().push((**job, job.attempt()));
+        match (**job, job.attempt()) {
+            (0, attempt) => Err(Failure::from(format!("failure {attempt}"))),
+            (1, _) => Err(Failure::Reject("never".to_owned())),
+            (2, 1) => Ok("two".parse::<u64>().map(drop)?),
+            _ => Ok(()),
+        }
+    });
+    thread::scope(|scope| {
+        // On the caller's thread, with what that one lends.
+        let running = scope.spawn(|| runner.run());
+        publisher.wait_settled("workers", Sequence::new(3), LIMIT).unwrap();
+        let mut letters = letters(&bus, 2);
+        letters.sort();
+        let letter = |job: u64, reason: &str, attempts: &str| {
+            (job.to_le_bytes().to_vec(), reason.to_owned(), attempts.to_owned())
+        };
+        assert_eq!(letters, [letter(0, "failure 3", "3"), letter(1, "never", "1")]);
+        stopper.stop();
+        running.join().unwrap().unwrap();
+    });
+    let mut calls = calls.into_inner().unwrap();
+    calls.sort();
+    assert_eq!(calls, [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2), (3, 1)]);
+}
+
+#[test]
+fn a_handler_that_panics_gives_its_message_back_and_ends_the_runner() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    publisher.publish(&7).unwrap();
+    let mut runner = Runner::new();
+    runner.consume(sleeper(&bus).open().unwrap(), |job| panic!("cannot do {}", **job));
+    let running = runner.spawn().unwrap();
+    let panicked = panic::catch_unwind(AssertUnwindSafe(|| running.join())).unwrap_err();
+    assert_eq!(panicked.downcast_ref::<String>().unwrap(), "cannot do 7");
+    let mut next = sleeper(&bus).open().unwrap();
+    let job = next.recv_timeout(LIMIT).unwrap();
+    assert_eq!((*job, job.attempt()), (7, 2));
+    job.ack().unwrap();
+}
+
+#[test]
+fn a_runner_that_sleeps_stops_at_once() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let _publisher = open_jobs(&bus, &GroupOptions::new());
+    let mut runner = Runner::new();
+    runner.wait(Wait::Park);
+    runner.subscribe(bus.subscriber(jobs()).open().unwrap(), |_| ());
+    runner.consume(sleeper(&bus).open().unwrap(), |_| Ok(()));
+    let stopper = runner.stopper();
+    let (begin, begun) = mpsc::channel();
+    let running = thread::spawn(move || {
+        begin.send(this_thread()).unwrap();
+        runner.run()
+    });
+    await_sleep(&begun.recv().unwrap());
+    let started = Instant::now();
+    stopper.stop();
+    running.join().unwrap().unwrap();
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+    Runner::new().run().unwrap();
+}
+
+#[test]
+fn a_flood_on_one_topic_keeps_no_other_waiting() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new());
+    let flood = Topic::<u64>::new("flood");
+    let mut flooding = bus.publisher(flood.clone()).unwrap();
+    let flooded = bus.subscriber(flood).start(Start::Oldest).open().unwrap();
+    (0..1000).for_each(|number| assert!(flooding.publish(&number).is_ok()));
+    (0..10).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let (tell, told) = mpsc::channel();
+    let floods = Arc::new(AtomicU64::new(0));
+    let (counted, mut runner) = (floods.clone(), Runner::new());
+    runner.subscribe(flooded, move |message| {
+        assert!(message.is_ok());
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let before = floods.clone();
+    runner.consume(sleeper(&bus).open().unwrap(), move |_| Ok(tell.send(before.load(Ordering::Relaxed))?));
+    let running = runner.spawn().unwrap();
+    // Turn and turn about.
+    (1..=10).for_each(|turn| assert_eq!(told.recv_timeout(LIMIT).unwrap(), turn));
+    let flooder = scene.start("flood", "");
+    await_that("the flood", || floods.load(Ordering::Relaxed) > 2000);
+    for number in 10..60 {
+        let started = Instant::now();
+        publisher.publish(&number).unwrap();
+        told.recv_timeout(LIMIT).unwrap();
+        assert!(started.elapsed() < SOON, "{number} after {:?}", started.elapsed());
+    }
+    flooder.kill();
+    running.stop();
+    running.join().unwrap();
+}
+
+#[test]
+fn what_ends_leaves_a_runner_and_the_last_one_ends_it() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let publisher = open_jobs(&bus, &GroupOptions::new());
+    let mut other = bus.publisher(Topic::<u64>::new("other")).unwrap();
+    let (tell, told) = mpsc::channel();
+    let mut runner = Runner::new();
+    runner.consume(sleeper(&bus).open().unwrap(), |_| Ok(()));
+    let heard = tell.clone();
+    runner.subscribe(bus.subscriber(Topic::<u64>::new("other")).open().unwrap(), move |message| {
+        heard.send(message.map_or_else(|error| format!("{error:?}"), |message| message.to_string())).unwrap();
+    });
+    runner.on_trouble(move |trouble| tell.send(trouble.to_string()).unwrap());
+    let running = runner.spawn().unwrap();
+    let hear = || told.recv_timeout(LIMIT).unwrap();
+    drop(publisher);
+    bus.remove_topic("jobs", true).unwrap();
+    assert_eq!(hear(), "group \"workers\" of topic \"jobs\" is not served any more: the topic is gone: it was removed");
+    other.publish(&7).unwrap();
+    assert_eq!(hear(), "7");
+    assert!(!running.is_finished());
+    bus.stop().unwrap();
+    assert_eq!(hear(), "Gone(Stopped)");
+    assert_eq!(hear(), "topic \"other\" is not served any more: the topic is gone: the bus was stopped");
+    let Err(RunnerError::Ended { handle, source }) = running.join() else { panic!("it was not stopped") };
+    assert_eq!((handle.as_str(), source), ("topic \"other\"", RecvError::Gone(GoneReason::Stopped)));
+}
+
+#[test]
+fn a_handler_that_outlives_its_lease_is_told_of() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(Duration::from_millis(20)));
+    publisher.publish(&0).unwrap();
+    let (tell, told) = mpsc::channel();
+    let (hand, handed) = mpsc::channel();
+    let handed = Mutex::new(handed);
+    let mut runner = Runner::new();
+    let begins = tell.clone();
+    runner.consume(sleeper(&bus).open().unwrap(), move |_| {
+        begins.send("begun".to_owned())?;
+        Ok(handed.lock().unwrap().recv()?)
+    });
+    runner.on_trouble(move |trouble| tell.send(trouble.to_string()).unwrap());
+    let running = runner.spawn().unwrap();
+    assert_eq!(told.recv_timeout(LIMIT).unwrap(), "begun");
+    let mut other = sleeper(&bus).open().unwrap();
+    let job = other.recv_timeout(LIMIT).unwrap();
+    assert_eq!(job.attempt(), 2);
+    hand.send(()).unwrap();
+    let trouble = told.recv_timeout(LIMIT).unwrap();
+    assert!(trouble.starts_with("group \"workers\" of topic \"jobs\": message 0 was handled, but"), "{trouble}");
+    job.ack().unwrap();
+    running.stop();
+    running.join().unwrap();
 }

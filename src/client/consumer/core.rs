@@ -198,11 +198,20 @@ impl Core {
 
     /// Gives the message back, to rest for `delay` or the group's back-off.
     pub(super) fn nack(&mut self, lease: Seen, delay: Option<Duration>) -> Result<(), AckError> {
+        self.give_back(lease, delay, None)
+    }
+
+    /// Gives the message back, to rest for the group's back-off; if this was its last attempt, the letter says why.
+    pub(super) fn fail(&mut self, lease: Seen, why: &str) -> Result<(), AckError> {
+        self.give_back(lease, None, Some(why))
+    }
+
+    fn give_back(&mut self, lease: Seen, delay: Option<Duration>, why: Option<&str>) -> Result<(), AckError> {
         self.check_settle()?;
         self.check_unsettled(lease)?;
         let options = &self.group.options;
         if options.max_attempts > 0 && u32::from(lease.attempt) >= options.max_attempts {
-            return self.move_away(lease, MoveReason::Exhausted, None);
+            return self.move_away(lease, MoveReason::Exhausted, why);
         }
         let now = clock::now_ms();
         let rest = delay.map_or_else(|| options.rest_ms(lease.attempt), whole_ms).min(*LEASE_MS.end());

@@ -114,6 +114,11 @@ impl<T: ?Sized> Delivery<'_, T> {
         self.let_go().map_or(Ok(()), |lease| self.core.nack(lease, Some(delay)))
     }
 
+    /// Gives the message back; it rests for the group's back-off. If this was its last attempt, the letter says why.
+    pub(crate) fn fail(mut self, why: &str) -> Result<(), AckError> {
+        self.let_go().map_or(Ok(()), |lease| self.core.fail(lease, why))
+    }
+
     /// Sends the message to the dead-letter topic; it is never delivered to this group again.
     ///
     /// # Errors

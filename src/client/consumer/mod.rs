@@ -366,6 +366,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.scan.nap()
     }
 
+    /// When something comes due, as far as is known.
+    pub(crate) fn next_due(&self) -> Option<u64> {
+        self.core.scan.next_due()
+    }
+
     fn own(&self, lease: &Lease) -> Result<crate::ring::ledger::Seen, AckError> {
         lease.of(self.core.token).ok_or(AckError::Foreign { sequence: lease.sequence() })
     }
@@ -386,7 +391,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// The topic's name.
-    pub(crate) fn topic(&self) -> &str {
+    pub fn topic(&self) -> &str {
         &self.core.info.name
     }
 
