@@ -12,7 +12,7 @@ use std::{fs, thread};
 use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
 use shmbus::{
     AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Failure, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
-    OwnedMessage, Publisher, RecvError, Runner, RunnerError, Sequence, Start, Topic, Wait,
+    OwnedMessage, Publisher, RecvError, Runner, RunnerError, RunnerStopper, Sequence, Start, Topic, Wait,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -442,6 +442,15 @@ fn a_runner_serves_all_kinds_of_handles_on_one_thread() {
     assert!(bus.topic("jobs").unwrap().groups[0].consumers.is_empty(), "its handles are closed");
 }
 
+/// Stops a runner at the end of a scope that waits for it, also where that end is a failure.
+struct StopAtEnd(RunnerStopper);
+
+impl Drop for StopAtEnd {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 #[test]
 fn what_a_handler_returns_settles_its_message() {
     let scene = Scene::new("runner");
@@ -464,6 +473,7 @@ fn what_a_handler_returns_settles_its_message() {
     thread::scope(|scope| {
         // On the caller's thread, with what that one lends.
         let running = scope.spawn(|| runner.run());
+        let stop = StopAtEnd(stopper);
         publisher.wait_settled("workers", Sequence::new(3), LIMIT).unwrap();
         let mut letters = letters(&bus, 2);
         letters.sort();
@@ -471,7 +481,7 @@ fn what_a_handler_returns_settles_its_message() {
             (job.to_le_bytes().to_vec(), reason.to_owned(), attempts.to_owned())
         };
         assert_eq!(letters, [letter(0, "failure 3", "3"), letter(1, "never", "1")]);
-        stopper.stop();
+        drop(stop);
         running.join().unwrap().unwrap();
     });
     let mut calls = calls.into_inner().unwrap();
