@@ -530,6 +530,41 @@ fn a_runner_that_sleeps_stops_at_once() {
 }
 
 #[test]
+fn stopping_a_runner_loses_no_message_that_it_had_just_found() {
+    const ROUNDS: u64 = 200;
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    // What such a group hands out is not delivered again, handled or not.
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().at_most_once());
+    let handled = AtomicU64::new(0);
+    let count = || {
+        handled.fetch_add(1, Ordering::Relaxed);
+    };
+    for round in 0..ROUNDS {
+        let mut runner = Runner::new();
+        runner.wait(Wait::Spin).consume(sleeper(&bus).open().unwrap(), |_| {
+            count();
+            Ok(())
+        });
+        let stopper = runner.stopper();
+        thread::scope(|scope| {
+            let running = scope.spawn(|| runner.run());
+            let _stop = StopAtEnd(stopper.clone());
+            // A few microseconds more each time, so that the stop comes everywhere.
+            publisher.publish(&round).unwrap();
+            (0..round * 5).for_each(|_| std::hint::spin_loop());
+            stopper.stop();
+            running.join().unwrap().unwrap();
+        });
+    }
+    let mut rest = sleeper(&bus).open().unwrap();
+    while handled.load(Ordering::Relaxed) < ROUNDS {
+        rest.recv_timeout(LIMIT).unwrap().ack().unwrap();
+        count();
+    }
+}
+
+#[test]
 fn a_flood_on_one_topic_keeps_no_other_waiting() {
     let scene = Scene::new("runner");
     let bus = scene.open();

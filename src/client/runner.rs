@@ -62,6 +62,11 @@ use crate::wait::{self, Look, Wait};
 ///
 /// A handle from which nothing can come any more leaves the runner: its topic was removed, the bus stopped, a consumer was fenced.
 /// Subscribers' handlers are told so, and [`on_trouble`](Self::on_trouble) is in every case; the others are served on.
+///
+/// For who comes from elsewhere: `subscribe` is NATS's subscription with a callback, only that all of a runner's share one thread.
+/// `consume` is RabbitMQ's `basic_consume` with a prefetch of one and manual acknowledgements, of which the handler's
+/// result is one: nothing is acknowledged before its work is done. The runner itself is an Aeron `AgentRunner`,
+/// [`wait`](Self::wait) its idle strategy, `run` the invoker on a thread that one has already.
 #[derive(Default)]
 pub struct Runner<'h> {
     tasks: Vec<Box<dyn Task + 'h>>,
@@ -95,6 +100,11 @@ struct Signal {
 trait Task: Send {
     /// Whether [`Self::serve`] would find something: in vain at times, but never not.
     fn look(&mut self) -> Look<()>;
+
+    /// Whether a look has taken a message, which must be served then: what is delivered at most once would be lost.
+    fn has_taken(&self) -> bool {
+        false
+    }
 
     /// As [`Parts::bells`].
     fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>);
@@ -190,15 +200,22 @@ impl<'h> Runner<'h> {
     /// Where a handler does.
     pub fn run(mut self) -> Result<(), RunnerError> {
         let mut ended = Ok(());
-        while !self.tasks.is_empty() && !self.stopper.is_stopped() {
-            if !self.serve_round(&mut ended) {
+        loop {
+            let served = self.serve_round(&mut ended);
+            if self.tasks.is_empty() {
+                return ended;
+            }
+            if self.stopper.is_stopped() {
+                return Ok(());
+            }
+            if !served {
                 self.sleep();
             }
         }
-        if self.tasks.is_empty() { ended } else { Ok(()) }
     }
 
-    /// One message for each handle that has one; whether any had. What ends is taken out, and noted in `ended`.
+    /// One message for each handle that has one, until it is stopped; whether any had. What ends is taken out, and noted in
+    /// `ended`.
     fn serve_round(&mut self, ended: &mut Result<(), RunnerError>) -> bool {
         let Runner { tasks, on_trouble, stopper, .. } = self;
         let mut report = |trouble: &RunnerError| {
@@ -207,7 +224,11 @@ impl<'h> Runner<'h> {
             }
         };
         let (mut index, mut any) = (0, false);
-        while index < tasks.len() && !stopper.is_stopped() {
+        while index < tasks.len() {
+            if stopper.is_stopped() && !tasks[index].has_taken() {
+                index += 1;
+                continue;
+            }
             match tasks[index].serve(&mut report) {
                 Ok(served) => {
                     any |= served;
@@ -425,7 +446,7 @@ impl<S: Source, H: FnMut(Result<S::Message<'_>, S::Error>) + Send> Task for Feed
 struct Work<T: ?Sized, H> {
     name: String,
     consumer: Consumer<T>,
-    /// Whether a look has taken the message that is served next.
+    /// Whether a look has taken what is served next.
     has_taken: bool,
     handler: H,
 }
@@ -444,6 +465,10 @@ impl<T: Payload + ?Sized, H: FnMut(&mut Delivery<'_, T>) -> Result<(), Failure> 
 
     fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
         into.push(self.consumer.bell());
+    }
+
+    fn has_taken(&self) -> bool {
+        self.has_taken
     }
 
     fn next_due(&self) -> Option<u64> {
