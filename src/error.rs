@@ -762,6 +762,19 @@ pub enum WildcardError {
     Connect(#[from] ConnectError),
 }
 
+impl WildcardError {
+    /// Why nothing can come after it, if that is so. What concerns one topic is not the others' end.
+    pub(crate) fn end(&self) -> Option<RecvError> {
+        match self {
+            WildcardError::Gone(reason) => Some(RecvError::Gone(*reason)),
+            WildcardError::Connect(ConnectError::Forked { opened_by, pid }) => {
+                Some(RecvError::Forked { opened_by: *opened_by, pid: *pid })
+            }
+            _ => None,
+        }
+    }
+}
+
 /// How a topic went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -810,6 +823,38 @@ pub enum RecvError {
         opened_by: u32,
         /// The process that used it.
         pid: u32,
+    },
+}
+
+impl RecvError {
+    /// Whether nothing can come after it: another receive would say so again.
+    pub(crate) fn is_final(&self) -> bool {
+        !matches!(self, RecvError::Lagged { .. } | RecvError::TimedOut)
+    }
+}
+
+/// What a [`Runner`](crate::Runner) has come upon.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunnerError {
+    /// Nothing can come from this handle any more; it is not served any longer.
+    #[error("{handle} is not served any more: {source}")]
+    Ended {
+        /// Topic, pattern or group.
+        handle: String,
+        /// Why.
+        source: RecvError,
+    },
+    /// A handler was done with a message, and settling it failed: its lease had ended, so another consumer gets it, or has it.
+    /// Longer leases, or `extend`, prevent that.
+    #[error("{handle}: message {sequence} was handled, but could not be settled: {source}")]
+    NotSettled {
+        /// The group.
+        handle: String,
+        /// The message.
+        sequence: Sequence,
+        /// Why.
+        source: AckError,
     },
 }
 

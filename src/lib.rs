@@ -35,9 +35,10 @@ pub use crate::{
     access::{Access, Right, Who},
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route,
-        RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
+        Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
+        PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Runner,
+        RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
         WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
@@ -52,7 +53,8 @@ pub use crate::{
 pub use crate::{
     error::{
         AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
-        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, SettleError, WildcardError,
+        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, RunnerError, SettleError,
+        WildcardError,
     },
     ring::sequence::Sequence,
     topic::{

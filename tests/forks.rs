@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{LIMIT, MODES, Scene, of_mode, raw, receive};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, alarm, fork};
 use shmbus::{
     AckError, Bus, Channel, ConnectError, Delivery, Mode, OpenError, Outputs, PipelineError, PublishError, RecvError,
     ReplyError, RequestError, SettleError, Start, Topic, Wait, WildcardError, wait_any,
@@ -20,6 +20,8 @@ fn in_a_child(body: impl FnOnce()) {
     // a panic, after which the child ends at once.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
+            // Should it hang, that is its end.
+            alarm::set(LIMIT.as_secs() as u32);
             let code = i32::from(catch_unwind(AssertUnwindSafe(body)).is_err());
             // SAFETY: ends the child without the handlers and buffers of its parent.
             unsafe { libc_exit(code) }
@@ -252,4 +254,31 @@ fn a_childs_pipeline_wildcard_and_requests_are_refused_and_stay() {
         incoming.unwrap().reply(b"parent").unwrap();
         assert_eq!(*reply.join().unwrap(), b"parent"[..]);
     });
+}
+
+#[test]
+fn a_childs_owned_deliveries_are_refused_whoever_had_the_lock() {
+    let scene = Scene::new("forks");
+    let bus = scene.open();
+    let parent = std::process::id();
+    let topic = topic(Mode::Many);
+    let mut publisher = bus.publisher(topic.clone()).unwrap();
+    let mut jobs = bus.consumer(topic, "g").wait(Wait::Spin).open().unwrap().into_iter();
+    publisher.publish(b"job").unwrap();
+    let mut job = Some(jobs.next().unwrap().unwrap());
+    std::thread::scope(|scope| {
+        // Looks, and so has the lock, most of the time.
+        let receiving = scope.spawn(move || jobs.next().unwrap().unwrap().to_vec());
+        for _ in 0..20 {
+            in_a_child(|| {
+                let job = job.take().unwrap();
+                assert_eq!(*job, *b"job", "a private copy");
+                let refused = job.ack().unwrap_err();
+                assert!(matches!(refused, AckError::Forked { opened_by, .. } if opened_by == parent), "{refused}");
+            });
+        }
+        publisher.publish(b"last").unwrap();
+        assert_eq!(receiving.join().unwrap(), b"last");
+    });
+    job.unwrap().ack().unwrap();
 }

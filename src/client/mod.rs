@@ -14,21 +14,25 @@ macro_rules! with_port {
     };
 }
 
+mod blocks;
 mod bus;
 mod consumer;
 pub(crate) mod control;
 pub(crate) mod envelope;
 mod held;
 mod holdings;
+mod iterate;
 mod launch;
 mod message;
 mod pipeline;
 pub(crate) mod publisher;
 mod pushed;
 mod read;
+mod received;
 mod repeats;
 mod request;
 mod route;
+mod runner;
 mod select;
 pub(crate) mod subscriber;
 mod watch;
@@ -36,14 +40,16 @@ mod wildcard;
 mod write;
 
 pub use bus::{Bus, BusOptions};
-pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
+pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Deliveries, Delivery, Lease, OwnedDelivery};
 pub use envelope::Envelope;
-pub use message::Message;
+pub use iterate::Messages;
+pub use message::{Message, OwnedMessage};
 pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
 pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use request::{Incoming, Reply, Requester, Responder};
 pub use route::{Route, RouteBuilder, RouteCounts};
+pub use runner::{Runner, RunnerStopper, RunningRunner};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
-pub use wildcard::{WildcardBuilder, WildcardMessage, WildcardSubscriber};
+pub use wildcard::{OwnedWildcardMessage, WildcardBuilder, WildcardMessage, WildcardSubscriber};

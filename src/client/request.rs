@@ -13,9 +13,10 @@ use crate::client::bus::Bus;
 use crate::client::envelope::{Envelope, unix_ns};
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
-use crate::client::select::Parts;
+use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::Subscriber;
 use crate::error::{OpenError, PublishError, RecvError, Refusal, ReplyError, RequestError};
+use crate::ring::doorbell::Doorbell;
 use crate::topic::{Full, Mode, Topic, TopicOptions};
 use crate::wait::{self, Look, Wait};
 
@@ -265,9 +266,30 @@ impl Responder {
         Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
     }
 
+    /// The topic's name.
+    pub fn topic(&self) -> &str {
+        self.requests.topic()
+    }
+
     /// Chooses how to wait from now on.
     pub fn set_wait(&mut self, wait: Wait) {
         self.requests.set_wait(wait);
+    }
+}
+
+impl Waitable for Responder {}
+
+impl Parts for Responder {
+    fn glance(&mut self) -> Look<()> {
+        self.requests.glance()
+    }
+
+    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+        self.requests.bells(into);
+    }
+
+    fn generation(&self) -> u64 {
+        self.requests.generation()
     }
 }
 
