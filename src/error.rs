@@ -555,6 +555,18 @@ pub enum PublishError {
         /// The number given.
         found: u64,
     },
+    /// A batch whose first messages have been published and whose last ones have not. A batch is all or nothing, so none
+    /// of it was published: give the rest as a batch of its own.
+    #[error(
+        "the batch begins with number {found}, but all up to number {} are published already; begin with {expected}",
+        expected - 1
+    )]
+    BatchOverlap {
+        /// The next number.
+        expected: u64,
+        /// The number given for the batch's first message.
+        found: u64,
+    },
     /// Another publisher has been opened under this one's name; this handle publishes nothing any more.
     #[error("fenced: another publisher has taken the name")]
     Fenced,
