@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
 use nix::sys::signal::Signal;
@@ -803,6 +803,73 @@ fn expired_messages_are_settled_and_counted() {
             assert_eq!((status.expired, status.dead_lettered), (1, u64::from(dead_letter)));
             assert_eq!(status.floor, 2);
         }
+    }
+}
+
+/// Whatever is published meanwhile: a group delivers exactly what is retained from the first message of its time on.
+#[test]
+fn a_group_that_starts_at_a_time_misses_nothing_from_then_on() {
+    const MESSAGES: u64 = 3000;
+    for mode in RINGS {
+        let scene = Scene::new("times");
+        let bus = scene.open();
+        let topic = raw(mode, "times").messages(4096).bytes(1 << 20).envelope();
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let mut reader = bus.subscriber(topic.clone()).start(Start::Oldest).open().unwrap();
+        let feeding = std::thread::spawn(move || {
+            for number in 0..MESSAGES {
+                // Every seventh has expired and is there all the same: a group from then on has to settle it.
+                let ttl = if number % 7 == 3 { Duration::from_nanos(1) } else { LONG };
+                publisher.publish_with(&payload(number), &Envelope::new().ttl(ttl)).unwrap();
+                std::thread::yield_now();
+            }
+        });
+        let mut groups = Vec::new();
+        while groups.is_empty() || groups.len() < 50 && !feeding.is_finished() {
+            let (name, now) = (format!("g{}", groups.len()), SystemTime::now());
+            let since = if groups.len() % 2 == 0 { now } else { now - Duration::from_millis(1) };
+            bus.create_group(topic.name(), &name, &at_least_once(), Start::Time(since), false).unwrap();
+            groups.push((name, since));
+        }
+        feeding.join().unwrap();
+        let mut published = Vec::new();
+        while let Some(message) = reader.try_recv().unwrap() {
+            published.push((message.sequence().get(), message.timestamp_ns().unwrap()));
+        }
+        for (name, since) in groups {
+            let since_ns = since.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
+            let expected: Vec<u64> =
+                published.iter().skip_while(|(_, at)| *at < since_ns).map(|(sequence, _)| *sequence).collect();
+            let mut consumer = bus.consumer(topic.clone(), name.as_str()).existing().open().unwrap();
+            let mut found = Vec::new();
+            while let Some(message) = consumer.try_recv().unwrap() {
+                found.push(message.sequence().get());
+                message.ack().unwrap();
+            }
+            assert_eq!(found, expected, "{mode} {name}");
+        }
+    }
+}
+
+/// What has expired before a group's first message that is delivered is the group's all the same.
+#[test]
+fn a_group_that_starts_at_a_time_settles_what_has_expired_since() {
+    for mode in RINGS {
+        let scene = Scene::new("expired-since");
+        let bus = scene.open();
+        let topic = raw(mode, "expired").messages(64).envelope();
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let expired = Envelope::new().ttl(Duration::from_nanos(1));
+        publisher.publish_with(&payload(0), &expired).unwrap();
+        publisher.publish(&payload(1)).unwrap();
+        let options = at_least_once().dead_letter_expired();
+        bus.create_group(topic.name(), "g", &options, Start::Time(SystemTime::UNIX_EPOCH), false).unwrap();
+        let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+        let message = take(&mut consumer);
+        assert_eq!(seen(&message), (1, 1), "{mode}");
+        message.ack().unwrap();
+        expect_nothing(&mut consumer);
+        assert_eq!(bus.topic(topic.name()).unwrap().groups.remove(0).dead_lettered, 1);
     }
 }
 

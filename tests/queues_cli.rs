@@ -153,6 +153,23 @@ fn what_was_not_written_goes_back_to_the_group() {
 }
 
 #[test]
+fn groups_begin_at_a_time_and_go_back_to_one() {
+    let scene = Scene::new("group-time");
+    ok(&scene, &["create", "t", "--envelope"]);
+    publish(&scene, &["t"], "old\n");
+    ok(&scene, &["group", "create", "t", "all", "--from", "time:-1h"]);
+    ok(&scene, &["group", "create", "t", "none", "--from", "time:-1ms"]);
+    assert_eq!([&group(&scene, "t", "all")["floor"], &group(&scene, "t", "none")["floor"]], [0, 1]);
+    publish(&scene, &["t"], "new\n");
+    let sub = ["sub", "t", "--idle-exit", "300", "--group"];
+    assert_eq!(ok(&scene, &[&sub[..], &["none"]].concat()), "new\n");
+    ok(&scene, &["group", "rewind", "t", "none", "--to", "time:-1h"]);
+    assert_eq!(ok(&scene, &[&sub[..], &["none"]].concat()), "old\nnew\n");
+    assert_eq!(ok(&scene, &[&sub[..], &["other", "--from", "time:-1h"]].concat()), "old\nnew\n");
+    assert_eq!(show(&scene, "t")["subscribers"].as_array().map(Vec::len), Some(0), "the search leaves nothing behind");
+}
+
+#[test]
 fn queue_names_of_activemq_are_groups() {
     let scene = Scene::new("virtual");
     publish(&scene, &["VirtualTopic.orders"], &numbers(0, 4));
@@ -346,7 +363,10 @@ fn wrong_use_of_queues_gets_one_line() {
         (&["sub", "nowhere", "--group", "g"][..], "unknown topic"),
         (&["sub", "channel", "--group", "g"], "a channel has one reader"),
         (&["sub", "over", "--group", "g"], "overwrites"),
-        (&["sub", "t", "--group", "g", "--from", "time:5"], "a group starts at"),
+        (&["sub", "t", "--group", "g", "--from", "time:5"], "create it with --envelope"),
+        (&["group", "create", "t", "g", "--from", "time:99999999999"], "still to come"),
+        (&["group", "rewind", "t", "route.b", "--to", "time:-1s"], "create it with --envelope"),
+        (&["group", "create", "t", "g", "--from", "last-per-key"], "a group delivers everything"),
         (&["group", "create", "t", "g", "--dead-letter", "t"], "and from there back"),
         (&["group", "create", "t", "g", "--window", "100"], "power of two"),
         (&["group", "rewind", "t", "nobody", "--to", "oldest"], "has no group"),
