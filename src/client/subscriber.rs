@@ -207,8 +207,8 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
     /// The first retained message that was published at this time or later, expired or not, with a cursor that keeps it in
     /// place; where there is none, the end of the topic.
     fn find_time(&self, since_ns: u64) -> Result<(SubscriberCore, u64), OpenError> {
-        let tail = self.bus.topic(self.topic.name())?.tail_sequence;
         let mut core = self.open_core()?;
+        let mut read_to = None;
         if let Some(opener) = &mut core.opener {
             opener.want(Wanted::Since(since_ns));
             opener.want_expired();
@@ -222,7 +222,13 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
                 // A cursor that keeps nothing has been overtaken: what is gone is not looked for.
                 Err(RecvError::Lagged { .. }) => {}
                 Err(RecvError::Corrupt(problem)) => return Err(self.corrupt(problem)),
-                Ok(false) | Err(_) => return Ok((core, tail)),
+                // What came while we looked may be older, too: all of it has been read when nothing more comes.
+                Ok(false) | Err(_) => {
+                    let tail = self.bus.topic(self.topic.name())?.tail_sequence;
+                    if read_to.replace(tail) == Some(tail) {
+                        return Ok((core, tail));
+                    }
+                }
             }
         }
     }
