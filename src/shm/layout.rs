@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::topic::{Full, Mode, TopicOptions};
 
 /// Bumped with every change of a byte in any segment.
-pub(crate) const LAYOUT_VERSION: u32 = 2;
+pub(crate) const LAYOUT_VERSION: u32 = 3;
 
 /// Where a segment's body starts; the header has the first page to itself.
 pub(crate) const BODY_OFFSET: u64 = 4096;

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use super::copies::{Copies, Copy};
+use super::exclusive::AtWork;
 use super::fetch::{Log, Origin};
 use super::moves::Moves;
 use super::ordered::Ordered;
@@ -70,8 +71,7 @@ pub(crate) struct Core {
     pub(super) polled_ms: u64,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
-    /// Whether we were the one at work of an exclusive group when last looked at.
-    pub(super) at_work: bool,
+    pub(super) at_work: AtWork,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
     pub(super) ordered: Ordered,
@@ -138,7 +138,7 @@ impl Core {
             stride: Stride::default(),
             polled_ms: 0,
             candidates: VecDeque::new(),
-            at_work: false,
+            at_work: AtWork::default(),
             scan: Scan::default(),
             moves,
             ordered: Ordered::default(),
@@ -227,9 +227,9 @@ impl Core {
         self.check_unsettled(lease)?;
         let time = whole_ms(time).clamp(*LEASE_MS.start(), *LEASE_MS.end());
         let now = clock::now_ms();
-        let Some(extended) = self.ledger.extend(lease, due_after(now, time)) else {
-            return Err(self.why_lost(lease));
-        };
+        let due = due_after(now, time);
+        let extended = if self.extends_role(due) { self.ledger.extend(lease, due) } else { None };
+        let Some(extended) = extended else { return Err(self.why_lost(lease)) };
         // It may have been left out of the count because it had ended.
         self.in_flight += u64::from(lease.is_due(now));
         Ok(extended)
@@ -375,10 +375,10 @@ impl Core {
                 (Some(deadline), Some(nap)) => Some(deadline.min(nap)),
                 (deadline, nap) => deadline.or(nap),
             };
-            let planned = self.scan.next_due();
+            let planned = self.scan.next_due().unwrap_or(u64::MAX);
             let poll = |core: &mut Core| match core.poll(count) {
                 Ok(true) => Some(Outcome::Taken),
-                Ok(false) => (core.scan.next_due() != planned).then_some(Outcome::Sooner),
+                Ok(false) => core.scan.next_due().is_some_and(|next| next < planned).then_some(Outcome::Sooner),
                 Err(error) => Some(Outcome::Failed(error)),
             };
             match wait::until(self, self.wait, until, |core| &core.readers.readers, poll) {
@@ -409,10 +409,11 @@ impl Drop for Core {
                 self.work_off_moves();
             }
             // What an effectively-once consumer has committed for its leases only the coordinator knows.
+            // Until it has said so, nobody else is at work.
             if self.guarantee() != Guarantee::EffectivelyOnce {
                 self.ledger.release_owner(self.me, clock::now_ms(), |_, _| false);
+                self.ledger.leave_role(self.me);
             }
-            self.ledger.deactivate(self.me);
             self.raise_floor();
             self.ring_readers();
         }

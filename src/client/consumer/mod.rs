@@ -4,6 +4,7 @@ mod batch;
 mod copies;
 mod core;
 mod delivery;
+mod exclusive;
 mod fetch;
 mod moves;
 mod ordered;

@@ -126,7 +126,7 @@ impl Estate {
         memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
     }
 
-    /// Another consumer of the group found that `who` holds what is overdue. Only that, on the ledger's own word, gives
+    /// Another consumer of the group found that `who` holds what is overdue, be it the role of an exclusive group. Only that, on the ledger's own word, gives
     /// it away: all of it, once its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
     pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
         let Some(group) = self.state.group(who.topic, who.group) else { return Ok(()) };
@@ -136,7 +136,9 @@ impl Estate {
         let effectively_once = group.info.options.guarantee == Guarantee::EffectivelyOnce;
         let now_ms = clock::now_ms();
         let overdue = self.memory(who.topic)?.overdue(who.group, who.slot(), now_ms);
-        if overdue.is_empty() {
+        // Of other groups a standby takes the role itself.
+        let is_idle = effectively_once && self.memory(who.topic)?.is_role_overdue(who.group, who.slot(), now_ms);
+        if overdue.is_empty() && !is_idle {
             return Ok(());
         }
         let moves = |seen: &Seen| matches!(seen.state, Word::Moving(_));

@@ -147,7 +147,8 @@ impl TopicMemory {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
         ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
-        ledger.deactivate(consumer);
+        // Last: what it leases after that, fenced and alive, has no outputs, and is ended by who takes the role.
+        ledger.leave_role(consumer);
         self.raise_floor(memory);
         self.wake_readers();
     }
@@ -191,6 +192,12 @@ impl TopicMemory {
                 && seen.is_due(now_ms)
         };
         ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).collect()
+    }
+
+    /// Whether a consumer is the one at work of an exclusive group and has given no sign of life for so long that another may be.
+    pub(crate) fn is_role_overdue(&self, group: u32, consumer: u8, now_ms: u64) -> bool {
+        let role = self.group(group).map(|memory| memory.ledger(&self.info).role());
+        role.is_ok_and(|role| role.owner() == Some(consumer) && role.due_in(now_ms) == 0)
     }
 
     /// Gives these leases back, where they still are as they were seen.
