@@ -1050,6 +1050,41 @@ fn a_pipeline_has_an_output_on_which_its_outputs_can_be_told() {
     assert!(problem.contains("dead-letter topic"), "{problem}");
 }
 
+/// An id that is on the output topic, by whomever, is there once; what else its input becomes is published, and it ends.
+#[test]
+fn outputs_with_known_ids_are_left_out_and_their_input_ends() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, GroupOptions::new().effectively_once().lease(LONG));
+        let outputs = Topic::<[u8]>::new("ids").envelope().dedup();
+        let mut stranger = stage.bus.publisher(outputs.clone()).unwrap();
+        let id = |id: &str| Envelope::new().id(id.as_bytes());
+        stranger.publish_with(b"stranger", &id("a")).unwrap();
+        let mut pipeline = stage.bus.pipeline(stage.topic(), "g", outputs.clone()).open().unwrap();
+        stage.publish(0, 3);
+        // All there, some there and one twice, none there.
+        for ids in [&["a"][..], &["b", "a", "", "b"], &["c", ""]] {
+            let mut inputs = 0;
+            let step = pipeline.step_timeout(LIMIT, |input, outputs| {
+                inputs += 1;
+                assert_eq!(input.attempt(), 1);
+                ids.iter().for_each(|name| outputs.push_with(b"output", id(name)));
+                Ok(())
+            });
+            assert_eq!((step.unwrap(), inputs), (true, 1), "{mode} {ids:?}");
+        }
+        let late = pipeline.step_timeout(Duration::from_millis(20), |input, _| panic!("{} again", input.sequence()));
+        assert!(!late.unwrap());
+        let mut reader = stage.bus.subscriber(outputs).start(Start::Oldest).open().unwrap();
+        let found: Vec<String> = std::iter::from_fn(|| {
+            let message = reader.try_recv().unwrap()?;
+            Some(String::from_utf8_lossy(message.id().unwrap_or(b"none")).into_owned())
+        })
+        .collect();
+        assert_eq!(found, ["a", "b", "none", "c", "none"], "{mode}");
+        assert_eq!(group_status(&stage).floor, 3);
+    }
+}
+
 #[test]
 fn a_letter_too_large_for_its_topic_holds_up_no_other() {
     let mut stage = Stage::new(Mode::Many, at_least_once());

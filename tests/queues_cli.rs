@@ -241,6 +241,24 @@ fn what_cannot_be_copied_goes_to_the_dead_letters() {
 }
 
 #[test]
+fn a_route_of_repeats_copies_each_id_once_and_counts_the_others() {
+    let scene = Scene::new("route-ids");
+    ok(&scene, &["create", "in", "--envelope"]);
+    ok(&scene, &["create", "out", "--envelope", "--dedup"]);
+    let bus = scene.open();
+    let mut publisher = bus.publisher(Topic::<[u8]>::new("in").envelope()).unwrap();
+    for id in ["a", "b", "a", "a", "c"] {
+        publisher.publish_with(id.as_bytes(), &shmbus::Envelope::new().id(id.as_bytes())).unwrap();
+    }
+    let summary =
+        &json_lines(&ok(&scene, &["route", "in", "out", "--from", "oldest", "--idle-exit", "300", "--json"]))[0];
+    assert_eq!((&summary["routed"], &summary["duplicates"]), (&3.into(), &2.into()));
+    let copies = json_lines(&ok(&scene, &["peek", "out", "--json"]));
+    assert_eq!(copies.iter().map(|copy| copy["payload"].as_str().unwrap()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!(group(&scene, "in", "route.out")["floor"], 5);
+}
+
+#[test]
 fn each_message_is_copied_once_though_routes_are_killed() {
     let scene = Scene::new("route-kills");
     let mut random = Random::new(seed());

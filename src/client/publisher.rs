@@ -1,5 +1,6 @@
 //! [`Publisher`] and [`Loan`].
 
+use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
@@ -192,6 +193,16 @@ impl OriginPublisher {
     ) -> Result<Sequence, PublishError> {
         with_port!(&mut self.core.port, port => port.note_as(input_number(input)));
         self.core.publish_sealed_batch(batch, Some(deadline))
+    }
+
+    /// After [`PublishError::Duplicate`]: leaves out what has an id that is on the topic already, or earlier in the batch.
+    pub(crate) fn leave_out_repeated(&self, batch: &mut Vec<(&[u8], &Envelope)>) {
+        let mut ids = HashSet::new();
+        let is_there = |id: &[u8]| with_port!(&self.core.port, port => port.has_id(id));
+        batch.retain(|(_, envelope)| {
+            let id = envelope.id_bytes();
+            id.is_empty() || !is_there(id) && ids.insert(id)
+        });
     }
 
     /// The options the topic was created with.

@@ -90,14 +90,8 @@ struct Plan {
 struct Leg {
     topic: String,
     pipeline: Pipeline<[u8], [u8]>,
-    /// What the last step found out about an input, which comes again.
-    verdict: Option<(u64, Verdict)>,
-}
-
-/// What becomes of an input that cannot be published.
-enum Verdict {
-    Reject(String),
-    Duplicate,
+    /// An input that can never be published, which comes again, and why.
+    refused: Option<(u64, String)>,
 }
 
 impl Bus {
@@ -266,7 +260,7 @@ impl Route {
         for topic in new {
             let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
             match self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start)) {
-                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, verdict: None }),
+                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, refused: None }),
                 // It was there a moment ago.
                 Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
                 Err(error) => return Err(error.into()),
@@ -305,22 +299,15 @@ impl Route {
     /// Does with the input that was taken what is to be done.
     fn pass_on(&mut self, leg: usize) -> Result<(), PipelineError> {
         self.turn = leg + 1;
-        let Leg { topic, pipeline, verdict } = &mut self.legs[leg];
+        let Leg { topic, pipeline, refused } = &mut self.legs[leg];
         let (filters, transform) = (&mut self.filters, &mut self.transform);
         let with_envelope = pipeline.output_options().envelope;
         let (mut now, last) = (self.counts, &mut self.last);
-        pipeline.finish_taken(|input, outputs| {
+        let repeated = pipeline.finish_taken(|input, outputs| {
             *last = Some(input.sequence().get());
-            match verdict.take().filter(|(sequence, _)| *sequence == input.sequence().get()) {
-                Some((_, Verdict::Reject(reason))) => {
-                    now.rejected += 1;
-                    return Err(Failure::Reject(reason));
-                }
-                Some((_, Verdict::Duplicate)) => {
-                    now.duplicates += 1;
-                    return Ok(());
-                }
-                None => {}
+            if let Some((_, reason)) = refused.take().filter(|(sequence, _)| *sequence == input.sequence().get()) {
+                now.rejected += 1;
+                return Err(Failure::Reject(reason));
             }
             if !filters.iter_mut().all(|filter| filter(input)) {
                 now.filtered += 1;
@@ -344,11 +331,15 @@ impl Route {
             }
             outcome
         })?;
+        if repeated {
+            now.routed -= 1;
+            now.duplicates += 1;
+        }
         self.counts = now;
         Ok(())
     }
 
-    /// After an input was not routed: what cannot be published gets its verdict when it comes again, who was fenced begins
+    /// After an input was not routed: what can never be published is rejected when it comes again, who was fenced begins
     /// anew, and a topic of a pattern may go.
     fn recover(&mut self, leg: usize, error: PipelineError) -> Result<(), RouteError> {
         match &error {
@@ -366,20 +357,19 @@ impl Route {
             PipelineError::Ack(AckError::LeaseLost { .. }) => return Ok(()),
             _ => {}
         }
-        let verdict = match &error {
-            PipelineError::Publish(PublishError::Duplicate { .. }) => Some(Verdict::Duplicate),
+        let reason = match &error {
             PipelineError::Publish(
                 PublishError::TooLarge { .. }
                 | PublishError::WrongSize { .. }
                 | PublishError::BatchSize { .. }
                 | PublishError::Envelope(_),
-            ) => Some(Verdict::Reject(format!("routing to {:?}: {error}", self.plan.to))),
+            ) => Some(format!("routing to {:?}: {error}", self.plan.to)),
             _ => None,
         };
-        let Leg { topic, verdict: known, .. } = &mut self.legs[leg];
-        match (verdict, self.last) {
-            (Some(verdict), Some(sequence)) => {
-                *known = Some((sequence, verdict));
+        let Leg { topic, refused, .. } = &mut self.legs[leg];
+        match (reason, self.last) {
+            (Some(reason), Some(sequence)) => {
+                *refused = Some((sequence, reason));
                 Ok(())
             }
             _ => Err(RouteError::Step { topic: topic.clone(), source: error }),
@@ -393,7 +383,7 @@ impl Route {
         // The old consumer's number is free only now.
         drop(pipeline);
         let pipeline = self.plan.open(&topic, bytes, None)?;
-        self.legs.push(Leg { topic, pipeline, verdict: None });
+        self.legs.push(Leg { topic, pipeline, refused: None });
         self.counts.reopened += 1;
         Ok(())
     }
