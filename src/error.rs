@@ -863,6 +863,15 @@ pub enum AckError {
         /// The message.
         sequence: Sequence,
     },
+    /// It was to be extended, but it had ended, and there is no room for it any more: as many others are in flight as may be.
+    /// It is as it was: until somebody else gets the message it can still be settled or given back.
+    #[error(
+        "the lease on sequence {sequence} had ended, and as many messages are in flight as may be; it was not extended"
+    )]
+    Ended {
+        /// The message.
+        sequence: Sequence,
+    },
     /// This very lease was used up before, or the group settles messages when it hands them out.
     #[error("sequence {sequence} was settled before with this lease")]
     AlreadySettled {

@@ -380,6 +380,34 @@ fn only_so_many_are_in_flight() {
     }
 }
 
+/// An ended lease counts no more, so that another message is taken in its place; both are not in flight together.
+#[test]
+fn an_ended_lease_is_extended_if_there_is_room_for_it() {
+    const SHORT: Duration = Duration::from_millis(30);
+    for (mode, of_group) in RINGS.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
+        // Effectively once an ended lease stays with its consumer.
+        let options = GroupOptions::new().effectively_once().lease(SHORT);
+        let mut stage = Stage::new(mode, if of_group { options.max_in_flight(1) } else { options });
+        let own = if of_group { u32::MAX } else { 1 };
+        let mut consumer = stage.bus.consumer(stage.topic(), "g").existing().max_in_flight(own).open().unwrap();
+        stage.publish(0, 2);
+        let mut ended = take(&mut consumer).keep();
+        std::thread::sleep(2 * SHORT);
+        consumer.extend(&mut ended, SHORT).unwrap();
+        expect_nothing(&mut consumer);
+        std::thread::sleep(2 * SHORT);
+        let mut other = take(&mut consumer).keep();
+        assert_eq!(other.sequence(), Sequence::new(1), "in its place");
+        consumer.extend(&mut other, LONG).unwrap();
+        let refused = Err(AckError::Ended { sequence: Sequence::new(0) });
+        assert_eq!(consumer.extend(&mut ended, LONG), refused, "{mode} {of_group}");
+        assert_eq!(group_status(&stage).floor, 0);
+        consumer.ack(&other).unwrap();
+        consumer.extend(&mut ended, LONG).unwrap();
+        assert_eq!(consumer.ack(&ended), Ok(()), "{mode}: it was as before");
+    }
+}
+
 #[test]
 fn batches_are_settled_together_except_what_is_kept() {
     for mode in RINGS {

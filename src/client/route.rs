@@ -353,8 +353,8 @@ impl Route {
                 self.legs.remove(leg);
                 return Ok(());
             }
-            // Given to another, who routes it.
-            PipelineError::Ack(AckError::LeaseLost { .. }) => return Ok(()),
+            // Given to another, who routes it, or back.
+            PipelineError::Ack(AckError::LeaseLost { .. } | AckError::Ended { .. }) => return Ok(()),
             _ => {}
         }
         let reason = match &error {

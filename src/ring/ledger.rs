@@ -364,6 +364,11 @@ impl Ledger {
         self.swap(lease, self.pack(lease.sequence, due, lease.attempt, owner, LEASED))
     }
 
+    /// Takes an extension back: `extended` becomes the lease again that it was. `false`: it is `extended` no more.
+    pub fn undo_extend(&self, extended: Seen, lease: Seen) -> bool {
+        self.swap(extended, lease.raw).is_some()
+    }
+
     /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's. `None`: somebody was
     /// faster, or it is another's move, overdue or not: only the coordinator can tell whether that one's copy is there.
     pub fn begin_move(&self, seen: Seen, owner: u8, due: u64, reason: MoveReason) -> Option<Seen> {

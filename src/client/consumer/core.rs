@@ -230,9 +230,24 @@ impl Core {
         let due = due_after(now, time);
         let extended = if self.extends_role(due) { self.ledger.extend(lease, due) } else { None };
         let Some(extended) = extended else { return Err(self.why_lost(lease)) };
-        // It may have been left out of the count because it had ended.
-        self.in_flight += u64::from(lease.is_due(now));
+        // Whoever takes another one counted it until it had ended: by a clock that we have not read yet.
+        let now = clock::now_ms();
+        if lease.is_due(now) {
+            if !self.has_room_for_all(now) {
+                let undone = self.ledger.undo_extend(extended, lease);
+                let sequence = Sequence::new(lease.sequence());
+                return Err(if undone { AckError::Ended { sequence } } else { self.why_lost(lease) });
+            }
+            // It was left out of the count.
+            self.in_flight += 1;
+        }
         Ok(extended)
+    }
+
+    /// Whether no more leases have not ended than this consumer and its group may have.
+    fn has_room_for_all(&self, now: u64) -> bool {
+        self.is_within_group_limit(now)
+            && (self.max_in_flight == u64::MAX || self.ledger.leased(Some(self.me), now) <= self.max_in_flight)
     }
 
     fn move_away(&mut self, lease: Seen, reason: MoveReason, text: Option<&str>) -> Result<(), AckError> {

@@ -350,7 +350,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.reject(seen, reason)
     }
 
-    /// Lets the lease end `time` from now, and not before.
+    /// Lets the lease end `time` from now, and not before. One that has ended, and is still nobody else's, is extended if
+    /// there is room for it in flight.
     ///
     /// # Errors
     /// [`AckError`]; nothing has changed then.

@@ -322,21 +322,27 @@ impl Core {
         }
     }
 
-    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise. Two consumers
-    /// that take the last one at the same time both count after their swap, so at least one of them sees both.
+    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise.
     #[inline]
     fn fits_group_limit(&self, lease: Seen, now: u64) -> bool {
+        if self.is_within_group_limit(now) {
+            return true;
+        }
+        self.ledger.give_back_unseen(lease, now);
+        self.ring_readers();
+        false
+    }
+
+    /// Whether the group has no more leases than it may have, after one was added. Two consumers that add the last one at
+    /// the same time both count after their swap, so at least one of them sees both.
+    #[inline]
+    pub(super) fn is_within_group_limit(&self, now: u64) -> bool {
         let most = u64::from(self.group.options.max_in_flight);
         if most == 0 {
             return true;
         }
         // Store, then look: pairs with the same fence of another consumer.
         fence(Ordering::SeqCst);
-        if self.ledger.leased(None, now) <= most {
-            return true;
-        }
-        self.ledger.give_back_unseen(lease, now);
-        self.ring_readers();
-        false
+        self.ledger.leased(None, now) <= most
     }
 }
