@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use shmbus::{
     AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
     SettleError, Start, Topic, Wait,
@@ -831,6 +831,33 @@ fn expired_messages_are_settled_and_counted() {
             assert_eq!((status.expired, status.dead_lettered), (1, u64::from(dead_letter)));
             assert_eq!(status.floor, 2);
         }
+    }
+}
+
+/// Nobody consumes, and what has expired holds no publisher back, over deaths of the coordinator too; what lives does.
+#[test]
+fn what_expires_in_a_group_without_consumers_makes_room() {
+    for mode in RINGS {
+        let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once());
+        let ttl = Envelope::new().ttl(Duration::from_millis(1));
+        let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
+        for round in 1..=3 {
+            // In batches and one by one, most of the ring each time.
+            for number in 0..80 {
+                let payload = payload(number);
+                let batch = [(&payload[..], &ttl), (&payload[..], &ttl)];
+                publisher.publish_batch_with(batch).unwrap();
+                publisher.publish_with(&payload, &ttl).unwrap();
+            }
+            kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+            await_that("all to expire", || status().floor == round * 240);
+            assert_eq!((status().expired, status().in_flight), (round * 240, 0), "{mode}");
+        }
+        publisher.publish_with(&payload(0), &Envelope::new().ttl(LONG)).unwrap();
+        publisher.publish_with(&payload(0), &ttl).unwrap();
+        let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+        assert_eq!(consumer.recv_timeout(LIMIT).unwrap().sequence(), Sequence::new(720), "{mode}: it lives");
+        assert_eq!(status().floor, 720);
     }
 }
 

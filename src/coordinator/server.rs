@@ -33,6 +33,9 @@ const KEEPER_RETRY: Duration = Duration::from_secs(1);
 /// How often a bus on which nobody is looks whether it can still be found.
 const NAMES_LOOK: Duration = Duration::from_secs(30);
 
+/// How often to look for messages that have expired at groups' floors.
+const EXPIRY_LOOK: Duration = Duration::from_millis(500);
+
 /// When to look again at participants that have lost their connection and live; doubled from there, since most of them
 /// come back or stay for good.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
@@ -79,6 +82,8 @@ pub(crate) struct Server {
     keeper_at: Option<Instant>,
     /// When to look for messages that have grown too old; never while no topic gives them up by age.
     age_at: Option<Instant>,
+    /// When to look for messages that have expired; never while no group may have such.
+    expiry_at: Option<Instant>,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
     hosted: bool,
@@ -154,6 +159,7 @@ impl Server {
             renew_at: Instant::now(),
             keeper_at: None,
             age_at,
+            expiry_at: None,
             look: None,
             hosted,
             ended,
@@ -208,7 +214,8 @@ impl Server {
     /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
         let look_at = self.look.map(|(at, _)| at);
-        let sometimes = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(look_at);
+        let sometimes =
+            self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -237,6 +244,12 @@ impl Server {
         }
         if self.age_at.is_none() {
             self.age_at = self.estate.age_look().map(|look| now + look);
+        }
+        if self.expiry_at.is_some_and(|at| at <= now) {
+            self.expiry_at = self.estate.settle_expired().then_some(now);
+        }
+        if self.expiry_at.is_none() && self.estate.may_expire() {
+            self.expiry_at = Some(now + EXPIRY_LOOK);
         }
         if self.renew_at <= now {
             self.estate.renew_due();

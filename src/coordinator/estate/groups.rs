@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use super::{Estate, Granted, broken};
+use crate::client::envelope::now_ns;
 use crate::coordinator::link::segment_name;
-use crate::coordinator::memory::{LedgerCount, ledger_name};
+use crate::coordinator::memory::{AtFloor, LedgerCount, ledger_name};
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -65,6 +66,7 @@ impl Estate {
     /// Puts a group in force that has been logged.
     pub(super) fn begin_group(&mut self, topic: u64, group: u32, start: StartAt) -> Result<(), Refusal> {
         let begun = self.memory(topic).and_then(|memory| memory.begin_group(group, start));
+        self.watch_expiry(topic, group);
         if begun.is_err() {
             self.carry_out(Event::GroupRetired { topic, group })?;
         }
@@ -178,6 +180,7 @@ impl Estate {
         let mut losses = Vec::new();
         for (topic, group) in self.all_groups() {
             let id = group.info.id;
+            self.watch_expiry(topic, id);
             if let Err(error) = self.adopt_group(topic, &group, store) {
                 eprintln!("shmbus coordinator: group {:?} of topic {topic} is lost: {error}", group.info.name);
                 losses.push(Event::GroupRetired { topic, group: id });
@@ -188,6 +191,32 @@ impl Estate {
             memory.sweep_cursors(|cursor| entry.cursor_in_use(cursor));
         }
         losses
+    }
+
+    fn watch_expiry(&mut self, topic: u64, group: u32) {
+        let may_expire = self.state.topic(topic).is_some_and(|entry| entry.info.options.envelope);
+        self.expiring.extend(may_expire.then_some((topic, group)));
+    }
+
+    /// Whether there is a group whose messages may expire.
+    pub(crate) fn may_expire(&self) -> bool {
+        !self.expiring.is_empty()
+    }
+
+    /// Settles what has expired at the groups' floors. Whether there is more.
+    pub(crate) fn settle_expired(&mut self) -> bool {
+        let state = &self.state;
+        self.expiring.retain(|(topic, group)| state.group(*topic, *group).is_some_and(|group| !group.retired));
+        let (now_ns, mut more) = (now_ns(), false);
+        for (topic, group) in &self.expiring {
+            let (Some(entry), Ok(memory)) = (self.state.group(*topic, *group), self.memory(*topic)) else { continue };
+            match memory.settle_expired(*group, entry.info.options.dead_letter_expired, now_ns) {
+                Ok(AtFloor::More) => more = true,
+                Ok(_) => {}
+                Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+            }
+        }
+        more
     }
 
     /// Keeps the due times of all ledgers from coming round; for every few hours.

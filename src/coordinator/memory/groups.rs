@@ -49,7 +49,11 @@ pub(crate) fn ledger_name(group: u32) -> String {
 }
 
 impl GroupMemory {
-    fn ledger(&self, info: &TopicInfo) -> Ledger {
+    pub(super) fn cursor(&self) -> u32 {
+        self.info.cursor
+    }
+
+    pub(super) fn ledger(&self, info: &TopicInfo) -> Ledger {
         topic::ledger(&self.segment, info, &self.info)
     }
 }
@@ -155,7 +159,7 @@ impl TopicMemory {
 
     /// Moves a group's floor over what is settled: its consumers do so now and then, and the last of them may have gone
     /// before it did.
-    fn raise_floor(&self, memory: &GroupMemory) {
+    pub(super) fn raise_floor(&self, memory: &GroupMemory) {
         let Parts::Log { segments, .. } = &self.parts else { return };
         let floor = memory.ledger(&self.info).advance_floor();
         let Ok(tail) = self.tail() else { return };
@@ -285,7 +289,7 @@ impl TopicMemory {
         Some(count)
     }
 
-    fn group(&self, group: u32) -> Result<&GroupMemory, Refusal> {
+    pub(super) fn group(&self, group: u32) -> Result<&GroupMemory, Refusal> {
         self.groups.get(&group).ok_or_else(|| corrupt(&self.info, format!("group {group} has no ledger")))
     }
 
@@ -301,7 +305,7 @@ impl TopicMemory {
     }
 
     /// Also those whom somebody died over waking.
-    fn wake_readers(&self) {
+    pub(super) fn wake_readers(&self) {
         if let Parts::Log { segments, .. } = &self.parts {
             segments.readers().readers.ring_again();
         }
