@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
+use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, hear, of_mode, raw, say, seed};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
     AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
@@ -858,6 +858,37 @@ fn what_expires_in_a_group_without_consumers_makes_room() {
         let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
         assert_eq!(consumer.recv_timeout(LIMIT).unwrap().sequence(), Sequence::new(720), "{mode}: it lives");
         assert_eq!(status().floor, 720);
+    }
+}
+
+/// The coordinator moves what nobody consumes, and is killed over it: each has one letter, and none holds the publisher back.
+#[test]
+fn what_expires_in_a_group_without_consumers_goes_to_the_dead_letters_once() {
+    let mut random = Random::new(seed());
+    for mode in RINGS {
+        let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once().dead_letter_expired());
+        let ttl = Envelope::new().ttl(Duration::from_millis(1));
+        let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
+        for round in 1..=3 {
+            (0..240).for_each(|number| assert!(publisher.publish_with(&payload(number), &ttl).is_ok()));
+            for _ in 0..2 {
+                // Most burials begin half a second after their coordinator.
+                std::thread::sleep(Duration::from_millis(490 + random.below(60)));
+                kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+            }
+            await_that("all to be moved", || status().floor == round * 240);
+            await_that("nobody to be left", || status().consumers.is_empty());
+        }
+        let letters = Topic::<[u8]>::named(format!("dlq.{}.g", topic.name()));
+        let mut letters = bus.subscriber(letters).start(Start::Oldest).open().unwrap();
+        let mut moved = Vec::new();
+        while let Some(letter) = letters.try_recv().unwrap() {
+            let header = |name| String::from_utf8(letter.header(name).unwrap().to_vec()).unwrap();
+            assert_eq!((header("reason"), header("attempts")), ("expired".to_owned(), "0".to_owned()));
+            moved.push(header("origin-sequence").parse::<u64>().unwrap());
+        }
+        moved.sort_unstable();
+        assert_eq!(moved, (0..720).collect::<Vec<_>>(), "{mode}");
     }
 }
 

@@ -13,6 +13,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::unistd::Uid;
 
 use crate::coordinator::adoption;
+use crate::coordinator::burial::Burial;
 use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
@@ -84,6 +85,7 @@ pub(crate) struct Server {
     age_at: Option<Instant>,
     /// When to look for messages that have expired; never while no group may have such.
     expiry_at: Option<Instant>,
+    burial: Burial,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
     hosted: bool,
@@ -160,6 +162,7 @@ impl Server {
             keeper_at: None,
             age_at,
             expiry_at: None,
+            burial: Burial::default(),
             look: None,
             hosted,
             ended,
@@ -246,7 +249,9 @@ impl Server {
             self.age_at = self.estate.age_look().map(|look| now + look);
         }
         if self.expiry_at.is_some_and(|at| at <= now) {
-            self.expiry_at = self.estate.settle_expired().then_some(now);
+            let (more, letters) = self.estate.settle_expired();
+            self.burial.begin(&self.place, letters);
+            self.expiry_at = more.then_some(now);
         }
         if self.expiry_at.is_none() && self.estate.may_expire() {
             self.expiry_at = Some(now + EXPIRY_LOOK);

@@ -1,6 +1,7 @@
 //! [`Consumer`]: takes messages from a group, and how to open one.
 
 mod batch;
+mod bury;
 mod copies;
 mod core;
 mod delivery;

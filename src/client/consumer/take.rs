@@ -225,7 +225,7 @@ impl Core {
 
     /// Where the payload of a message on a topic with envelopes begins. `None`: it is not to be delivered, because it has
     /// expired or somebody else has had it meanwhile.
-    fn open_envelope(&mut self, seen: Seen, body: Copy, now: u64) -> Result<Option<usize>, RecvError> {
+    pub(super) fn open_envelope(&mut self, seen: Seen, body: Copy, now: u64) -> Result<Option<usize>, RecvError> {
         let bytes = self.copies.bytes(body);
         let opened = envelope::split(bytes, self.info.batch_align());
         let sound = opened.filter(|(_, payload)| self.lengths.allow(payload.len() as u64));
@@ -299,7 +299,7 @@ impl Core {
     }
 
     /// Begins to move a message to the dead-letter topic, or goes on with a move that nobody carries on with.
-    fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) -> bool {
+    pub(super) fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) -> bool {
         let Some(seen) = self.ledger.begin_move(seen, self.me, self.lease_end(now), reason) else { return false };
         self.moves.add(seen, None);
         true

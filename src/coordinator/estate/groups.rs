@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 
 use super::{Estate, Granted, broken};
 use crate::client::envelope::now_ns;
+use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
 use crate::coordinator::memory::{AtFloor, LedgerCount, ledger_name};
 use crate::coordinator::protocol::{
@@ -203,20 +204,25 @@ impl Estate {
         !self.expiring.is_empty()
     }
 
-    /// Settles what has expired at the groups' floors. Whether there is more.
-    pub(crate) fn settle_expired(&mut self) -> bool {
+    /// Settles what has expired at the groups' floors. Whether there is more, and the groups that nobody consumes where
+    /// something is to go to the dead-letter topic.
+    pub(crate) fn settle_expired(&mut self) -> (bool, Vec<GroupNames>) {
         let state = &self.state;
         self.expiring.retain(|(topic, group)| state.group(*topic, *group).is_some_and(|group| !group.retired));
-        let (now_ns, mut more) = (now_ns(), false);
+        let (now_ns, mut more, mut letters) = (now_ns(), false, Vec::new());
         for (topic, group) in &self.expiring {
             let (Some(entry), Ok(memory)) = (self.state.group(*topic, *group), self.memory(*topic)) else { continue };
             match memory.settle_expired(*group, entry.info.options.dead_letter_expired, now_ns) {
                 Ok(AtFloor::More) => more = true,
+                Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
+                    let topic = self.state.topic(*topic).map(|topic| topic.info.name.clone());
+                    letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
+                }
                 Ok(_) => {}
                 Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
             }
         }
-        more
+        (more, letters)
     }
 
     /// Keeps the due times of all ledgers from coming round; for every few hours.
