@@ -226,6 +226,48 @@ fn a_route_of_a_pattern_takes_topics_that_come_later_and_survives_a_rewind() {
     assert_eq!(route.stdout().trim(), "orders.* to all: routed 9, reopened 1");
 }
 
+/// A small ring without a reader would keep the newest alone; whoever publishes waits for the route instead.
+#[test]
+fn a_route_of_a_pattern_misses_nothing_of_a_topic_that_comes_later() {
+    const MESSAGES: u32 = 3000;
+    const TOPICS: usize = 5;
+    let scene = Scene::new("route-arrivals");
+    let bus = scene.open();
+    bus.create(&Topic::<[u8]>::named("all").envelope().messages(16_384)).unwrap();
+    let _route = Shell::start(&scene, &["route", "orders.*", "all"]);
+    // It has begun when it has routed something, which needs the first topic.
+    bus.create(&Topic::<[u8]>::new("orders.first")).unwrap();
+    await_that("the route", || !bus.topic("orders.first").unwrap().groups.is_empty());
+    let mut random = Random::new(seed());
+    for round in 0..TOPICS {
+        let coordinator = (round % 3 == 2).then(|| scene.server("coordinator"));
+        let mut publisher = bus.publisher(Topic::<[u8]>::named(format!("orders.{round}")).messages(16)).unwrap();
+        let killing = coordinator.map(|pid| {
+            let pause = Duration::from_micros(random.below(3_000));
+            thread::spawn(move || {
+                thread::sleep(pause);
+                kill(pid, Signal::SIGKILL).unwrap();
+            })
+        });
+        for number in 0..MESSAGES {
+            publisher.publish_timeout(format!("{round} {number}").as_bytes(), LIMIT).unwrap();
+        }
+        killing.into_iter().for_each(|killing| killing.join().unwrap());
+    }
+    let mut copies = bus.subscriber(Topic::<[u8]>::new("all")).start(Start::Oldest).open().unwrap();
+    let mut next = [0; TOPICS];
+    for _ in 0..TOPICS as u32 * MESSAGES {
+        let copy = copies.recv_timeout(LIMIT).unwrap();
+        let text = String::from_utf8(copy.to_vec()).unwrap();
+        let (round, number) = text.split_once(' ').unwrap();
+        let next = &mut next[round.parse::<usize>().unwrap()];
+        assert_eq!(number.parse(), Ok(*next), "{text}: something is missing before it");
+        *next += 1;
+    }
+    let subscribers = |topic: &str| bus.topic(topic).unwrap().subscribers.len();
+    await_that("its cursors to go", || (0..TOPICS).all(|round| subscribers(&format!("orders.{round}")) == 0));
+}
+
 #[test]
 fn what_cannot_be_copied_goes_to_the_dead_letters() {
     let scene = Scene::new("route-large");
