@@ -555,6 +555,18 @@ pub enum PublishError {
         /// The number given.
         found: u64,
     },
+    /// A batch whose first messages have been published and whose last ones have not. A batch is all or nothing, so none
+    /// of it was published: give the rest as a batch of its own.
+    #[error(
+        "the batch begins with number {found}, but all up to number {} are published already; begin with {expected}",
+        expected - 1
+    )]
+    BatchOverlap {
+        /// The next number.
+        expected: u64,
+        /// The number given for the batch's first message.
+        found: u64,
+    },
     /// Another publisher has been opened under this one's name; this handle publishes nothing any more.
     #[error("fenced: another publisher has taken the name")]
     Fenced,
@@ -893,6 +905,15 @@ pub enum AckError {
     /// The lease had ended and the message was given to another consumer, or back to the group.
     #[error("the lease on sequence {sequence} is lost: it had ended and the message was given away")]
     LeaseLost {
+        /// The message.
+        sequence: Sequence,
+    },
+    /// It was to be extended, but it had ended, and there is no room for it any more: as many others are in flight as may be.
+    /// It is as it was: until somebody else gets the message it can still be settled or given back.
+    #[error(
+        "the lease on sequence {sequence} had ended, and as many messages are in flight as may be; it was not extended"
+    )]
+    Ended {
         /// The message.
         sequence: Sequence,
     },

@@ -59,7 +59,8 @@ pub struct GroupOptions {
     /// Messages of one key are delivered in order and one at a time. Needs a topic with an envelope; messages without a
     /// key count as one key.
     pub ordered_by_key: bool,
-    /// One consumer at a time gets everything; the others stand by and one of them takes over.
+    /// One consumer at a time gets everything; the others stand by, and one of them takes over when that one leaves, dies, or
+    /// has neither received nor extended anything for the time of a lease. What it had leased ends then.
     pub exclusive: bool,
     /// How many messages above the floor may be handed out: out-of-order acks reach this far. A power of two; 0: as many
     /// as the topic's ring holds messages, at most 65,536.

@@ -3,10 +3,10 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, of_mode, raw, say};
-use nix::sys::signal::Signal;
+use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, hear, of_mode, raw, say, seed};
+use nix::sys::signal::{Signal, kill};
 use shmbus::{
     AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
     SettleError, Start, Topic, Wait,
@@ -377,6 +377,34 @@ fn only_so_many_are_in_flight() {
             message.ack().unwrap();
             again
         });
+    }
+}
+
+/// An ended lease counts no more, so that another message is taken in its place; both are not in flight together.
+#[test]
+fn an_ended_lease_is_extended_if_there_is_room_for_it() {
+    const SHORT: Duration = Duration::from_millis(30);
+    for (mode, of_group) in RINGS.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
+        // Effectively once an ended lease stays with its consumer.
+        let options = GroupOptions::new().effectively_once().lease(SHORT);
+        let mut stage = Stage::new(mode, if of_group { options.max_in_flight(1) } else { options });
+        let own = if of_group { u32::MAX } else { 1 };
+        let mut consumer = stage.bus.consumer(stage.topic(), "g").existing().max_in_flight(own).open().unwrap();
+        stage.publish(0, 2);
+        let mut ended = take(&mut consumer).keep();
+        std::thread::sleep(2 * SHORT);
+        consumer.extend(&mut ended, SHORT).unwrap();
+        expect_nothing(&mut consumer);
+        std::thread::sleep(2 * SHORT);
+        let mut other = take(&mut consumer).keep();
+        assert_eq!(other.sequence(), Sequence::new(1), "in its place");
+        consumer.extend(&mut other, LONG).unwrap();
+        let refused = Err(AckError::Ended { sequence: Sequence::new(0) });
+        assert_eq!(consumer.extend(&mut ended, LONG), refused, "{mode} {of_group}");
+        assert_eq!(group_status(&stage).floor, 0);
+        consumer.ack(&other).unwrap();
+        consumer.extend(&mut ended, LONG).unwrap();
+        assert_eq!(consumer.ack(&ended), Ok(()), "{mode}: it was as before");
     }
 }
 
@@ -806,6 +834,131 @@ fn expired_messages_are_settled_and_counted() {
     }
 }
 
+/// Nobody consumes, and what has expired holds no publisher back, over deaths of the coordinator too; what lives does.
+#[test]
+fn what_expires_in_a_group_without_consumers_makes_room() {
+    for mode in RINGS {
+        let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once());
+        let ttl = Envelope::new().ttl(Duration::from_millis(1));
+        let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
+        for round in 1..=3 {
+            // In batches and one by one, most of the ring each time.
+            for number in 0..80 {
+                let payload = payload(number);
+                let batch = [(&payload[..], &ttl), (&payload[..], &ttl)];
+                publisher.publish_batch_with(batch).unwrap();
+                publisher.publish_with(&payload, &ttl).unwrap();
+            }
+            kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+            await_that("all to expire", || status().floor == round * 240);
+            assert_eq!((status().expired, status().in_flight), (round * 240, 0), "{mode}");
+        }
+        publisher.publish_with(&payload(0), &Envelope::new().ttl(LONG)).unwrap();
+        publisher.publish_with(&payload(0), &ttl).unwrap();
+        let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+        assert_eq!(consumer.recv_timeout(LIMIT).unwrap().sequence(), Sequence::new(720), "{mode}: it lives");
+        assert_eq!(status().floor, 720);
+    }
+}
+
+/// The coordinator moves what nobody consumes, and is killed over it: each has one letter, and none holds the publisher back.
+#[test]
+fn what_expires_in_a_group_without_consumers_goes_to_the_dead_letters_once() {
+    let mut random = Random::new(seed());
+    for mode in RINGS {
+        let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once().dead_letter_expired());
+        let ttl = Envelope::new().ttl(Duration::from_millis(1));
+        let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
+        for round in 1..=3 {
+            (0..240).for_each(|number| assert!(publisher.publish_with(&payload(number), &ttl).is_ok()));
+            for _ in 0..2 {
+                // Most burials begin half a second after their coordinator.
+                std::thread::sleep(Duration::from_millis(490 + random.below(60)));
+                kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+            }
+            await_that("all to be moved", || status().floor == round * 240);
+            await_that("nobody to be left", || status().consumers.is_empty());
+        }
+        let letters = Topic::<[u8]>::named(format!("dlq.{}.g", topic.name()));
+        let mut letters = bus.subscriber(letters).start(Start::Oldest).open().unwrap();
+        let mut moved = Vec::new();
+        while let Some(letter) = letters.try_recv().unwrap() {
+            let header = |name| String::from_utf8(letter.header(name).unwrap().to_vec()).unwrap();
+            assert_eq!((header("reason"), header("attempts")), ("expired".to_owned(), "0".to_owned()));
+            moved.push(header("origin-sequence").parse::<u64>().unwrap());
+        }
+        moved.sort_unstable();
+        assert_eq!(moved, (0..720).collect::<Vec<_>>(), "{mode}");
+    }
+}
+
+/// Whatever is published meanwhile: a group delivers exactly what is retained from the first message of its time on.
+#[test]
+fn a_group_that_starts_at_a_time_misses_nothing_from_then_on() {
+    const MESSAGES: u64 = 3000;
+    for mode in RINGS {
+        let scene = Scene::new("times");
+        let bus = scene.open();
+        let topic = raw(mode, "times").messages(4096).bytes(1 << 20).envelope();
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let mut reader = bus.subscriber(topic.clone()).start(Start::Oldest).open().unwrap();
+        let feeding = std::thread::spawn(move || {
+            for number in 0..MESSAGES {
+                // Every seventh has expired and is there all the same: a group from then on has to settle it.
+                let ttl = if number % 7 == 3 { Duration::from_nanos(1) } else { LONG };
+                publisher.publish_with(&payload(number), &Envelope::new().ttl(ttl)).unwrap();
+                std::thread::yield_now();
+            }
+        });
+        let mut groups = Vec::new();
+        while groups.is_empty() || groups.len() < 50 && !feeding.is_finished() {
+            let (name, now) = (format!("g{}", groups.len()), SystemTime::now());
+            let since = if groups.len() % 2 == 0 { now } else { now - Duration::from_millis(1) };
+            bus.create_group(topic.name(), &name, &at_least_once(), Start::Time(since), false).unwrap();
+            groups.push((name, since));
+        }
+        feeding.join().unwrap();
+        let mut published = Vec::new();
+        while let Some(message) = reader.try_recv().unwrap() {
+            published.push((message.sequence().get(), message.timestamp_ns().unwrap()));
+        }
+        for (name, since) in groups {
+            let since_ns = since.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
+            let expected: Vec<u64> =
+                published.iter().skip_while(|(_, at)| *at < since_ns).map(|(sequence, _)| *sequence).collect();
+            let mut consumer = bus.consumer(topic.clone(), name.as_str()).existing().open().unwrap();
+            let mut found = Vec::new();
+            while let Some(message) = consumer.try_recv().unwrap() {
+                found.push(message.sequence().get());
+                message.ack().unwrap();
+            }
+            assert_eq!(found, expected, "{mode} {name}");
+        }
+    }
+}
+
+/// What has expired before a group's first message that is delivered is the group's all the same.
+#[test]
+fn a_group_that_starts_at_a_time_settles_what_has_expired_since() {
+    for mode in RINGS {
+        let scene = Scene::new("expired-since");
+        let bus = scene.open();
+        let topic = raw(mode, "expired").messages(64).envelope();
+        let mut publisher = bus.publisher(topic.clone()).unwrap();
+        let expired = Envelope::new().ttl(Duration::from_nanos(1));
+        publisher.publish_with(&payload(0), &expired).unwrap();
+        publisher.publish(&payload(1)).unwrap();
+        let options = at_least_once().dead_letter_expired();
+        bus.create_group(topic.name(), "g", &options, Start::Time(SystemTime::UNIX_EPOCH), false).unwrap();
+        let mut consumer = bus.consumer(topic.clone(), "g").existing().open().unwrap();
+        let message = take(&mut consumer);
+        assert_eq!(seen(&message), (1, 1), "{mode}");
+        message.ack().unwrap();
+        expect_nothing(&mut consumer);
+        assert_eq!(bus.topic(topic.name()).unwrap().groups.remove(0).dead_lettered, 1);
+    }
+}
+
 #[test]
 fn a_batch_without_a_limit_takes_all_there_is() {
     for mode in RINGS {
@@ -981,6 +1134,41 @@ fn a_pipeline_has_an_output_on_which_its_outputs_can_be_told() {
     assert!(problem.contains("many publishers"), "{problem}");
     let problem = refused(letters(&stage));
     assert!(problem.contains("dead-letter topic"), "{problem}");
+}
+
+/// An id that is on the output topic, by whomever, is there once; what else its input becomes is published, and it ends.
+#[test]
+fn outputs_with_known_ids_are_left_out_and_their_input_ends() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, GroupOptions::new().effectively_once().lease(LONG));
+        let outputs = Topic::<[u8]>::new("ids").envelope().dedup();
+        let mut stranger = stage.bus.publisher(outputs.clone()).unwrap();
+        let id = |id: &str| Envelope::new().id(id.as_bytes());
+        stranger.publish_with(b"stranger", &id("a")).unwrap();
+        let mut pipeline = stage.bus.pipeline(stage.topic(), "g", outputs.clone()).open().unwrap();
+        stage.publish(0, 3);
+        // All there, some there and one twice, none there.
+        for ids in [&["a"][..], &["b", "a", "", "b"], &["c", ""]] {
+            let mut inputs = 0;
+            let step = pipeline.step_timeout(LIMIT, |input, outputs| {
+                inputs += 1;
+                assert_eq!(input.attempt(), 1);
+                ids.iter().for_each(|name| outputs.push_with(b"output", id(name)));
+                Ok(())
+            });
+            assert_eq!((step.unwrap(), inputs), (true, 1), "{mode} {ids:?}");
+        }
+        let late = pipeline.step_timeout(Duration::from_millis(20), |input, _| panic!("{} again", input.sequence()));
+        assert!(!late.unwrap());
+        let mut reader = stage.bus.subscriber(outputs).start(Start::Oldest).open().unwrap();
+        let found: Vec<String> = std::iter::from_fn(|| {
+            let message = reader.try_recv().unwrap()?;
+            Some(String::from_utf8_lossy(message.id().unwrap_or(b"none")).into_owned())
+        })
+        .collect();
+        assert_eq!(found, ["a", "b", "none", "c", "none"], "{mode}");
+        assert_eq!(group_status(&stage).floor, 3);
+    }
 }
 
 #[test]

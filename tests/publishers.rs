@@ -99,6 +99,47 @@ fn numbers_are_dense_and_each_is_published_once() {
     }
 }
 
+/// A batch that is given again is there as a whole, or published as a whole; one that is cut differently is neither.
+#[test]
+fn a_numbered_batch_is_published_once_and_whole() {
+    let scene = Scene::new("batches");
+    let bus = scene.open();
+    let batch: [&[u8]; 3] = [b"one", b"two", b"three"];
+    for mode in MODES {
+        let mut publisher = bus.publisher_as(topic(mode), NAME).unwrap();
+        assert_eq!(publisher.publish_batch_numbered(batch, 1), Ok(Sequence::new(0)));
+        assert_eq!(publisher.publish_batch_numbered([&b"four"[..]], 4), Ok(Sequence::new(3)));
+        drop(publisher);
+        let mut publisher = bus.publisher_as(topic(mode), NAME).unwrap();
+        let duplicate = |sequence| Err(PublishError::Duplicate { sequence: Some(Sequence::new(sequence)) });
+        for (first, sequence) in [(1, 0), (2, 1)] {
+            assert_eq!(publisher.publish_batch_numbered(batch, first), duplicate(sequence), "{mode}");
+        }
+        for first in [3, 4] {
+            let overlap = PublishError::BatchOverlap { expected: 5, found: first };
+            assert_eq!(publisher.publish_batch_numbered(batch, first), Err(overlap), "{mode}");
+        }
+        for found in [0, 6, u64::MAX] {
+            let gap = PublishError::NumberGap { expected: 5, found };
+            assert_eq!(publisher.publish_batch_numbered(batch, found), Err(gap), "{mode}");
+        }
+        let none: [&[u8]; 0] = [];
+        assert!(matches!(publisher.publish_batch_numbered(none, 1), Err(PublishError::BatchSize { .. })));
+        assert_eq!(publisher.last_number(), Some(4));
+        assert_eq!(publisher.publish_batch_numbered(batch, 5), Ok(Sequence::new(4)));
+        let mut subscriber = subscriber(&bus, &topic(mode));
+        for (number, expected) in (1..).zip(["one", "two", "three", "four", "one", "two", "three"]) {
+            let message = subscriber.recv_timeout(LIMIT).unwrap();
+            assert_eq!((text(&message).as_str(), message.publisher_number()), (expected, Some(number)));
+        }
+        assert!(subscriber.try_recv().unwrap().is_none());
+    }
+    let mut fenced = bus.publisher_as(topic(Mode::Many), NAME).unwrap();
+    let mut successor = bus.publisher_as(topic(Mode::Many), NAME).unwrap();
+    assert_eq!(fenced.publish_batch_numbered(batch, 8), Err(PublishError::Fenced));
+    assert_eq!(successor.publish_batch_numbered(batch, 8).map(|_| successor.last_number()), Ok(Some(10)));
+}
+
 #[test]
 fn a_name_goes_on_where_it_ended_and_belongs_to_its_topic() {
     let scene = Scene::new("goes-on");

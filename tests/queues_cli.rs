@@ -153,6 +153,23 @@ fn what_was_not_written_goes_back_to_the_group() {
 }
 
 #[test]
+fn groups_begin_at_a_time_and_go_back_to_one() {
+    let scene = Scene::new("group-time");
+    ok(&scene, &["create", "t", "--envelope"]);
+    publish(&scene, &["t"], "old\n");
+    ok(&scene, &["group", "create", "t", "all", "--from", "time:-1h"]);
+    ok(&scene, &["group", "create", "t", "none", "--from", "time:-1ms"]);
+    assert_eq!([&group(&scene, "t", "all")["floor"], &group(&scene, "t", "none")["floor"]], [0, 1]);
+    publish(&scene, &["t"], "new\n");
+    let sub = ["sub", "t", "--idle-exit", "300", "--group"];
+    assert_eq!(ok(&scene, &[&sub[..], &["none"]].concat()), "new\n");
+    ok(&scene, &["group", "rewind", "t", "none", "--to", "time:-1h"]);
+    assert_eq!(ok(&scene, &[&sub[..], &["none"]].concat()), "old\nnew\n");
+    assert_eq!(ok(&scene, &[&sub[..], &["other", "--from", "time:-1h"]].concat()), "old\nnew\n");
+    assert_eq!(show(&scene, "t")["subscribers"].as_array().map(Vec::len), Some(0), "the search leaves nothing behind");
+}
+
+#[test]
 fn queue_names_of_activemq_are_groups() {
     let scene = Scene::new("virtual");
     publish(&scene, &["VirtualTopic.orders"], &numbers(0, 4));
@@ -209,6 +226,48 @@ fn a_route_of_a_pattern_takes_topics_that_come_later_and_survives_a_rewind() {
     assert_eq!(route.stdout().trim(), "orders.* to all: routed 9, reopened 1");
 }
 
+/// A small ring without a reader would keep the newest alone; whoever publishes waits for the route instead.
+#[test]
+fn a_route_of_a_pattern_misses_nothing_of_a_topic_that_comes_later() {
+    const MESSAGES: u32 = 3000;
+    const TOPICS: usize = 5;
+    let scene = Scene::new("route-arrivals");
+    let bus = scene.open();
+    bus.create(&Topic::<[u8]>::named("all").envelope().messages(16_384)).unwrap();
+    let _route = Shell::start(&scene, &["route", "orders.*", "all"]);
+    // It has begun when it has routed something, which needs the first topic.
+    bus.create(&Topic::<[u8]>::new("orders.first")).unwrap();
+    await_that("the route", || !bus.topic("orders.first").unwrap().groups.is_empty());
+    let mut random = Random::new(seed());
+    for round in 0..TOPICS {
+        let coordinator = (round % 3 == 2).then(|| scene.server("coordinator"));
+        let mut publisher = bus.publisher(Topic::<[u8]>::named(format!("orders.{round}")).messages(16)).unwrap();
+        let killing = coordinator.map(|pid| {
+            let pause = Duration::from_micros(random.below(3_000));
+            thread::spawn(move || {
+                thread::sleep(pause);
+                kill(pid, Signal::SIGKILL).unwrap();
+            })
+        });
+        for number in 0..MESSAGES {
+            publisher.publish_timeout(format!("{round} {number}").as_bytes(), LIMIT).unwrap();
+        }
+        killing.into_iter().for_each(|killing| killing.join().unwrap());
+    }
+    let mut copies = bus.subscriber(Topic::<[u8]>::new("all")).start(Start::Oldest).open().unwrap();
+    let mut next = [0; TOPICS];
+    for _ in 0..TOPICS as u32 * MESSAGES {
+        let copy = copies.recv_timeout(LIMIT).unwrap();
+        let text = String::from_utf8(copy.to_vec()).unwrap();
+        let (round, number) = text.split_once(' ').unwrap();
+        let next = &mut next[round.parse::<usize>().unwrap()];
+        assert_eq!(number.parse(), Ok(*next), "{text}: something is missing before it");
+        *next += 1;
+    }
+    let subscribers = |topic: &str| bus.topic(topic).unwrap().subscribers.len();
+    await_that("its cursors to go", || (0..TOPICS).all(|round| subscribers(&format!("orders.{round}")) == 0));
+}
+
 #[test]
 fn what_cannot_be_copied_goes_to_the_dead_letters() {
     let scene = Scene::new("route-large");
@@ -221,6 +280,24 @@ fn what_cannot_be_copied_goes_to_the_dead_letters() {
     assert_eq!(ok(&scene, &["peek", "small"]), "fits\n");
     let letters = json_lines(&ok(&scene, &["dlq", "show", "dlq.in.route.small", "--json"]));
     assert!(letters[0]["reason"].as_str().unwrap().contains("20000 bytes"), "{letters:?}");
+}
+
+#[test]
+fn a_route_of_repeats_copies_each_id_once_and_counts_the_others() {
+    let scene = Scene::new("route-ids");
+    ok(&scene, &["create", "in", "--envelope"]);
+    ok(&scene, &["create", "out", "--envelope", "--dedup"]);
+    let bus = scene.open();
+    let mut publisher = bus.publisher(Topic::<[u8]>::new("in").envelope()).unwrap();
+    for id in ["a", "b", "a", "a", "c"] {
+        publisher.publish_with(id.as_bytes(), &shmbus::Envelope::new().id(id.as_bytes())).unwrap();
+    }
+    let summary =
+        &json_lines(&ok(&scene, &["route", "in", "out", "--from", "oldest", "--idle-exit", "300", "--json"]))[0];
+    assert_eq!((&summary["routed"], &summary["duplicates"]), (&3.into(), &2.into()));
+    let copies = json_lines(&ok(&scene, &["peek", "out", "--json"]));
+    assert_eq!(copies.iter().map(|copy| copy["payload"].as_str().unwrap()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!(group(&scene, "in", "route.out")["floor"], 5);
 }
 
 #[test]
@@ -346,7 +423,10 @@ fn wrong_use_of_queues_gets_one_line() {
         (&["sub", "nowhere", "--group", "g"][..], "unknown topic"),
         (&["sub", "channel", "--group", "g"], "a channel has one reader"),
         (&["sub", "over", "--group", "g"], "overwrites"),
-        (&["sub", "t", "--group", "g", "--from", "time:5"], "a group starts at"),
+        (&["sub", "t", "--group", "g", "--from", "time:5"], "create it with --envelope"),
+        (&["group", "create", "t", "g", "--from", "time:99999999999"], "still to come"),
+        (&["group", "rewind", "t", "route.b", "--to", "time:-1s"], "create it with --envelope"),
+        (&["group", "create", "t", "g", "--from", "last-per-key"], "a group delivers everything"),
         (&["group", "create", "t", "g", "--dead-letter", "t"], "and from there back"),
         (&["group", "create", "t", "g", "--window", "100"], "power of two"),
         (&["group", "rewind", "t", "nobody", "--to", "oldest"], "has no group"),

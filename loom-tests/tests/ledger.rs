@@ -416,26 +416,32 @@ fn what_was_taken_lies_below_the_hint() {
     });
 }
 
-/// One consumer at work; two that stand by for an overdue one do not supersede each other.
+/// Puts `owner` to work if nobody is, or the one at work is overdue.
+fn stand_by(ledger: &Ledger, owner: u8) -> bool {
+    let role = ledger.role();
+    role.due_in(NOW) == 0 && ledger.take_role(role, owner, AHEAD)
+}
+
+/// One consumer at work; two that stand by for an overdue one, which leaves, do not supersede each other.
 #[test]
 fn an_exclusive_group_has_one_consumer_at_work() {
     explore(PREEMPTIONS_SMALL, || {
         let (ledger, working) = (ledger(2, 0), counts::<1>());
-        assert!(ledger.activate(0));
+        assert!(ledger.take_role(ledger.role(), 0, PAST));
         let theirs = ledger.clone();
-        let leaving = thread::spawn(move || theirs.deactivate(0));
-        let stand_by = |ledger: Ledger, working: Arc<[AtomicU64; 1]>, owner: u8| {
-            if ledger.supersede(0, owner) || ledger.activate(owner) {
+        let leaving = thread::spawn(move || theirs.leave_role(0));
+        let work = |ledger: Ledger, working: Arc<[AtomicU64; 1]>, owner: u8| {
+            if stand_by(&ledger, owner) {
                 assert_eq!(working[0].fetch_add(1, Relaxed), 0, "two at work");
-                assert!(ledger.activate(owner) && ledger.active() == Some(owner));
+                assert!(ledger.keep_role(owner, AHEAD) && ledger.active() == Some(owner));
                 working[0].fetch_sub(1, Relaxed);
-                ledger.deactivate(owner);
+                assert!(ledger.leave_role(owner));
             }
         };
         let (theirs, seen) = (ledger.clone(), working.clone());
-        let standing_by = thread::spawn(move || stand_by(theirs, seen, 1));
-        stand_by(ledger, working, 2);
-        (leaving.join().unwrap(), standing_by.join().unwrap());
+        let standing_by = thread::spawn(move || work(theirs, seen, 1));
+        work(ledger, working, 2);
+        let _ = (leaving.join().unwrap(), standing_by.join().unwrap());
     });
 }
 
@@ -556,4 +562,44 @@ fn copies_come_before_the_overwriting_of_their_run() {
             consuming.join().unwrap();
         });
     }
+}
+
+/// A consumer that is at work, and late, takes message 1; a standby takes the role. What the late one hands to its program
+/// was leased while it was at work, and ends with its role; what it leases later it gives back unseen.
+fn a_role_passes_on(until: u64) {
+    explore(PREEMPTIONS_SMALL, move || {
+        let ledger = ledger(2, 0);
+        ledger.raise_hint(2);
+        assert!(ledger.take_role(ledger.role(), 1, PAST));
+        let theirs = ledger.clone();
+        let late = thread::spawn(move || {
+            let lease = theirs.take(theirs.look(1), 1, until).unwrap();
+            let in_time = theirs.keep_role(1, until);
+            if !in_time {
+                theirs.give_back_unseen(lease, NOW);
+            }
+            in_time
+        });
+        let took_over = stand_by(&ledger, 2);
+        if took_over {
+            ledger.end_other_leases(2, NOW);
+        }
+        let in_time = late.join().unwrap();
+        let seen = ledger.look(1);
+        assert!(in_time || took_over, "nobody has taken its role");
+        assert!(!took_over || seen.state() == LedgerState::Returned, "its program has what its successor goes past");
+        assert!(took_over || seen.owner() == Some(1));
+        // Where both renewed and took the role, the standby saw it before: it is never taken from who renewed it.
+        assert!(!(in_time && took_over && until == AHEAD), "two at work");
+    });
+}
+
+#[test]
+fn what_a_late_one_leases_ends_with_its_role() {
+    a_role_passes_on(PAST);
+}
+
+#[test]
+fn a_role_that_was_renewed_is_not_taken() {
+    a_role_passes_on(AHEAD);
 }

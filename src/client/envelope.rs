@@ -71,6 +71,11 @@ impl Envelope {
     }
 
     /// Whether there is nothing in it that a topic without envelopes could not carry.
+    /// The id as it was given; empty for none.
+    pub(crate) fn id_bytes(&self) -> &[u8] {
+        &self.id
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.key.is_empty() && self.id.is_empty() && self.headers.is_empty() && self.ttl.is_none()
     }

@@ -21,6 +21,9 @@ use crate::wait::Wait;
 /// here, each input has its outputs exactly once, whoever dies or sleeps: a lease passes on only when its holder is proven
 /// dead or fenced on the output topic, and what it had committed by then counts. Effects of the transform
 /// outside the bus may be repeated; see [`Repeats`](crate::Repeats).
+///
+/// Where the output topic compares ids (`dedup`), an output whose id is there already is not published again, whoever
+/// published it; the others of its input are. So a pipeline that is at least once and gives its outputs ids repeats none of them either.
 pub struct Pipeline<I: ?Sized, O: ?Sized> {
     consumer: Consumer<I>,
     publisher: OriginPublisher,
@@ -189,7 +192,7 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
         transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
     ) -> Result<(), PipelineError> {
         let Pipeline { consumer, publisher, outputs, lease } = self;
-        finish(consumer.recv()?, publisher, outputs, *lease, transform)
+        finish(consumer.recv()?, publisher, outputs, *lease, transform).map(drop)
     }
 
     /// The same, waiting for an input for at most `limit`. `false`: none came.
@@ -203,19 +206,20 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
     ) -> Result<bool, PipelineError> {
         let Pipeline { consumer, publisher, outputs, lease } = self;
         match consumer.recv_timeout(limit) {
-            Ok(input) => finish(input, publisher, outputs, *lease, transform).map(|()| true),
+            Ok(input) => finish(input, publisher, outputs, *lease, transform).map(|_| true),
             Err(RecvError::TimedOut) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Does with the input that the consumer has taken what [`Self::step`] does.
+    /// Does with the input that the consumer has taken what [`Self::step`] does. Whether none of its outputs was published
+    /// because their ids were there already.
     pub(crate) fn finish_taken(
         &mut self,
         transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
-    ) -> Result<(), PipelineError> {
+    ) -> Result<bool, PipelineError> {
         let Pipeline { consumer, publisher, outputs, lease } = self;
-        consumer.taken().map_or(Ok(()), |input| finish(input, publisher, outputs, *lease, transform))
+        consumer.taken().map_or(Ok(false), |input| finish(input, publisher, outputs, *lease, transform))
     }
 
     /// The options the output topic was created with.
@@ -240,38 +244,55 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> Pipeline<I, O> {
 }
 
 /// Transform, publish, settle. Crash points: before the publish the input is another's to take, with nothing done; after
-/// it the note says that it is finished, and whoever releases our leases settles it.
+/// it the note says that it is finished, and whoever releases our leases settles it. Whether all outputs were there already.
 fn finish<I: Payload + ?Sized, O: Payload + ?Sized>(
     mut input: Delivery<'_, I>,
     publisher: &mut OriginPublisher,
     outputs: &mut Outputs<O>,
     lease: Duration,
     transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
-) -> Result<(), PipelineError> {
+) -> Result<bool, PipelineError> {
     outputs.clear();
     if let Err(failure) = transform(&input, outputs) {
-        return Ok(failure.settle(input)?);
+        return failure.settle(input).map(|()| false).map_err(Into::into);
     }
-    if !outputs.messages.is_empty() {
-        let sequence = input.sequence().get();
-        let batch = outputs.batch();
-        // A full output topic is waited for, and meanwhile the input stays ours: the transform may have used its lease up.
-        let mut patience = Duration::ZERO;
-        loop {
-            match publisher.publish(sequence, &batch, Instant::now() + patience) {
-                Ok(_) => break,
-                Err(PublishError::TimedOut { .. }) => {
-                    input.extend(lease)?;
-                    patience = lease / 3;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
+    let published = outputs.messages.is_empty() || publish(&mut input, publisher, outputs, lease)?;
     match input.ack() {
         // Somebody found us late, made sure of our outputs and settled it for us.
-        Err(AckError::AlreadySettled { .. }) => Ok(()),
-        other => Ok(other?),
+        Ok(()) | Err(AckError::AlreadySettled { .. }) => Ok(!published),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Publishes the outputs of an input but those whose ids are there already. `false`: all are.
+fn publish<I: Payload + ?Sized, O: Payload + ?Sized>(
+    input: &mut Delivery<'_, I>,
+    publisher: &mut OriginPublisher,
+    outputs: &Outputs<O>,
+    lease: Duration,
+) -> Result<bool, PipelineError> {
+    let (sequence, mut batch) = (input.sequence().get(), outputs.batch());
+    // A full output topic is waited for, and meanwhile the input stays ours: the transform may have used its lease up.
+    let mut patience = Duration::ZERO;
+    loop {
+        match publisher.publish(sequence, &batch, Instant::now() + patience) {
+            Ok(_) => return Ok(true),
+            Err(PublishError::TimedOut { .. }) => {
+                input.extend(lease)?;
+                patience = lease / 3;
+            }
+            Err(error @ PublishError::Duplicate { .. }) => {
+                let before = batch.len();
+                publisher.leave_out_repeated(&mut batch);
+                if batch.is_empty() {
+                    return Ok(false);
+                }
+                if batch.len() == before {
+                    return Err(error.into());
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! [`Publisher`] and [`Loan`].
 
+use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
@@ -192,6 +193,16 @@ impl OriginPublisher {
     ) -> Result<Sequence, PublishError> {
         with_port!(&mut self.core.port, port => port.note_as(input_number(input)));
         self.core.publish_sealed_batch(batch, Some(deadline))
+    }
+
+    /// After [`PublishError::Duplicate`]: leaves out what has an id that is on the topic already, or earlier in the batch.
+    pub(crate) fn leave_out_repeated(&self, batch: &mut Vec<(&[u8], &Envelope)>) {
+        let mut ids = HashSet::new();
+        let is_there = |id: &[u8]| with_port!(&self.core.port, port => port.has_id(id));
+        batch.retain(|(_, envelope)| {
+            let id = envelope.id_bytes();
+            id.is_empty() || !is_there(id) && ids.insert(id)
+        });
     }
 
     /// The options the topic was created with.
@@ -488,15 +499,20 @@ impl PublisherCore {
         self.before + with_port!(&self.port, port => port.published())
     }
 
-    /// Whether a message with this number comes next.
-    fn check_number(&mut self, number: u64) -> Result<(), PublishError> {
+    /// Whether `count` messages, numbered from `number` on, come next. A batch is committed whole, so a retry of it finds
+    /// all of its numbers published or none; any other overlap is a batch cut differently.
+    fn check_numbers(&mut self, number: u64, count: u64) -> Result<(), PublishError> {
         self.check_home()?;
         let last = self.last_number();
-        if number == last + 1 {
+        let expected = last + 1;
+        if number == expected {
             return Ok(());
         }
         if number == 0 || number > last {
-            return Err(PublishError::NumberGap { expected: last + 1, found: number });
+            return Err(PublishError::NumberGap { expected, found: number });
+        }
+        if expected - number < count {
+            return Err(PublishError::BatchOverlap { expected, found: number });
         }
         let (port, id) = (&mut self.port, self.id);
         let sequence = self.runs.sequence_of(number, last, || with_port!(port, port => port.runs_of(id)));
@@ -735,8 +751,31 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// [`PublishError::Duplicate`] for a number that has been published, [`PublishError::NumberGap`] for one that
     /// is not the next; otherwise as [`Self::publish`].
     pub fn publish_numbered(&mut self, payload: &T, number: u64) -> Result<Sequence, PublishError> {
-        self.core.check_number(number)?;
+        self.core.check_numbers(number, 1)?;
         self.publish(payload)
+    }
+
+    /// Publishes a batch ([`Self::publish_batch`]) whose messages have the numbers from `first` on, once: the batch of a
+    /// publisher that was killed between its commit and the answer is given again as it was.
+    ///
+    /// # Errors
+    /// [`PublishError::Duplicate`] where all of its numbers have been published, with the sequence of the first (the others
+    /// follow it if they were one batch then too); [`PublishError::NumberGap`] where `first` is above the next number;
+    /// [`PublishError::BatchOverlap`] where some of its numbers have been published and some have not, which only a batch
+    /// that is cut differently can meet; otherwise as [`Self::publish_batch`]. Nothing of it is published then.
+    pub fn publish_batch_numbered<'a>(
+        &mut self,
+        payloads: impl IntoIterator<Item = &'a T>,
+        first: u64,
+    ) -> Result<Sequence, PublishError>
+    where
+        T: 'a,
+    {
+        let batch: Vec<&[u8]> = payloads.into_iter().map(|payload| payload.as_bytes()).collect();
+        // What could never have been published is no duplicate.
+        self.core.check_batch(batch.iter().map(|payload| payload.len()))?;
+        self.core.check_numbers(first, batch.len() as u64)?;
+        self.core.publish_batch(&batch)
     }
 
     /// Under a name: the number of the message that was published last under it, 0 for none. `None` without a name.

@@ -9,15 +9,14 @@ use crate::client::consumer::Delivery;
 use crate::client::envelope::Envelope;
 use crate::client::pipeline::{Failure, Outputs, Pipeline};
 use crate::client::subscriber::Start;
+use crate::client::wildcard::Arrivals;
 use crate::coordinator::protocol::TopicStatus;
 use crate::error::{AckError, GoneReason, OpenError, PipelineError, PublishError, RecvError, Refusal, RouteError};
 use crate::group::GroupOptions;
 use crate::pattern::{check_pattern, is_pattern, matches};
+use crate::ring::doorbell::Doorbell;
 use crate::topic::{Topic, check_name};
 use crate::wait::{self, Look, Wait};
-
-/// How often a route with a pattern looks for new topics, and every route for what has come due meanwhile.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What comes due within this time is waited for awake, so to say: with short naps.
 const SOON: Duration = Duration::from_millis(10);
@@ -38,7 +37,8 @@ type Transform = Box<dyn FnMut(&Delivery<'_, [u8]>, &mut Outputs<[u8]>) -> Resul
 /// headers, behind two headers of its own, `origin-topic` and `origin-sequence`. What can never be published (too large, say)
 /// goes to the group's dead-letter topic; an id that the output topic has had already is not published again.
 ///
-/// Topics that come later are found ten times a second and routed from the oldest message they retain.
+/// Topics that come later are routed from their first message on: until the route has its group there, a cursor of a wildcard
+/// subscription holds what is published on them.
 pub struct Route {
     plan: Plan,
     legs: Vec<Leg>,
@@ -49,7 +49,8 @@ pub struct Route {
     last: Option<u64>,
     /// Which leg is asked first.
     turn: usize,
-    looked: Instant,
+    /// Where topics may come later: of a pattern.
+    arrivals: Option<Arrivals>,
 }
 
 /// How a route is to be opened; ends with [`RouteBuilder::open`].
@@ -86,18 +87,66 @@ struct Plan {
     options: GroupOptions,
 }
 
+/// Why a route woke up.
+enum Woken {
+    /// A leg has an input, or says why it will have none.
+    Input(usize, Result<(), RecvError>),
+    /// A topic has come, or a moment to look at is sooner than was planned.
+    LookAgain,
+}
+
+/// What a route waits on.
+struct Sources<'a> {
+    legs: &'a mut Vec<Leg>,
+    arrivals: Option<&'a Arrivals>,
+}
+
+impl Sources<'_> {
+    fn bells<'b>(&'b self, into: &mut Vec<&'b Doorbell>) {
+        into.extend(self.arrivals.map(Arrivals::bell));
+        into.extend(self.legs.iter().map(|leg| leg.pipeline.consumer().bell()));
+    }
+
+    /// Whether topics have come. That the bus has ended its topics say, where there are any.
+    fn has_news(&self) -> bool {
+        self.arrivals.is_some_and(|arrivals| arrivals.has_news() || self.legs.is_empty() && arrivals.have_ended())
+    }
+
+    /// The earliest moment at which an input comes due, as far as is known.
+    fn next_due(&self) -> Option<Instant> {
+        let naps = self.legs.iter().filter_map(|leg| leg.pipeline.consumer().nap());
+        naps.min().and_then(|nap| Instant::now().checked_add(nap))
+    }
+
+    /// Takes an input, beginning with the leg whose turn it is.
+    fn look(&mut self, turn: usize, planned: Option<Instant>) -> Look<Woken> {
+        if self.has_news() {
+            return Look::Found(Woken::LookAgain);
+        }
+        let count = self.legs.len();
+        for index in (0..count).map(|at| (turn + at) % count) {
+            match self.legs[index].pipeline.consumer_mut().take() {
+                Ok(true) => return Look::Found(Woken::Input(index, Ok(()))),
+                Ok(false) => {}
+                Err(error) => return Look::Found(Woken::Input(index, Err(error))),
+            }
+        }
+        match self.next_due() {
+            None => Look::Nothing,
+            Some(due) if due <= Instant::now() + SOON => Look::Soon,
+            // The clock that leases end by is coarse, so that the same moment seems to come a little sooner or later.
+            Some(due) if planned.is_none_or(|planned| due + SOON < planned) => Look::Found(Woken::LookAgain),
+            Some(_) => Look::Nothing,
+        }
+    }
+}
+
 /// One input topic.
 struct Leg {
     topic: String,
     pipeline: Pipeline<[u8], [u8]>,
-    /// What the last step found out about an input, which comes again.
-    verdict: Option<(u64, Verdict)>,
-}
-
-/// What becomes of an input that cannot be published.
-enum Verdict {
-    Reject(String),
-    Duplicate,
+    /// An input that can never be published, which comes again, and why.
+    refused: Option<(u64, String)>,
 }
 
 impl Bus {
@@ -155,10 +204,16 @@ impl RouteBuilder {
     pub fn open(self) -> Result<Route, RouteError> {
         let RouteBuilder { plan, start, filters, transform } = self;
         let counts = RouteCounts::default();
-        let mut route =
-            Route { plan, legs: Vec::new(), filters, transform, counts, last: None, turn: 0, looked: Instant::now() };
-        route.plan.check_names()?;
-        route.find_topics(start)?;
+        plan.check_names()?;
+        let topics = plan.topics()?;
+        plan.check_loop(&topics)?;
+        let arrivals = if is_pattern(&plan.from) { Some(Arrivals::open(&plan.bus, &plan.from)?) } else { None };
+        let mut route = Route { plan, legs: Vec::new(), filters, transform, counts, last: None, turn: 0, arrivals };
+        route.open_legs(&topics, start)?;
+        if route.arrivals.is_some() {
+            // Between the list and the subscription some may have come.
+            route.find_topics()?;
+        }
         Ok(route)
     }
 }
@@ -223,15 +278,13 @@ impl Route {
     pub fn step(&mut self, limit: Duration) -> Result<bool, RouteError> {
         let deadline = Instant::now().checked_add(limit);
         loop {
-            let may_come = is_pattern(&self.plan.from) || self.legs.is_empty();
-            if may_come && self.looked.elapsed() >= LOOK {
-                self.find_topics(Start::Oldest)?;
+            if self.sources().has_news() {
+                self.find_topics()?;
             }
-            let look_again = Instant::now() + LOOK;
-            let until = deadline.map_or(look_again, |deadline| deadline.min(look_again));
-            let (leg, outcome) = match self.wait(until) {
-                Some((leg, Ok(()))) => (leg, self.pass_on(leg)),
-                Some((leg, Err(error))) => (leg, Err(error.into())),
+            let (leg, outcome) = match self.wait(deadline) {
+                Some(Woken::Input(leg, Ok(()))) => (leg, self.pass_on(leg)),
+                Some(Woken::Input(leg, Err(error))) => (leg, Err(error.into())),
+                Some(Woken::LookAgain) => continue,
                 None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(false),
                 None => continue,
             };
@@ -252,21 +305,34 @@ impl Route {
         self.legs.iter().map(|leg| leg.topic.as_str())
     }
 
-    /// Opens a pipeline for each input topic that has none.
-    fn find_topics(&mut self, start: Start) -> Result<(), RouteError> {
-        self.looked = Instant::now();
+    /// Opens a pipeline for each input topic that has come later.
+    fn find_topics(&mut self) -> Result<(), RouteError> {
+        if let Some(arrivals) = &mut self.arrivals {
+            // Before the list, which then has them all.
+            arrivals.take().map_err(OpenError::from)?;
+        }
         let topics = self.plan.topics()?;
+        self.open_legs(&topics, Start::Oldest)?;
+        if let Some(arrivals) = &mut self.arrivals {
+            // Our groups hold their messages now.
+            arrivals.release();
+        }
+        Ok(())
+    }
+
+    /// Opens a pipeline for each of these that is an input topic and has none.
+    fn open_legs(&mut self, topics: &[TopicStatus], start: Start) -> Result<(), RouteError> {
         let is_new = |topic: &&TopicStatus| {
             matches(&self.plan.from, &topic.name) && self.legs.iter().all(|leg| leg.topic != topic.name)
         };
         let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
-        if self.legs.is_empty() || !new.is_empty() {
-            self.plan.check_loop(&topics)?;
+        if !new.is_empty() {
+            self.plan.check_loop(topics)?;
         }
         for topic in new {
             let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
             match self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start)) {
-                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, verdict: None }),
+                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, refused: None }),
                 // It was there a moment ago.
                 Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
                 Err(error) => return Err(error.into()),
@@ -275,52 +341,31 @@ impl Route {
         Ok(())
     }
 
-    /// Waits until one of the topics has an input, and takes it; which one.
-    fn wait(&mut self, until: Instant) -> Option<(usize, Result<(), RecvError>)> {
-        if self.legs.is_empty() {
-            std::thread::sleep(until.saturating_duration_since(Instant::now()));
-            return None;
-        }
+    fn sources(&mut self) -> Sources<'_> {
+        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref() }
+    }
+
+    /// Waits until one of the topics has an input, and takes it; or until there is something else to look at.
+    fn wait(&mut self, deadline: Option<Instant>) -> Option<Woken> {
         let turn = self.turn;
-        wait::until_any(
-            &mut self.legs,
-            Wait::Adaptive,
-            Some(until),
-            |legs, bells| bells.extend(legs.iter().map(|leg| leg.pipeline.consumer().bell())),
-            |legs| {
-                let count = legs.len();
-                for index in (0..count).map(|at| (turn + at) % count) {
-                    match legs[index].pipeline.consumer_mut().take() {
-                        Ok(true) => return Look::Found((index, Ok(()))),
-                        Ok(false) => {}
-                        Err(error) => return Look::Found((index, Err(error))),
-                    }
-                }
-                let soon = |leg: &Leg| leg.pipeline.consumer().nap().is_some_and(|nap| nap <= SOON);
-                if legs.iter().any(soon) { Look::Soon } else { Look::Nothing }
-            },
-        )
+        let mut sources = self.sources();
+        let planned = sources.next_due();
+        let until = deadline.into_iter().chain(planned).min();
+        wait::until_any(&mut sources, Wait::Adaptive, until, Sources::bells, |sources| sources.look(turn, planned))
     }
 
     /// Does with the input that was taken what is to be done.
     fn pass_on(&mut self, leg: usize) -> Result<(), PipelineError> {
         self.turn = leg + 1;
-        let Leg { topic, pipeline, verdict } = &mut self.legs[leg];
+        let Leg { topic, pipeline, refused } = &mut self.legs[leg];
         let (filters, transform) = (&mut self.filters, &mut self.transform);
         let with_envelope = pipeline.output_options().envelope;
         let (mut now, last) = (self.counts, &mut self.last);
-        pipeline.finish_taken(|input, outputs| {
+        let repeated = pipeline.finish_taken(|input, outputs| {
             *last = Some(input.sequence().get());
-            match verdict.take().filter(|(sequence, _)| *sequence == input.sequence().get()) {
-                Some((_, Verdict::Reject(reason))) => {
-                    now.rejected += 1;
-                    return Err(Failure::Reject(reason));
-                }
-                Some((_, Verdict::Duplicate)) => {
-                    now.duplicates += 1;
-                    return Ok(());
-                }
-                None => {}
+            if let Some((_, reason)) = refused.take().filter(|(sequence, _)| *sequence == input.sequence().get()) {
+                now.rejected += 1;
+                return Err(Failure::Reject(reason));
             }
             if !filters.iter_mut().all(|filter| filter(input)) {
                 now.filtered += 1;
@@ -344,11 +389,15 @@ impl Route {
             }
             outcome
         })?;
+        if repeated {
+            now.routed -= 1;
+            now.duplicates += 1;
+        }
         self.counts = now;
         Ok(())
     }
 
-    /// After an input was not routed: what cannot be published gets its verdict when it comes again, who was fenced begins
+    /// After an input was not routed: what can never be published is rejected when it comes again, who was fenced begins
     /// anew, and a topic of a pattern may go.
     fn recover(&mut self, leg: usize, error: PipelineError) -> Result<(), RouteError> {
         match &error {
@@ -362,24 +411,23 @@ impl Route {
                 self.legs.remove(leg);
                 return Ok(());
             }
-            // Given to another, who routes it.
-            PipelineError::Ack(AckError::LeaseLost { .. }) => return Ok(()),
+            // Given to another, who routes it, or back.
+            PipelineError::Ack(AckError::LeaseLost { .. } | AckError::Ended { .. }) => return Ok(()),
             _ => {}
         }
-        let verdict = match &error {
-            PipelineError::Publish(PublishError::Duplicate { .. }) => Some(Verdict::Duplicate),
+        let reason = match &error {
             PipelineError::Publish(
                 PublishError::TooLarge { .. }
                 | PublishError::WrongSize { .. }
                 | PublishError::BatchSize { .. }
                 | PublishError::Envelope(_),
-            ) => Some(Verdict::Reject(format!("routing to {:?}: {error}", self.plan.to))),
+            ) => Some(format!("routing to {:?}: {error}", self.plan.to)),
             _ => None,
         };
-        let Leg { topic, verdict: known, .. } = &mut self.legs[leg];
-        match (verdict, self.last) {
-            (Some(verdict), Some(sequence)) => {
-                *known = Some((sequence, verdict));
+        let Leg { topic, refused, .. } = &mut self.legs[leg];
+        match (reason, self.last) {
+            (Some(reason), Some(sequence)) => {
+                *refused = Some((sequence, reason));
                 Ok(())
             }
             _ => Err(RouteError::Step { topic: topic.clone(), source: error }),
@@ -393,7 +441,7 @@ impl Route {
         // The old consumer's number is free only now.
         drop(pipeline);
         let pipeline = self.plan.open(&topic, bytes, None)?;
-        self.legs.push(Leg { topic, pipeline, verdict: None });
+        self.legs.push(Leg { topic, pipeline, refused: None });
         self.counts.reopened += 1;
         Ok(())
     }

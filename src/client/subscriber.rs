@@ -55,15 +55,34 @@ impl Start {
             Start::Time(_) | Start::LastPerKey => StartAt::Scan,
         }
     }
+}
 
-    /// The same for a group, which begins at a sequence.
-    pub(crate) fn at_of_group(self, topic: &str) -> Result<StartAt, OpenError> {
-        match self.at() {
-            StartAt::Scan => {
-                let problem = "a group starts at latest, oldest, the last n or a sequence".to_owned();
-                Err(Refusal::Options { topic: topic.to_owned(), problem }.into())
+/// Where a group is to start.
+pub(crate) struct GroupStart {
+    pub(crate) at: StartAt,
+    /// Keeps what was found there in the ring until the group is in force.
+    _holds: Option<SubscriberCore>,
+}
+
+impl GroupStart {
+    /// Where `start` is on a topic now. A group begins at a sequence, so a time is looked for.
+    pub(crate) fn find(bus: &Bus, topic: &str, start: Start) -> Result<GroupStart, OpenError> {
+        let refused = |problem: &str| Refusal::Options { topic: topic.to_owned(), problem: problem.to_owned() };
+        match start {
+            Start::LastPerKey => {
+                let problem = "a group delivers everything from one place on, so it cannot start at the last of each key; \
+                               a subscriber can";
+                Err(refused(problem).into())
             }
-            start => Ok(start),
+            Start::Time(time) if time > SystemTime::now() => {
+                Err(refused("a group cannot start at a time that is still to come").into())
+            }
+            Start::Time(time) => {
+                let subscriber = bus.subscriber(Topic::<[u8]>::named(topic)).start(start);
+                let (core, sequence) = subscriber.find_time(unix_ns(time))?;
+                Ok(GroupStart { at: StartAt::Sequence(sequence), _holds: Some(core) })
+            }
+            _ => Ok(GroupStart { at: start.at(), _holds: None }),
         }
     }
 }
@@ -177,15 +196,45 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
                 }
                 // Who reads it finds that out again.
                 Err(RecvError::Lagged { .. }) => {}
-                Err(RecvError::Corrupt(problem)) => {
-                    let (topic, problem) = (self.topic.name().to_owned(), problem.to_owned());
-                    return Err(Refusal::Corrupt { topic, problem }.into());
-                }
+                Err(RecvError::Corrupt(problem)) => return Err(self.corrupt(problem)),
                 Ok(_) | Err(_) => {
                     return Ok(Wanted::Among { sequences: BTreeSet::from_iter(newest.into_values()), until });
                 }
             }
         }
+    }
+
+    /// The first retained message that was published at this time or later, expired or not, with a cursor that keeps it in
+    /// place; where there is none, the end of the topic.
+    fn find_time(&self, since_ns: u64) -> Result<(SubscriberCore, u64), OpenError> {
+        let mut core = self.open_core()?;
+        let mut read_to = None;
+        if let Some(opener) = &mut core.opener {
+            opener.want(Wanted::Since(since_ns));
+            opener.want_expired();
+        }
+        loop {
+            match core.poll() {
+                Ok(true) => {
+                    let sequence = core.found.sequence;
+                    return Ok((core, sequence));
+                }
+                // A cursor that keeps nothing has been overtaken: what is gone is not looked for.
+                Err(RecvError::Lagged { .. }) => {}
+                Err(RecvError::Corrupt(problem)) => return Err(self.corrupt(problem)),
+                // What came while we looked may be older, too: all of it has been read when nothing more comes.
+                Ok(false) | Err(_) => {
+                    let tail = self.bus.topic(self.topic.name())?.tail_sequence;
+                    if read_to.replace(tail) == Some(tail) {
+                        return Ok((core, tail));
+                    }
+                }
+            }
+        }
+    }
+
+    fn corrupt(&self, problem: &str) -> OpenError {
+        Refusal::Corrupt { topic: self.topic.name().to_owned(), problem: problem.to_owned() }.into()
     }
 
     /// Whether the topic has what the start goes by.

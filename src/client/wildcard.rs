@@ -320,6 +320,50 @@ impl WildcardCore {
     }
 }
 
+/// The topics that come to a pattern, for somebody who reads them in a way of its own: what is published on them stays until it
+/// has seen to that.
+pub(crate) struct Arrivals(WildcardCore);
+
+impl Arrivals {
+    /// From now on no topic that the pattern stands for comes unnoticed.
+    pub(crate) fn open(bus: &Bus, pattern: &str) -> Result<Arrivals, OpenError> {
+        let mut arrivals = Arrivals(bus.wildcard::<[u8]>(pattern).open()?.core);
+        // Those that exist are the caller's to find.
+        arrivals.release();
+        Ok(arrivals)
+    }
+
+    /// Rings when there may be news.
+    pub(crate) fn bell(&self) -> &Doorbell {
+        &self.0.notice.bell
+    }
+
+    /// Whether topics have come that were not released.
+    pub(crate) fn has_news(&self) -> bool {
+        self.0.notice.opened() != self.0.told || !self.0.topics.is_empty()
+    }
+
+    /// Whether the bus was stopped.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.0.notice.has_ended()
+    }
+
+    /// Takes what has come; it is held until [`Self::release`]. While the coordinator is away, that is nothing.
+    pub(crate) fn take(&mut self) -> Result<(), AttachError> {
+        match self.0.look_for_topics() {
+            Err(WildcardError::Attach { source, .. }) => Err(source),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets go of the topics that were taken.
+    pub(crate) fn release(&mut self) {
+        while !self.0.topics.is_empty() {
+            drop(self.0.remove(0));
+        }
+    }
+}
+
 impl<T: Payload + ?Sized> Waitable for WildcardSubscriber<T> {}
 
 impl<T: Payload + ?Sized> Parts for WildcardSubscriber<T> {

@@ -66,6 +66,8 @@ pub(crate) struct Estate {
     link: Option<Link>,
     /// Topics whose messages are given up by age.
     ageing: Vec<u64>,
+    /// Groups on topics whose messages may have a time-to-live, with some that are gone.
+    expiring: Vec<(u64, u32)>,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
@@ -168,6 +170,7 @@ impl Estate {
             registry,
             memories: BTreeMap::new(),
             ageing: Vec::new(),
+            expiring: Vec::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
             link,

@@ -1,11 +1,13 @@
 //! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
 
+mod expiry;
 mod groups;
 mod retention;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+pub(crate) use crate::coordinator::memory::expiry::AtFloor;
 use crate::coordinator::memory::groups::GroupMemory;
 pub(crate) use crate::coordinator::memory::groups::{LedgerCount, ledger_name};
 use crate::coordinator::protocol::{Identity, SegmentRef, StartAt, TopicInfo};

@@ -2,6 +2,7 @@
 //! path.
 
 pub(crate) mod adoption;
+mod burial;
 pub(crate) mod connection;
 pub(crate) mod directory;
 pub(crate) mod estate;

@@ -13,6 +13,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::unistd::Uid;
 
 use crate::coordinator::adoption;
+use crate::coordinator::burial::Burial;
 use crate::coordinator::connection::{Broken, Connection, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
@@ -32,6 +33,9 @@ const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
 /// How often a bus on which nobody is looks whether it can still be found.
 const NAMES_LOOK: Duration = Duration::from_secs(30);
+
+/// How often to look for messages that have expired at groups' floors.
+const EXPIRY_LOOK: Duration = Duration::from_millis(500);
 
 /// When to look again at participants that have lost their connection and live; doubled from there, since most of them
 /// come back or stay for good.
@@ -79,6 +83,9 @@ pub(crate) struct Server {
     keeper_at: Option<Instant>,
     /// When to look for messages that have grown too old; never while no topic gives them up by age.
     age_at: Option<Instant>,
+    /// When to look for messages that have expired; never while no group may have such.
+    expiry_at: Option<Instant>,
+    burial: Burial,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
     hosted: bool,
@@ -154,6 +161,8 @@ impl Server {
             renew_at: Instant::now(),
             keeper_at: None,
             age_at,
+            expiry_at: None,
+            burial: Burial::default(),
             look: None,
             hosted,
             ended,
@@ -208,7 +217,8 @@ impl Server {
     /// Until the next thing to do.
     fn timeout(&self) -> EpollTimeout {
         let look_at = self.look.map(|(at, _)| at);
-        let sometimes = self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(look_at);
+        let sometimes =
+            self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -237,6 +247,14 @@ impl Server {
         }
         if self.age_at.is_none() {
             self.age_at = self.estate.age_look().map(|look| now + look);
+        }
+        if self.expiry_at.is_some_and(|at| at <= now) {
+            let (more, letters) = self.estate.settle_expired();
+            self.burial.begin(&self.place, letters);
+            self.expiry_at = more.then_some(now);
+        }
+        if self.expiry_at.is_none() && self.estate.may_expire() {
+            self.expiry_at = Some(now + EXPIRY_LOOK);
         }
         if self.renew_at <= now {
             self.estate.renew_due();

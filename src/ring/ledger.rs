@@ -26,7 +26,7 @@
 //! in this very lap. [`WORD_BY_WORD`] bounds how old a word can grow.
 
 use crate::shm::shared::Shared;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// Consumers of one group, at most.
 pub const MAX_CONSUMERS: u32 = 255;
@@ -183,6 +183,11 @@ impl Seen {
         if ahead > MAX_AHEAD_MS { 0 } else { ahead }
     }
 
+    /// Whether somebody else has leased it.
+    pub fn is_leased_by_other(self, owner: u8) -> bool {
+        self.state() == State::Leased && self.owner() != Some(owner)
+    }
+
     /// Milliseconds since it was due.
     fn due_since(self, now: u64) -> u64 {
         if self.is_due(now) { now.wrapping_sub(self.due()) & DUE_MASK } else { 0 }
@@ -215,6 +220,42 @@ enum RunState {
     Corrupt,
 }
 
+/// Bits of a role's word that say whose it is.
+const ROLE_OWNER_BITS: u32 = 9;
+
+/// The role of the consumer at work in an exclusive group, as it was seen: a lease of its own, which its holder renews.
+///
+/// ```text
+/// word: 63 ........... 9   8 ......... 0
+///       due (ms)           owner + 1, 0 nobody's
+/// ```
+///
+/// It ends no sooner than any lease of its holder, so whoever finds it overdue knows that all of those are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Role(u64);
+
+impl Role {
+    fn new(owner: u8, due: u64) -> Self {
+        Role(due << ROLE_OWNER_BITS | (u64::from(owner) + 1))
+    }
+
+    /// Who is at work.
+    pub fn owner(self) -> Option<u8> {
+        let owner = (self.0 & ((1 << ROLE_OWNER_BITS) - 1)).checked_sub(1)?;
+        u8::try_from(owner).ok()
+    }
+
+    fn due(self) -> u64 {
+        self.0 >> ROLE_OWNER_BITS
+    }
+
+    /// Milliseconds until another may take it: 0 where it is nobody's, has ended, or says what nobody writes.
+    pub fn due_in(self, now: u64) -> u64 {
+        let ahead = self.due().saturating_sub(now);
+        if self.owner().is_none() || ahead > MAX_AHEAD_MS { 0 } else { ahead }
+    }
+}
+
 /// A word on a line of its own.
 #[repr(C, align(128))]
 struct Line(AtomicU64);
@@ -228,8 +269,8 @@ pub struct LedgerHeader {
     floor: Line,
     /// Counts what has been given back: look for it.
     returned: Line,
-    /// Exclusive groups: the consumer at work, plus one.
-    active: Line,
+    /// Exclusive groups: who is at work, see [`Role`].
+    role: Line,
     state: StateLine,
     /// Counters, only shown to people.
     pub counters: Counters,
@@ -260,7 +301,7 @@ impl LedgerHeader {
             hint: line(start),
             floor: line(start),
             returned: line(0),
-            active: line(0),
+            role: line(0),
             state: StateLine { ended: AtomicU32::new(0), fenced: std::array::from_fn(|_| AtomicU64::new(0)) },
             counters: Counters {
                 redelivered: AtomicU64::new(0),
@@ -569,6 +610,11 @@ impl Ledger {
         self.swap(lease, self.repack(lease, due, LEASED))
     }
 
+    /// Takes an extension back: `extended` becomes the lease again that it was. `false`: it is `extended` no more.
+    pub fn undo_extend(&self, extended: Seen, lease: Seen) -> bool {
+        self.swap(extended, lease.says).is_some()
+    }
+
     /// Begins to move the message to the dead-letter topic, or takes a move over that is nobody's. `None`: somebody was
     /// faster, or it is another's move, overdue or not: only the coordinator can tell whether that one's copy is there.
     pub fn begin_move(&self, seen: Seen, owner: u8, due: u64, reason: MoveReason) -> Option<Seen> {
@@ -707,36 +753,61 @@ impl Ledger {
         self.header.returned.0.fetch_add(1, Ordering::Release);
     }
 
-    /// Whether `owner` is the consumer at work of an exclusive group, or becomes it because there is none.
-    pub fn activate(&self, owner: u8) -> bool {
-        let active = &self.header.active.0;
-        let me = u64::from(owner) + 1;
-        // Relaxed: it only chooses who tries; the words decide.
-        match active.load(Ordering::Relaxed) {
-            0 => active.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed).is_ok(),
-            other => other == me,
-        }
+    /// Who is at work in an exclusive group, and until when at least.
+    #[inline]
+    pub fn role(&self) -> Role {
+        // Relaxed: it only chooses who tries; what it means for the words is ordered by the fences of `keep_role` and
+        // `end_other_leases`.
+        Role(self.header.role.0.load(Ordering::Relaxed))
     }
 
-    /// Puts `owner` in the place of `overdue`, the consumer at work, whose lease has ended. `false`: it is that one's
-    /// place no more; another standby was faster, and has only just begun.
-    pub fn supersede(&self, overdue: u8, owner: u8) -> bool {
-        let (from, to) = (u64::from(overdue) + 1, u64::from(owner) + 1);
-        // Relaxed: as in `activate`.
-        self.header.active.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    /// Puts `owner` to work in an exclusive group until `due`, in the place of `seen`, which is nobody's or overdue. `false`:
+    /// it was not as seen. The newcomer ends what others have leased before it takes anything ([`Self::end_other_leases`]).
+    pub fn take_role(&self, seen: Role, owner: u8, due: u64) -> bool {
+        self.swap_role(seen, Role::new(owner, due))
+    }
+
+    /// Lets `owner` be at work until `due` at least. `false`: it is at work no more.
+    ///
+    /// After messages were taken it also tells whether that was in time: while nobody else was at work.
+    #[inline]
+    pub fn keep_role(&self, owner: u8, due: u64) -> bool {
+        // Store, then look: pairs with the fence in `end_other_leases`. Either we see that another is at work, or it sees
+        // what we have just leased, and ends it.
+        fence(Ordering::SeqCst);
+        let seen = self.role();
+        seen.owner() == Some(owner) && (seen.due() >= due || self.swap_role(seen, Role::new(owner, due)))
+    }
+
+    /// Ends what others have leased in an exclusive group, for whoever has just been put to work: order would not hold
+    /// if they settled it later. What somebody leases after this finds out that it came too late (`keep_role`).
+    pub fn end_other_leases(&self, owner: u8, now: u64) {
+        // Store, then look: pairs with the fence in `keep_role`.
+        fence(Ordering::SeqCst);
+        for sequence in self.handed_out() {
+            let seen = self.look(sequence);
+            if seen.is_leased_by_other(owner) {
+                self.give_back(seen, now);
+            }
+        }
     }
 
     /// The consumer at work of an exclusive group.
     pub fn active(&self) -> Option<u8> {
-        // Relaxed: as in `activate`.
-        self.header.active.0.load(Ordering::Relaxed).checked_sub(1).map(|slot| slot as u8)
+        self.role().owner()
     }
 
-    /// `owner` leaves: a standby may take over.
-    pub fn deactivate(&self, owner: u8) {
-        let me = u64::from(owner) + 1;
-        // Relaxed: as in `activate`.
-        let _ = self.header.active.0.compare_exchange(me, 0, Ordering::Relaxed, Ordering::Relaxed);
+    /// `owner` is at work no more: another may take the role. Whether it was.
+    pub fn leave_role(&self, owner: u8) -> bool {
+        let seen = self.role();
+        // A renewal may come between; nobody but the one at work, and whoever speaks for the dead, writes it then.
+        seen.owner() == Some(owner) && (self.swap_role(seen, Role(0)) || self.leave_role(owner))
+    }
+
+    fn swap_role(&self, seen: Role, new: Role) -> bool {
+        // Relaxed: as in `role`. Crash points: before this the role was as seen; after it it is the newcomer's, whose leases
+        // are returned, and whose role is freed, when it is proven dead.
+        self.header.role.0.compare_exchange(seen.0, new.0, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Marks a consumer as fenced (or, for its place's next owner, not).
@@ -1005,14 +1076,42 @@ mod tests {
     }
 
     #[test]
-    fn a_standby_takes_the_place_of_the_one_it_saw() {
+    fn a_standby_takes_the_role_that_it_saw() {
         let ledger = ledger(2, 0);
-        assert!(ledger.activate(0) && ledger.activate(0) && !ledger.activate(254));
-        assert!(!ledger.supersede(1, 254) && ledger.supersede(0, 254) && !ledger.supersede(0, 1));
-        ledger.deactivate(0);
-        assert_eq!(ledger.active(), Some(254));
-        ledger.deactivate(254);
-        assert_eq!(ledger.active(), None);
+        let nobodys = ledger.role();
+        assert_eq!((nobodys.owner(), nobodys.due_in(0)), (None, 0));
+        assert!(ledger.take_role(nobodys, 0, 100) && !ledger.take_role(nobodys, 254, 100));
+        let seen = ledger.role();
+        assert_eq!((seen.owner(), seen.due_in(40), seen.due_in(101)), (Some(0), 60, 0));
+        assert!(!ledger.keep_role(254, 200) && ledger.keep_role(0, 50));
+        assert_eq!(ledger.role(), seen, "it is never shortened");
+        assert!(ledger.keep_role(0, 200) && !ledger.take_role(seen, 254, 300), "renewed in time");
+        assert!(ledger.take_role(ledger.role(), 254, 300) && !ledger.keep_role(0, 400));
+        assert!(!ledger.leave_role(0) && ledger.active() == Some(254));
+        assert!(ledger.leave_role(254) && ledger.active().is_none());
+    }
+
+    #[test]
+    fn garbage_in_the_role_is_overdue() {
+        for raw in [u64::MAX, 256 << 1, 300, u64::MAX << ROLE_OWNER_BITS | 1] {
+            let ledger = ledger(2, 0);
+            ledger.header().role.0.store(raw, Ordering::Relaxed);
+            assert_eq!(ledger.role().due_in(1000), 0, "{raw:#x}");
+            assert!(ledger.take_role(ledger.role(), 3, 2000) && ledger.active() == Some(3));
+        }
+    }
+
+    #[test]
+    fn who_is_put_to_work_ends_the_leases_of_others_alone() {
+        let ledger = ledger(4, 0);
+        for (sequence, owner) in [(0, 1), (1, 2), (2, 1)] {
+            ledger.take(ledger.look(sequence), owner, 100).unwrap();
+        }
+        assert!(ledger.settle(ledger.look(0)));
+        ledger.end_other_leases(2, 10);
+        let states = [State::Settled, State::Leased, State::Returned, State::Fresh];
+        assert_eq!([0, 1, 2, 3].map(|sequence| ledger.look(sequence).state()), states);
+        assert!(ledger.look(2).is_due(10));
     }
 
     /// A word of the model: what it says, and how often it has changed.

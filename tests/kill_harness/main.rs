@@ -16,6 +16,7 @@ mod consumers;
 mod coordinator;
 mod group_deeds;
 mod mutant;
+mod named;
 mod runner;
 mod scenarios;
 mod shared_access;
@@ -81,6 +82,11 @@ fn a_publisher_killed_at_any_instruction_many() {
 #[test]
 fn a_publisher_killed_at_any_instruction_channel() {
     survive("publish channel");
+}
+
+#[test]
+fn a_publisher_killed_over_a_numbered_batch_retries_it_whole() {
+    survive("numbered batch");
 }
 
 #[test]

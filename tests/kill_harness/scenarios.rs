@@ -6,7 +6,7 @@ use shmbus::{Bus, Mode, Start, Topic};
 use crate::checker::{Messages, Published, Readers, Survivors, TO_RECEIVE, Violation, Writers, message};
 use crate::common::of_mode;
 use crate::tracer::between_markers;
-use crate::{consumers, mutant};
+use crate::{consumers, mutant, named as numbered};
 
 /// An operation under test.
 pub(crate) struct Scenario {
@@ -37,6 +37,7 @@ pub(crate) fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(publishing());
     all.extend(receiving());
+    all.extend(numbered::all());
     all.extend(consumers::all());
     all.push(mutant::scenario());
     all

@@ -25,7 +25,7 @@ enum Command {
     #[command(after_help = "Example: shmbus group create orders billing --lease 5s --max-attempts 5 --back-off 1s,10s")]
     Create(Box<CreateArgs>),
     /// Let a group begin elsewhere; its consumers, if any, are fenced
-    #[command(after_help = "Example: shmbus group rewind orders billing --to oldest")]
+    #[command(after_help = "Example: shmbus group rewind orders billing --to time:-10m")]
     Rewind(RewindArgs),
     /// Remove a group; what it held goes unless somebody else holds it
     #[command(after_help = "Example: shmbus group rm orders billing")]
@@ -47,7 +47,7 @@ struct Which {
 struct CreateArgs {
     #[command(flatten)]
     which: Which,
-    /// Where it starts: latest, oldest, last:N or a sequence number
+    /// Where it starts: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
     #[arg(long, value_name = "START", default_value = "latest", value_parser = values::start)]
     from: Start,
     /// What happens to messages in hand when a consumer dies
@@ -89,7 +89,7 @@ struct CreateArgs {
 struct RewindArgs {
     #[command(flatten)]
     which: Which,
-    /// Where it starts anew: latest, oldest, last:N or a sequence number
+    /// Where it starts anew: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
     #[arg(long, value_name = "START", value_parser = values::start)]
     to: Start,
     /// Also while consumers are connected; they are fenced

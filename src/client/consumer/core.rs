@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use super::copies::{Copies, Copy};
+use super::exclusive::AtWork;
 use super::fetch::{Log, Origin};
 use super::moves::Moves;
 use super::ordered::Ordered;
@@ -73,8 +74,7 @@ pub(crate) struct Core {
     pub(super) polled_ms: u64,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
-    /// Whether we were the one at work of an exclusive group when last looked at.
-    pub(super) at_work: bool,
+    pub(super) at_work: AtWork,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
     pub(super) ordered: Ordered,
@@ -146,7 +146,7 @@ impl Core {
             stride: Stride::default(),
             polled_ms: 0,
             candidates: VecDeque::new(),
-            at_work: false,
+            at_work: AtWork::default(),
             scan: Scan::default(),
             moves,
             ordered: Ordered::default(),
@@ -244,12 +244,27 @@ impl Core {
         self.check_unsettled(lease)?;
         let time = whole_ms(time).clamp(*LEASE_MS.start(), *LEASE_MS.end());
         let now = clock::now_ms();
-        let Some(extended) = self.ledger.extend(lease, due_after(now, time)) else {
-            return Err(self.why_lost(lease));
-        };
-        // It may have been left out of the count because it had ended.
-        self.in_flight += u64::from(lease.is_due(now));
+        let due = due_after(now, time);
+        let extended = if self.extends_role(due) { self.ledger.extend(lease, due) } else { None };
+        let Some(extended) = extended else { return Err(self.why_lost(lease)) };
+        // Whoever takes another one counted it until it had ended: by a clock that we have not read yet.
+        let now = clock::now_ms();
+        if lease.is_due(now) {
+            if !self.has_room_for_all(now) {
+                let undone = self.ledger.undo_extend(extended, lease);
+                let sequence = Sequence::new(lease.sequence());
+                return Err(if undone { AckError::Ended { sequence } } else { self.why_lost(lease) });
+            }
+            // It was left out of the count.
+            self.in_flight += 1;
+        }
         Ok(extended)
+    }
+
+    /// Whether no more leases have not ended than this consumer and its group may have.
+    fn has_room_for_all(&self, now: u64) -> bool {
+        self.is_within_group_limit(now)
+            && (self.max_in_flight == u64::MAX || self.ledger.leased(Some(self.me), now) <= self.max_in_flight)
     }
 
     fn move_away(&mut self, lease: Seen, reason: MoveReason, text: Option<&str>) -> Result<(), AckError> {
@@ -407,10 +422,11 @@ impl Drop for Core {
                 self.work_off_moves();
             }
             // What an effectively-once consumer has committed for its leases only the coordinator knows.
+            // Until it has said so, nobody else is at work.
             if self.guarantee() != Guarantee::EffectivelyOnce {
                 self.ledger.release_owner(self.me, clock::now_ms(), |_, _| false);
+                self.ledger.leave_role(self.me);
             }
-            self.ledger.deactivate(self.me);
             self.raise_floor();
             self.ring_readers();
         }

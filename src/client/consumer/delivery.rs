@@ -127,7 +127,8 @@ impl<T: ?Sized> Delivery<'_, T> {
         self.let_go().map_or(Ok(()), |lease| self.core.reject(lease, reason))
     }
 
-    /// Lets the lease end `time` from now, and not before.
+    /// Lets the lease end `time` from now, and not before. One that has ended, and is still nobody else's, is extended if
+    /// there is room for it in flight.
     ///
     /// # Errors
     /// [`AckError`]; nothing has changed then.

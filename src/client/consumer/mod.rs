@@ -1,9 +1,11 @@
 //! [`Consumer`]: takes messages from a group, and how to open one.
 
 mod batch;
+mod bury;
 mod copies;
 mod core;
 mod delivery;
+mod exclusive;
 mod fetch;
 mod moves;
 mod ordered;
@@ -23,9 +25,9 @@ use self::fetch::{EntryLog, Log, SlotLog};
 use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
 use crate::client::held::Held;
-use crate::client::subscriber::Start;
+use crate::client::subscriber::{GroupStart, Start};
 use crate::coordinator::protocol::{Answer, GroupInfo, HandleRef, Request, SegmentRef, TopicInfo};
-use crate::error::{AckError, AttachError, OpenError, RecvError};
+use crate::error::{AckError, AttachError, OpenError, RecvError, Refusal};
 use crate::group::GroupOptions;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
@@ -83,6 +85,9 @@ impl Bus {
 
     /// Creates a group. With `exist_ok`, one that exists with the same options is fine. From now on it holds the topic's messages, also
     /// while it has no consumer. Returns whether it existed.
+    ///
+    /// To find a [`Start::Time`] it reads the topic through a cursor of its own, for which it needs the right to read and, for that
+    /// moment, a subscriber's place. All that is retained from the first message of that time on is delivered.
     pub fn create_group(
         &self,
         topic: &str,
@@ -91,9 +96,9 @@ impl Bus {
         start: Start,
         exist_ok: bool,
     ) -> Result<bool, OpenError> {
-        let start = start.at_of_group(topic)?;
+        let start = GroupStart::find(self, topic, start)?;
         let (topic, group, options) = (topic.to_owned(), group.to_owned(), options.clone());
-        let request = Request::CreateGroup { topic, group, options, start, exist_ok };
+        let request = Request::CreateGroup { topic, group, options, start: start.at, exist_ok };
         match self.control().request(&request)?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
@@ -106,11 +111,11 @@ impl Bus {
     }
 
     /// Lets a group begin elsewhere, with no message delivered yet; `force` also while it has consumers, which get
-    /// `Fenced`.
+    /// `Fenced`. A [`Start::Time`] is found as in [`Self::create_group`].
     pub fn rewind_group(&self, topic: &str, group: &str, start: Start, force: bool) -> Result<(), OpenError> {
-        let start = start.at_of_group(topic)?;
+        let start = GroupStart::find(self, topic, start)?;
         let (topic, group) = (topic.to_owned(), group.to_owned());
-        self.done(&Request::RewindGroup { topic, group, start, force })
+        self.done(&Request::RewindGroup { topic, group, start: start.at, force })
     }
 }
 
@@ -154,13 +159,7 @@ impl<T: Payload + ?Sized> ConsumerBuilder<T> {
     /// or a limit is reached; see [`OpenError`].
     pub fn open(self) -> Result<Consumer<T>, OpenError> {
         let control = self.bus.control();
-        let topic = self.topic.name().to_owned();
-        let create = match self.create {
-            Some((options, start)) => Some((options, start.at_of_group(&topic)?)),
-            None => None,
-        };
-        let request = Request::OpenConsumer { topic, group: self.group, schema: T::schema(), create };
-        let (answer, fds) = control.request(&request)?;
+        let (answer, fds) = self.ask()?;
         let Answer::ConsumerOpened { info, group, consumer, position, sequence, segments } = answer else {
             return Err(unexpected(&answer));
         };
@@ -170,6 +169,25 @@ impl<T: Payload + ?Sized> ConsumerBuilder<T> {
         let opened = Opened { info, group, control: control.clone(), me, place: Place { position, sequence }, held };
         let parts = opened.attach(segments.into_iter().zip(fds))?;
         Ok(Consumer { core: Core::new(parts, self.wait, self.max_in_flight), payload: PhantomData })
+    }
+
+    /// Asks the coordinator for a place in the group, which is created where it may be.
+    fn ask(&self) -> Result<(Answer, Vec<OwnedFd>), OpenError> {
+        let topic = self.topic.name();
+        let request = |create| {
+            let (topic, group) = (topic.to_owned(), self.group.clone());
+            self.bus.control().request(&Request::OpenConsumer { topic, group, schema: T::schema(), create })
+        };
+        let Some((options, start)) = &self.create else { return request(None) };
+        if let Start::Time(_) = start {
+            // A group that exists has its start, so that nothing need be looked for.
+            match request(None) {
+                Err(OpenError::Refused(Refusal::UnknownGroup { .. })) => {}
+                other => return other,
+            }
+        }
+        let start = GroupStart::find(&self.bus, topic, *start)?;
+        request(Some((options.clone(), start.at)))
     }
 }
 
@@ -337,7 +355,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.reject(seen, reason)
     }
 
-    /// Lets the lease end `time` from now, and not before.
+    /// Lets the lease end `time` from now, and not before. One that has ended, and is still nobody else's, is extended if
+    /// there is room for it in flight.
     ///
     /// # Errors
     /// [`AckError`]; nothing has changed then.

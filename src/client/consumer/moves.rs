@@ -90,6 +90,11 @@ impl Moves {
         }
     }
 
+    /// Whether there are moves that are not done.
+    pub(super) fn wait(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Whether moves can be carried out without asking the coordinator.
     pub(super) fn is_open(&self) -> bool {
         self.outlet.is_some()

@@ -15,7 +15,8 @@ impl Core {
     #[inline]
     pub(super) fn take_run(&mut self, wanted: usize, now: u64) -> bool {
         let first = self.reserved.start;
-        if (wanted as u64) < RUN || self.reserved.end - first < RUN || self.is_limited() {
+        let one_by_one = self.is_limited() || self.group.options.exclusive;
+        if (wanted as u64) < RUN || self.reserved.end - first < RUN || one_by_one {
             return false;
         }
         let Some(run) = self.ledger.look_at_run(first) else { return false };

@@ -55,8 +55,12 @@ impl Scan {
 
     /// Something was not as it had been seen: look again when the clock has moved on.
     pub(super) fn look_again(&mut self, now: u64) {
-        let next = now + 1;
-        self.due_at = Some(self.due_at.map_or(next, |due_at| due_at.min(next)));
+        self.look_by(now + 1);
+    }
+
+    /// Look again at this moment at the latest.
+    pub(super) fn look_by(&mut self, at: u64) {
+        self.due_at = Some(self.due_at.map_or(at, |due_at| due_at.min(at)));
     }
 
     /// Whether the coordinator may be asked about `owner` again.

@@ -76,7 +76,9 @@ impl Core {
             self.scan_if_due(now);
         }
         let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
-        if taken || self.take_idle(count, now)? { Ok(true) } else { self.nothing() }
+        let taken = taken || self.take_idle(count, now)?;
+        let taken = if self.group.options.exclusive { self.confirm_taken(taken) } else { taken };
+        if taken { Ok(true) } else { self.nothing() }
     }
 
     /// Forgets what others have settled while we were away: far behind the floor, words are those of other messages.
@@ -177,7 +179,11 @@ impl Core {
     /// Takes the message if it is to be had.
     #[inline]
     pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
-        let seen = self.ledger.look(sequence);
+        let exclusive = self.group.options.exclusive;
+        let mut seen = self.ledger.look(sequence);
+        if exclusive && seen.is_leased_by_other(self.me) {
+            seen = self.end_late_lease(seen, now);
+        }
         if seen.state() != State::Fresh && !self.may_take_again(seen, now)? {
             return Ok(());
         }
@@ -201,14 +207,15 @@ impl Core {
         } else {
             0
         };
-        let taken = if self.guarantee() == Guarantee::AtMostOnce {
+        let at_most_once = self.guarantee() == Guarantee::AtMostOnce;
+        let taken = if at_most_once && !exclusive {
             let settled = self.ledger.settle(seen);
             self.flush.count(settled);
             settled.then(|| seen.settled())
         } else {
             let now = if self.copies.bytes(body).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
             let lease = self.ledger.take(seen, self.me, self.lease_end(now));
-            lease.filter(|lease| self.fits_group_limit(*lease, now))
+            lease.filter(|lease| at_most_once || self.fits_group_limit(*lease, now))
         };
         let Some(lease) = taken else {
             self.copies.undo(body);
@@ -219,14 +226,14 @@ impl Core {
         if seen.state() != State::Fresh {
             self.count_redelivery();
         }
-        self.in_flight += u64::from(lease.state() == State::Leased);
+        self.in_flight += u64::from(!at_most_once);
         self.items.push(Item { lease, run: None, body, payload_at, origin, kept: Cell::new(false) });
         Ok(())
     }
 
     /// Where the payload of a message on a topic with envelopes begins. `None`: it is not to be delivered, because it has
     /// expired or somebody else has had it meanwhile.
-    fn open_envelope(&mut self, seen: Seen, body: Copy, now: u64) -> Result<Option<usize>, RecvError> {
+    pub(super) fn open_envelope(&mut self, seen: Seen, body: Copy, now: u64) -> Result<Option<usize>, RecvError> {
         let bytes = self.copies.bytes(body);
         let opened = envelope::split(bytes, self.info.batch_align());
         let sound = opened.filter(|(_, payload)| self.lengths.allow(payload.len() as u64));
@@ -300,7 +307,7 @@ impl Core {
     }
 
     /// Begins to move a message to the dead-letter topic, or goes on with a move that nobody carries on with.
-    fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) -> bool {
+    pub(super) fn take_move(&mut self, seen: Seen, reason: MoveReason, now: u64) -> bool {
         let Some(seen) = self.ledger.begin_move(seen, self.me, self.lease_end(now), reason) else { return false };
         self.moves.add(seen, None);
         true
@@ -323,17 +330,10 @@ impl Core {
         }
     }
 
-    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise. Two consumers
-    /// that take the last one at the same time both count after their swap, so at least one of them sees both.
+    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise.
     #[inline]
     fn fits_group_limit(&self, lease: Seen, now: u64) -> bool {
-        let most = u64::from(self.group.options.max_in_flight);
-        if most == 0 {
-            return true;
-        }
-        // Store, then look: pairs with the same fence of another consumer.
-        fence(Ordering::SeqCst);
-        if self.ledger.leased(None, now) <= most {
+        if self.is_within_group_limit(now) {
             return true;
         }
         self.ledger.give_back_unseen(lease, now);
@@ -341,44 +341,16 @@ impl Core {
         false
     }
 
-    /// Whether this consumer of an exclusive group is the one at work, or becomes it.
-    fn is_at_work(&mut self, now: u64) -> bool {
-        let was = std::mem::replace(&mut self.at_work, true);
-        if self.ledger.activate(self.me) {
-            if !was {
-                self.scan_all(now);
-            }
+    /// Whether the group has no more leases than it may have, after one was added. Two consumers that add the last one at
+    /// the same time both count after their swap, so at least one of them sees both.
+    #[inline]
+    pub(super) fn is_within_group_limit(&self, now: u64) -> bool {
+        let most = u64::from(self.group.options.max_in_flight);
+        if most == 0 {
             return true;
         }
-        self.at_work = self.stand_by(now);
-        self.at_work
-    }
-
-    /// Another consumer of an exclusive group is at work. Whether its lease has ended and we have taken its place.
-    #[cold]
-    fn stand_by(&mut self, now: u64) -> bool {
-        // What we had reserved is for whoever is at work.
-        self.reserved = 0..0;
-        self.scan_idle(now);
-        let active = self.ledger.active();
-        let overdue = active.filter(|active| {
-            self.candidates.iter().any(|sequence| {
-                let seen = self.ledger.look(*sequence);
-                seen.state() == State::Leased && seen.owner() == Some(*active) && seen.is_due(now)
-            })
-        });
-        let superseded = match overdue {
-            // Its outputs may be there, or come yet: until the coordinator has fenced it and freed its place, it works.
-            Some(overdue) if self.guarantee() == Guarantee::EffectivelyOnce => {
-                self.reclaim(overdue, now);
-                false
-            }
-            Some(overdue) => self.ledger.supersede(overdue, self.me),
-            None => false,
-        };
-        if !superseded {
-            self.candidates.clear();
-        }
-        superseded
+        // Store, then look: pairs with the same fence of another consumer.
+        fence(Ordering::SeqCst);
+        self.ledger.leased(None, now) <= most
     }
 }

@@ -42,14 +42,15 @@ pub(super) fn wait<W: Waiting, R>(
 ) -> Result<R, RecvError> {
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     loop {
-        let (how, nap, planned) = waiting.with(|core| (core.wait, core.scan.nap(), core.scan.next_due()));
+        let (how, nap, planned) =
+            waiting.with(|core| (core.wait, core.scan.nap(), core.scan.next_due().unwrap_or(u64::MAX)));
         let until = match (deadline, nap.and_then(|nap| Instant::now().checked_add(nap))) {
             (Some(deadline), Some(nap)) => Some(deadline.min(nap)),
             (deadline, nap) => deadline.or(nap),
         };
         let mut look = |core: &mut Core| match take(core) {
             Ok(Some(taken)) => Some(Outcome::Taken(taken)),
-            Ok(None) => (core.scan.next_due() != planned).then_some(Outcome::Sooner),
+            Ok(None) => core.scan.next_due().is_some_and(|next| next < planned).then_some(Outcome::Sooner),
             Err(error) => Some(Outcome::Failed(error)),
         };
         match wait::until(waiting, how, until, |waiting| waiting.bell(), |waiting| waiting.with(&mut look)) {

@@ -25,6 +25,8 @@ pub(crate) struct Opener {
     lengths: Lengths,
     opened: Opened,
     wanted: Wanted,
+    /// Whether what has expired is wanted as well.
+    with_expired: bool,
     expired: u64,
 }
 
@@ -36,12 +38,18 @@ impl Opener {
             lengths: Lengths::of_payload(&info.options),
             opened: Opened::default(),
             wanted: Wanted::All,
+            with_expired: false,
             expired: 0,
         })
     }
 
     pub(crate) fn want(&mut self, wanted: Wanted) {
         self.wanted = wanted;
+    }
+
+    /// Skips nothing because it has expired.
+    pub(crate) fn want_expired(&mut self) {
+        self.with_expired = true;
     }
 
     /// How many messages were skipped because they had expired.
@@ -68,7 +76,7 @@ impl Opener {
         if !self.is_wanted(found.sequence) {
             return Ok(false);
         }
-        let expired = self.opened.view().is_expired();
+        let expired = !self.with_expired && self.opened.view().is_expired();
         self.expired += u64::from(expired);
         Ok(!expired)
     }

@@ -56,6 +56,11 @@ impl Ids {
         Ok(())
     }
 
+    /// Whether a message with this id was there at the last look.
+    pub(super) fn has(&self, id: &[u8]) -> bool {
+        self.places.contains_key(id)
+    }
+
     fn insert(&mut self, id: &[u8], seen: Seen) {
         let id = Id::from(id);
         self.order.push_back((seen.position, id.clone()));

@@ -207,6 +207,10 @@ impl WritePort for ManyPort {
         self.noted = Some(input);
     }
 
+    fn has_id(&self, id: &[u8]) -> bool {
+        self.ids.as_ref().is_some_and(|ids| ids.has(id))
+    }
+
     fn publish(&mut self, bytes: &[u8]) -> Result<u64, Stop> {
         let body = bytes.len() as u64;
         let offset = self.allocate(body)?;

@@ -37,6 +37,11 @@ pub(crate) trait WritePort: Send {
     /// Only topics for many keep such notes.
     fn note_as(&mut self, _input: u64) {}
 
+    /// Whether a message with this id was there when the last one with an id was published, or refused.
+    fn has_id(&self, _id: &[u8]) -> bool {
+        false
+    }
+
     /// Publishes all of `batch` (1 to `max_batch` messages) or nothing, consecutively; the first one's sequence.
     fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<u64, Stop>;
 

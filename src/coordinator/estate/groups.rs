@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use super::{Estate, Granted, broken};
+use crate::client::envelope::now_ns;
+use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
-use crate::coordinator::memory::{LedgerCount, ledger_name};
+use crate::coordinator::memory::{AtFloor, LedgerCount, ledger_name};
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -65,6 +67,7 @@ impl Estate {
     /// Puts a group in force that has been logged.
     pub(super) fn begin_group(&mut self, topic: u64, group: u32, start: StartAt) -> Result<(), Refusal> {
         let begun = self.memory(topic).and_then(|memory| memory.begin_group(group, start));
+        self.watch_expiry(topic, group);
         if begun.is_err() {
             self.carry_out(Event::GroupRetired { topic, group })?;
         }
@@ -126,7 +129,7 @@ impl Estate {
         memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
     }
 
-    /// Another consumer of the group found that `who` holds what is overdue. Only that, on the ledger's own word, gives
+    /// Another consumer of the group found that `who` holds what is overdue, be it the role of an exclusive group. Only that, on the ledger's own word, gives
     /// it away: all of it, once its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
     pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
         let Some(group) = self.state.group(who.topic, who.group) else { return Ok(()) };
@@ -136,7 +139,9 @@ impl Estate {
         let effectively_once = group.info.options.guarantee == Guarantee::EffectivelyOnce;
         let now_ms = clock::now_ms();
         let overdue = self.memory(who.topic)?.overdue(who.group, who.slot(), now_ms);
-        if overdue.is_empty() {
+        // Of other groups a standby takes the role itself.
+        let is_idle = effectively_once && self.memory(who.topic)?.is_role_overdue(who.group, who.slot(), now_ms);
+        if overdue.is_empty() && !is_idle {
             return Ok(());
         }
         let moves = |seen: &Seen| matches!(seen.state(), Word::Moving(_));
@@ -176,6 +181,7 @@ impl Estate {
         let mut losses = Vec::new();
         for (topic, group) in self.all_groups() {
             let id = group.info.id;
+            self.watch_expiry(topic, id);
             if let Err(error) = self.adopt_group(topic, &group, store) {
                 eprintln!("shmbus coordinator: group {:?} of topic {topic} is lost: {error}", group.info.name);
                 losses.push(Event::GroupRetired { topic, group: id });
@@ -186,6 +192,37 @@ impl Estate {
             memory.sweep_cursors(|cursor| entry.cursor_in_use(cursor));
         }
         losses
+    }
+
+    fn watch_expiry(&mut self, topic: u64, group: u32) {
+        let may_expire = self.state.topic(topic).is_some_and(|entry| entry.info.options.envelope);
+        self.expiring.extend(may_expire.then_some((topic, group)));
+    }
+
+    /// Whether there is a group whose messages may expire.
+    pub(crate) fn may_expire(&self) -> bool {
+        !self.expiring.is_empty()
+    }
+
+    /// Settles what has expired at the groups' floors. Whether there is more, and the groups that nobody consumes where
+    /// something is to go to the dead-letter topic.
+    pub(crate) fn settle_expired(&mut self) -> (bool, Vec<GroupNames>) {
+        let state = &self.state;
+        self.expiring.retain(|(topic, group)| state.group(*topic, *group).is_some_and(|group| !group.retired));
+        let (now_ns, mut more, mut letters) = (now_ns(), false, Vec::new());
+        for (topic, group) in &self.expiring {
+            let (Some(entry), Ok(memory)) = (self.state.group(*topic, *group), self.memory(*topic)) else { continue };
+            match memory.settle_expired(*group, entry.info.options.dead_letter_expired, now_ns) {
+                Ok(AtFloor::More) => more = true,
+                Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
+                    let topic = self.state.topic(*topic).map(|topic| topic.info.name.clone());
+                    letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
+                }
+                Ok(_) => {}
+                Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+            }
+        }
+        (more, letters)
     }
 
     /// Keeps the due times of all ledgers from coming round; for every few hours.

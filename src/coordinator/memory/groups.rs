@@ -49,7 +49,11 @@ pub(crate) fn ledger_name(group: u32) -> String {
 }
 
 impl GroupMemory {
-    fn ledger(&self, info: &TopicInfo) -> Ledger {
+    pub(super) fn cursor(&self) -> u32 {
+        self.info.cursor
+    }
+
+    pub(super) fn ledger(&self, info: &TopicInfo) -> Ledger {
         topic::ledger(&self.segment, info, &self.info)
     }
 }
@@ -147,14 +151,15 @@ impl TopicMemory {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
         ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
-        ledger.deactivate(consumer);
+        // Last: what it leases after that, fenced and alive, has no outputs, and is ended by who takes the role.
+        ledger.leave_role(consumer);
         self.raise_floor(memory);
         self.wake_readers();
     }
 
     /// Moves a group's floor over what is settled: its consumers do so now and then, and the last of them may have gone
     /// before it did.
-    fn raise_floor(&self, memory: &GroupMemory) {
+    pub(super) fn raise_floor(&self, memory: &GroupMemory) {
         let Parts::Log { segments, .. } = &self.parts else { return };
         let floor = memory.ledger(&self.info).advance_floor();
         let Ok(tail) = self.tail() else { return };
@@ -191,6 +196,12 @@ impl TopicMemory {
                 && seen.is_due(now_ms)
         };
         ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).collect()
+    }
+
+    /// Whether a consumer is the one at work of an exclusive group and has given no sign of life for so long that another may be.
+    pub(crate) fn is_role_overdue(&self, group: u32, consumer: u8, now_ms: u64) -> bool {
+        let role = self.group(group).map(|memory| memory.ledger(&self.info).role());
+        role.is_ok_and(|role| role.owner() == Some(consumer) && role.due_in(now_ms) == 0)
     }
 
     /// Gives these leases back, where they still are as they were seen.
@@ -278,7 +289,7 @@ impl TopicMemory {
         Some(count)
     }
 
-    fn group(&self, group: u32) -> Result<&GroupMemory, Refusal> {
+    pub(super) fn group(&self, group: u32) -> Result<&GroupMemory, Refusal> {
         self.groups.get(&group).ok_or_else(|| corrupt(&self.info, format!("group {group} has no ledger")))
     }
 
@@ -294,7 +305,7 @@ impl TopicMemory {
     }
 
     /// Also those whom somebody died over waking.
-    fn wake_readers(&self) {
+    pub(super) fn wake_readers(&self) {
         if let Parts::Log { segments, .. } = &self.parts {
             segments.readers().readers.ring_again();
         }

@@ -131,7 +131,7 @@ impl TopicMemory {
         arena.contains(head).then(|| arena.load(offset))
     }
 
-    fn arena(&self, slot: u32) -> Option<&Arena> {
+    pub(super) fn arena(&self, slot: u32) -> Option<&Arena> {
         let Parts::Log { arenas, .. } = &self.parts else { return None };
         Some(&arenas.get(slot as usize)?.as_ref()?.arena)
     }
