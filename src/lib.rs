@@ -36,9 +36,9 @@ pub use crate::{
     channel::{Channel, ChannelError},
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Outputs, Pipeline, PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route,
-        RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
-        WildcardSubscriber, wait_any,
+        Loan, Message, Outputs, Pipeline, PipelineBuilder, Pollable, Publisher, Repeats, Reply, Requester, Responder,
+        Route, RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
+        WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,
@@ -71,7 +71,7 @@ pub struct Readme;
 pub mod model {
     pub use crate::ring::arena::Arena;
     pub use crate::ring::cursor::{Cursor, CursorsHeader};
-    pub use crate::ring::doorbell::{Armed, Doorbell, arm_all, sleep_any};
+    pub use crate::ring::doorbell::{Armed, Doorbell, Hatch, arm_all, sleep_any, sleep_in_place_of_others};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
     pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, Seen, State as LedgerState};

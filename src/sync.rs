@@ -26,6 +26,11 @@ mod real {
     pub(crate) struct FutexWord(AtomicU32);
 
     impl FutexWord {
+        /// A word outside shared memory.
+        pub(crate) fn new() -> Self {
+            FutexWord(AtomicU32::new(0))
+        }
+
         /// The word itself.
         #[inline]
         pub(crate) fn word(&self) -> &AtomicU32 {

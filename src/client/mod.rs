@@ -14,6 +14,8 @@ macro_rules! with_port {
     };
 }
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod bus;
 mod consumer;
 pub(crate) mod control;
@@ -23,12 +25,15 @@ mod holdings;
 mod launch;
 mod message;
 mod pipeline;
+mod pollable;
 pub(crate) mod publisher;
 mod pushed;
+mod reactor;
 mod read;
 mod repeats;
 mod request;
 mod route;
+mod seat;
 mod select;
 pub(crate) mod subscriber;
 mod watch;
@@ -40,6 +45,7 @@ pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease}
 pub use envelope::Envelope;
 pub use message::Message;
 pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
+pub use pollable::Pollable;
 pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use request::{Incoming, Reply, Requester, Responder};

@@ -286,7 +286,7 @@ impl Route {
             &mut self.legs,
             Wait::Adaptive,
             Some(until),
-            |legs, bells| bells.extend(legs.iter().map(|leg| leg.pipeline.consumer().bell())),
+            |legs, bells| bells.extend(legs.iter().map(|leg| leg.pipeline.consumer().shared_bell())),
             |legs| {
                 let count = legs.len();
                 for index in (0..count).map(|at| (turn + at) % count) {
@@ -297,7 +297,7 @@ impl Route {
                     }
                 }
                 let soon = |leg: &Leg| leg.pipeline.consumer().nap().is_some_and(|nap| nap <= SOON);
-                if legs.iter().any(soon) { Look::Soon } else { Look::Nothing }
+                if legs.iter().any(soon) { Look::Within(wait::MOMENT) } else { Look::Nothing }
             },
         )
     }

@@ -1,5 +1,7 @@
 //! [`Consumer`]: takes messages from a group, and how to open one.
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod batch;
 mod copies;
 mod core;
@@ -28,6 +30,7 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, Arenas, LogSegments};
 use crate::topic::{Mode, Payload, Topic, TopicOptions, virtual_topic};
 use crate::wait::Wait;
@@ -344,8 +347,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// Rings when there may be something to receive.
-    pub(crate) fn bell(&self) -> &Doorbell {
-        &self.core.readers.readers
+    pub(crate) fn shared_bell(&self) -> Shared<Doorbell> {
+        self.core.readers.part(|header| &header.readers)
     }
 
     /// Takes a message for [`Self::taken`], which must come next. Never waits. `false`: there is none.

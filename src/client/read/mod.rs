@@ -14,6 +14,7 @@ use crate::coordinator::protocol::TopicInfo;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_ENVELOPE_BYTES};
+use crate::shm::shared::Shared;
 use crate::topic::TopicOptions;
 
 pub(crate) use channel::ChannelPort;
@@ -35,7 +36,7 @@ pub(crate) trait ReadPort: Send {
     fn is_ready(&mut self) -> bool;
 
     /// The bell to wait on for messages.
-    fn bell(&self) -> &Doorbell;
+    fn bell(&self) -> Shared<Doorbell>;
 
     /// Whether the topic is gone. Messages that are still there come first.
     fn gone(&self) -> Option<GoneReason>;
