@@ -762,6 +762,13 @@ pub enum WildcardError {
     Connect(#[from] ConnectError),
 }
 
+impl WildcardError {
+    /// Whether nothing can come after it. What concerns one topic is not the others' end.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, WildcardError::Gone(_) | WildcardError::Connect(ConnectError::Forked { .. }))
+    }
+}
+
 /// How a topic went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -811,6 +818,13 @@ pub enum RecvError {
         /// The process that used it.
         pid: u32,
     },
+}
+
+impl RecvError {
+    /// Whether nothing can come after it: another receive would say so again.
+    pub(crate) fn is_final(&self) -> bool {
+        !matches!(self, RecvError::Lagged { .. } | RecvError::TimedOut)
+    }
 }
 
 /// Why waiting for a group has ended.

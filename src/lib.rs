@@ -36,9 +36,9 @@ pub use crate::{
     channel::{Channel, ChannelError},
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Outputs, Pipeline, PipelineBuilder, Pollable, Publisher, Repeats, Reply, Requester, Responder,
-        Route, RouteBuilder, RouteCounts, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
-        WildcardMessage, WildcardSubscriber, wait_any,
+        Loan, Message, Messages, Outputs, OwnedMessage, OwnedWildcardMessage, Pipeline, PipelineBuilder, Pollable,
+        Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Start, Subscriber,
+        SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,

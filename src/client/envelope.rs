@@ -168,7 +168,7 @@ fn put_varint(out: &mut Vec<u8>, mut number: usize) {
 
 /// An envelope's head: times, and lengths that are within their limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Head {
+pub(crate) struct Head {
     timestamp_ns: u64,
     expires_ns: u64,
     key: usize,
@@ -225,6 +225,16 @@ impl<'a> EnvelopeView<'a> {
     fn new(head: Head, fields: &'a [u8]) -> Option<Self> {
         let view = EnvelopeView { head, fields };
         headers_are_sound(&fields[head.key + head.id..]).then_some(view)
+    }
+
+    /// What it consists of, to be kept elsewhere.
+    pub(crate) fn parts(&self) -> (Head, &'a [u8]) {
+        (self.head, self.fields)
+    }
+
+    /// The view whose [`Self::parts`] have been kept; there may be more behind the fields.
+    pub(crate) fn of_parts(head: Head, fields: &'a [u8]) -> Self {
+        EnvelopeView { head, fields: &fields[..head.field_bytes()] }
     }
 
     /// When it was published: CLOCK_REALTIME, in nanoseconds.
@@ -307,7 +317,7 @@ impl Opened {
     /// What was read last.
     pub(crate) fn view(&self) -> EnvelopeView<'_> {
         let fields = self.copy.get(ENVELOPE_HEAD_BYTES..).unwrap_or_default();
-        EnvelopeView { head: self.head, fields: &fields[..self.head.field_bytes()] }
+        EnvelopeView::of_parts(self.head, fields)
     }
 }
 

@@ -1,20 +1,37 @@
-//! A received message.
+//! Received messages: borrowed from a subscriber, and owned.
 
-use std::fmt;
 use std::marker::PhantomData;
-use std::ops::Deref;
 
+use zerocopy::IntoBytes;
+
+use crate::client::blocks::{self, Block};
+use crate::client::envelope::{EnvelopeView, Head};
+use crate::client::received::{Received, received_message};
 use crate::client::subscriber::SubscriberCore;
-use crate::ring::sequence::Sequence;
 use crate::topic::Payload;
 
 /// A received message; dereferences to its payload.
 ///
 /// It borrows the subscriber: the next receive ends it. Where the subscriber holds the ring back, the payload lies in
 /// shared memory and stays whole until then; on `overwrite` topics and for droppable subscribers it is a checked copy.
+/// To keep it for longer, [`detach`](Self::detach) it.
 pub struct Message<'a, T: ?Sized> {
     subscriber: &'a SubscriberCore,
     payload: PhantomData<fn() -> &'a T>,
+}
+
+/// A received message in memory of its own; dereferences to its payload.
+///
+/// It borrows nothing and holds nothing back, and may go to another thread: what [`Message::detach`] and iterators
+/// give. One allocation, and one copy of the payload.
+pub struct OwnedMessage<T: ?Sized> {
+    sequence: u64,
+    author: Option<(u64, u64)>,
+    head: Option<Head>,
+    /// The payload; from the next block on, what the envelope's head speaks of.
+    body: Box<[Block]>,
+    payload_bytes: usize,
+    payload: PhantomData<fn() -> Box<T>>,
 }
 
 impl<'a, T: Payload + ?Sized> Message<'a, T> {
@@ -23,49 +40,9 @@ impl<'a, T: Payload + ?Sized> Message<'a, T> {
     pub(crate) fn new(subscriber: &'a SubscriberCore) -> Self {
         Message { subscriber, payload: PhantomData }
     }
+}
 
-    /// The message's place in the topic.
-    #[inline]
-    pub fn sequence(&self) -> Sequence {
-        Sequence::new(self.subscriber.found().sequence)
-    }
-
-    /// The publisher's number on the bus. `None` on channels, and on exclusive topics where more than 255 publishers
-    /// have followed since.
-    pub fn publisher(&self) -> Option<u64> {
-        self.subscriber.publisher_and_number().map(|(publisher, _)| publisher)
-    }
-
-    /// The publisher's own number of this message, from 1. `None` where [`Self::publisher`] is.
-    pub fn publisher_number(&self) -> Option<u64> {
-        self.subscriber.publisher_and_number().map(|(_, number)| number)
-    }
-
-    /// When it was published: CLOCK_REALTIME, in nanoseconds. `None` on topics without envelopes.
-    pub fn timestamp_ns(&self) -> Option<u64> {
-        self.subscriber.envelope().map(|envelope| envelope.timestamp_ns())
-    }
-
-    /// The key, if the publisher gave one.
-    pub fn key(&self) -> Option<&[u8]> {
-        self.subscriber.envelope().and_then(|envelope| envelope.key())
-    }
-
-    /// The publisher's own id of the message, if it gave one.
-    pub fn id(&self) -> Option<&[u8]> {
-        self.subscriber.envelope().and_then(|envelope| envelope.id())
-    }
-
-    /// The headers' names and values, in the order in which the publisher added them.
-    pub fn headers(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.subscriber.envelope().into_iter().flat_map(|envelope| envelope.headers())
-    }
-
-    /// The value of the first header of this name.
-    pub fn header(&self, name: &str) -> Option<&[u8]> {
-        self.headers().find(|(found, _)| *found == name).map(|(_, value)| value)
-    }
-
+impl<T: ?Sized> Message<'_, T> {
     /// The payload as bytes.
     #[inline]
     pub fn as_bytes(&self) -> &[u8] {
@@ -74,22 +51,65 @@ impl<'a, T: Payload + ?Sized> Message<'a, T> {
         // no publisher that keeps to the protocol writes there (I-2, I-9), and the mappings outlive the port (I-11).
         unsafe { self.subscriber.found().payload.as_ref() }
     }
+
+    /// The message in memory of its own, which the next receive leaves alone.
+    pub fn detach(&self) -> OwnedMessage<T> {
+        OwnedMessage::copy_of(self, self.as_bytes())
+    }
 }
 
-impl<T: Payload + ?Sized> Deref for Message<'_, T> {
-    type Target = T;
-
+impl<T: ?Sized> Received for Message<'_, T> {
     #[inline]
-    fn deref(&self) -> &T {
-        match T::ref_from_bytes(self.as_bytes()) {
-            Ok(payload) => payload,
-            Err(_) => unreachable!("size and alignment were checked on receipt"),
+    fn place(&self) -> u64 {
+        self.subscriber.found().sequence
+    }
+
+    fn author(&self) -> Option<(u64, u64)> {
+        self.subscriber.publisher_and_number()
+    }
+
+    fn envelope(&self) -> Option<EnvelopeView<'_>> {
+        self.subscriber.envelope()
+    }
+}
+
+received_message!(Message<'_, T>);
+
+impl<T: ?Sized> OwnedMessage<T> {
+    /// A copy of a message and its payload.
+    pub(crate) fn copy_of(message: &impl Received, payload: &[u8]) -> Self {
+        let (head, fields) = message.envelope().map(|envelope| envelope.parts()).unzip();
+        OwnedMessage {
+            sequence: message.place(),
+            author: message.author(),
+            head,
+            body: blocks::copy_of([payload, fields.unwrap_or_default()]),
+            payload_bytes: payload.len(),
+            payload: PhantomData,
         }
     }
-}
 
-impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for Message<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Message").field("sequence", &self.sequence()).field("payload", &&**self).finish()
+    /// The payload as bytes.
+    #[inline]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.body.as_bytes()[..self.payload_bytes]
     }
 }
+
+impl<T: ?Sized> Received for OwnedMessage<T> {
+    #[inline]
+    fn place(&self) -> u64 {
+        self.sequence
+    }
+
+    fn author(&self) -> Option<(u64, u64)> {
+        self.author
+    }
+
+    fn envelope(&self) -> Option<EnvelopeView<'_>> {
+        let fields = &self.body[Block::count(self.payload_bytes)..];
+        self.head.map(|head| EnvelopeView::of_parts(head, fields.as_bytes()))
+    }
+}
+
+received_message!(OwnedMessage<T>);

@@ -16,12 +16,14 @@ macro_rules! with_port {
 
 #[cfg(feature = "async")]
 mod asynchronous;
+mod blocks;
 mod bus;
 mod consumer;
 pub(crate) mod control;
 pub(crate) mod envelope;
 mod held;
 mod holdings;
+mod iterate;
 mod launch;
 mod message;
 mod pipeline;
@@ -30,6 +32,7 @@ pub(crate) mod publisher;
 mod pushed;
 mod reactor;
 mod read;
+mod received;
 mod repeats;
 mod request;
 mod route;
@@ -43,7 +46,8 @@ mod write;
 pub use bus::{Bus, BusOptions};
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use envelope::Envelope;
-pub use message::Message;
+pub use iterate::Messages;
+pub use message::{Message, OwnedMessage};
 pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
 pub use pollable::Pollable;
 pub use publisher::{Loan, Publisher};
@@ -52,4 +56,4 @@ pub use request::{Incoming, Reply, Requester, Responder};
 pub use route::{Route, RouteBuilder, RouteCounts};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
-pub use wildcard::{WildcardBuilder, WildcardMessage, WildcardSubscriber};
+pub use wildcard::{OwnedWildcardMessage, WildcardBuilder, WildcardMessage, WildcardSubscriber};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::client::bus::{Bus, unexpected};
 use crate::client::control::{Control, Granted};
 use crate::client::held::Held;
-use crate::client::message::Message;
+use crate::client::message::{Message, OwnedMessage};
 use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::{Start, SubscriberCore};
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
@@ -62,15 +62,21 @@ pub(super) struct WildcardCore {
 
 /// A topic of the subscription.
 struct Member {
-    name: String,
+    name: Arc<str>,
     handle: HandleRef,
     core: SubscriberCore,
 }
 
 /// A received message and the topic it comes from; dereferences to [`Message`], and that to the payload.
 pub struct WildcardMessage<'a, T: ?Sized> {
-    topic: &'a str,
+    topic: &'a Arc<str>,
     message: Message<'a, T>,
+}
+
+/// The same in memory of its own; dereferences to [`OwnedMessage`], and that to the payload.
+pub struct OwnedWildcardMessage<T: ?Sized> {
+    topic: Arc<str>,
+    message: OwnedMessage<T>,
 }
 
 /// How a wildcard subscriber is to be opened; ends with [`WildcardBuilder::open`].
@@ -195,7 +201,7 @@ impl WildcardCore {
         let opened = SubscriberCore::of_wildcard(info, self.control.clone(), cursor, place, self.droppable, segments);
         match opened {
             Ok(core) => {
-                self.topics.push(Member { name, handle, core });
+                self.topics.push(Member { name: name.into(), handle, core });
                 self.generation += 1;
                 Ok(())
             }
@@ -235,11 +241,11 @@ impl WildcardCore {
                 Err(RecvError::Gone(_)) => drop(self.remove(turn)),
                 Err(RecvError::Lagged { from, to }) => {
                     self.next = turn + 1;
-                    let topic = self.topics[turn].name.clone();
+                    let topic = self.topics[turn].name.to_string();
                     return Look::Found(Err(WildcardError::Lagged { topic, from, to }));
                 }
                 Err(RecvError::Corrupt(problem)) => {
-                    let topic = self.remove(turn);
+                    let topic = self.remove(turn).to_string();
                     return Look::Found(Err(WildcardError::Corrupt { topic, problem }));
                 }
                 // None of them comes from here: nothing waits, fences are for consumers, and forks were asked about before.
@@ -270,7 +276,7 @@ impl WildcardCore {
     }
 
     /// Takes a topic out of the subscription; its name.
-    fn remove(&mut self, index: usize) -> String {
+    fn remove(&mut self, index: usize) -> Arc<str> {
         let member = self.topics.swap_remove(index);
         self.generation += 1;
         self.expired += member.core.expired();
@@ -365,7 +371,7 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
 
     /// The topics it reads now.
     pub fn topics(&self) -> impl Iterator<Item = &str> {
-        self.core.topics.iter().map(|member| member.name.as_str())
+        self.core.topics.iter().map(|member| &*member.name)
     }
 
     /// What was found last.
@@ -380,6 +386,18 @@ impl<T: ?Sized> WildcardMessage<'_, T> {
     pub fn topic(&self) -> &str {
         self.topic
     }
+
+    /// The message in memory of its own, which the next receive leaves alone.
+    pub fn detach(&self) -> OwnedWildcardMessage<T> {
+        OwnedWildcardMessage { topic: self.topic.clone(), message: self.message.detach() }
+    }
+}
+
+impl<T: ?Sized> OwnedWildcardMessage<T> {
+    /// The topic it comes from.
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
 }
 
 impl<'a, T: ?Sized> Deref for WildcardMessage<'a, T> {
@@ -390,8 +408,22 @@ impl<'a, T: ?Sized> Deref for WildcardMessage<'a, T> {
     }
 }
 
+impl<T: ?Sized> Deref for OwnedWildcardMessage<T> {
+    type Target = OwnedMessage<T>;
+
+    fn deref(&self) -> &OwnedMessage<T> {
+        &self.message
+    }
+}
+
 impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for WildcardMessage<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WildcardMessage").field("topic", &self.topic).field("message", &self.message).finish()
+    }
+}
+
+impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for OwnedWildcardMessage<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnedWildcardMessage").field("topic", &self.topic).field("message", &self.message).finish()
     }
 }

@@ -1,5 +1,9 @@
 //! A consumer's own memory for the payloads it has in hand.
 
+use zerocopy::IntoBytes;
+
+use crate::client::blocks::Block;
+
 /// Payload copies, one behind the other, each aligned for every payload type. Grows to the largest batch and stays so.
 #[derive(Default)]
 pub(super) struct Copies {
@@ -13,10 +17,6 @@ pub(super) struct Copy {
     block: usize,
     len: usize,
 }
-
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-struct Block([u8; 32]);
 
 impl Copies {
     /// Forgets all copies.
@@ -35,20 +35,16 @@ impl Copies {
     #[inline]
     pub(super) fn add(&mut self, len: usize) -> (Copy, &mut [u8]) {
         let copy = Copy { block: self.used, len };
-        self.used += len.div_ceil(size_of::<Block>());
+        self.used += Block::count(len);
         if self.blocks.len() < self.used {
-            self.blocks.resize(self.used, Block([0; 32]));
+            self.blocks.resize(self.used, Block::ZERO);
         }
-        let first = self.blocks[copy.block..].as_mut_ptr().cast::<u8>();
-        // SAFETY: `Block` is 32 plain bytes without padding, and `len` of them are there from `first` on (just resized).
-        (copy, unsafe { std::slice::from_raw_parts_mut(first, len) })
+        (copy, &mut self.blocks[copy.block..].as_mut_bytes()[..len])
     }
 
     /// The bytes of a copy.
     #[inline]
     pub(super) fn bytes(&self, copy: Copy) -> &[u8] {
-        let blocks = &self.blocks[copy.block..copy.block + copy.len.div_ceil(size_of::<Block>())];
-        // SAFETY: as in `add`; the blocks are there (just indexed).
-        unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast(), copy.len) }
+        &self.blocks[copy.block..].as_bytes()[..copy.len]
     }
 }

@@ -1,11 +1,11 @@
 //! One message in hand, and the token that stays when it is kept.
 
-use std::fmt;
 use std::marker::PhantomData;
-use std::ops::Deref;
 use std::time::Duration;
 
 use super::core::{Core, Item};
+use crate::client::envelope::EnvelopeView;
+use crate::client::received::{Received, received_message};
 use crate::error::AckError;
 use crate::ring::ledger::{Seen, State};
 use crate::ring::sequence::Sequence;
@@ -68,51 +68,10 @@ impl<T: ?Sized> Delivery<'_, T> {
         &self.core.items[0]
     }
 
-    /// The message's place in the topic.
-    #[inline]
-    pub fn sequence(&self) -> Sequence {
-        Sequence::new(self.item().lease.sequence())
-    }
-
     /// Which delivery of the message to this group this is, from 1. Above 4,095 it counts no further.
     #[inline]
     pub fn attempt(&self) -> u32 {
         self.item().lease.attempt.into()
-    }
-
-    /// The publisher's number on the bus. `None` on exclusive topics where more than 255 publishers have followed since.
-    pub fn publisher(&self) -> Option<u64> {
-        self.core.log.publisher_of(self.item().origin).map(|(publisher, _)| publisher)
-    }
-
-    /// The publisher's own number of this message, from 1. `None` where [`Self::publisher`] is.
-    pub fn publisher_number(&self) -> Option<u64> {
-        self.core.log.publisher_of(self.item().origin).map(|(_, number)| number)
-    }
-
-    /// When it was published: CLOCK_REALTIME, in nanoseconds. `None` on topics without envelopes.
-    pub fn timestamp_ns(&self) -> Option<u64> {
-        self.core.envelope(self.item()).map(|envelope| envelope.timestamp_ns())
-    }
-
-    /// The key, if the publisher gave one.
-    pub fn key(&self) -> Option<&[u8]> {
-        self.core.envelope(self.item()).and_then(|envelope| envelope.key())
-    }
-
-    /// The publisher's own id of the message, if it gave one.
-    pub fn id(&self) -> Option<&[u8]> {
-        self.core.envelope(self.item()).and_then(|envelope| envelope.id())
-    }
-
-    /// The headers' names and values, in the order in which the publisher added them.
-    pub fn headers(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.core.envelope(self.item()).into_iter().flat_map(|envelope| envelope.headers())
-    }
-
-    /// The value of the first header of this name.
-    pub fn header(&self, name: &str) -> Option<&[u8]> {
-        self.headers().find(|(found, _)| *found == name).map(|(_, value)| value)
     }
 
     /// The payload as bytes.
@@ -188,22 +147,19 @@ impl<T: ?Sized> Drop for Delivery<'_, T> {
     }
 }
 
-impl<T: Payload + ?Sized> Deref for Delivery<'_, T> {
-    type Target = T;
-
+impl<T: ?Sized> Received for Delivery<'_, T> {
     #[inline]
-    fn deref(&self) -> &T {
-        match T::ref_from_bytes(self.as_bytes()) {
-            Ok(payload) => payload,
-            Err(_) => unreachable!("size and alignment were checked on receipt"),
-        }
+    fn place(&self) -> u64 {
+        self.item().lease.sequence()
+    }
+
+    fn author(&self) -> Option<(u64, u64)> {
+        self.core.log.publisher_of(self.item().origin)
+    }
+
+    fn envelope(&self) -> Option<EnvelopeView<'_>> {
+        self.core.envelope(self.item())
     }
 }
 
-impl<T: Payload + fmt::Debug + ?Sized> fmt::Debug for Delivery<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (sequence, attempt) = (self.sequence(), self.attempt());
-        let mut parts = f.debug_struct("Delivery");
-        parts.field("sequence", &sequence).field("attempt", &attempt).field("payload", &&**self).finish()
-    }
-}
+received_message!(Delivery<'_, T>, attempt);

@@ -10,6 +10,9 @@ mod opener;
 
 use std::ptr::NonNull;
 
+use zerocopy::IntoBytes;
+
+use crate::client::blocks::Block;
 use crate::coordinator::protocol::TopicInfo;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
@@ -111,19 +114,14 @@ pub(crate) struct Buffer {
     blocks: Vec<Block>,
 }
 
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-struct Block([u8; 32]);
-
 impl Buffer {
     /// `len` bytes to fill.
     fn bytes_mut(&mut self, len: usize) -> &mut [u8] {
-        let blocks = len.div_ceil(32);
+        let blocks = Block::count(len);
         if self.blocks.len() < blocks {
-            self.blocks.resize(blocks, Block([0; 32]));
+            self.blocks.resize(blocks, Block::ZERO);
         }
-        // SAFETY: `Block` is 32 plain bytes without padding, and `len` of them are there (just resized).
-        unsafe { std::slice::from_raw_parts_mut(self.blocks.as_mut_ptr().cast::<u8>(), len) }
+        &mut self.blocks.as_mut_bytes()[..len]
     }
 
     /// The first `len` bytes, just filled.
