@@ -60,6 +60,9 @@ pub use crate::{
     },
 };
 
+#[cfg(all(feature = "async", not(loom)))]
+pub use crate::client::MessageStream;
+
 /// The README's program compiles.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -5,8 +5,13 @@
 //! theirs in `consumer/asynchronous.rs`, requests in `request.rs`.
 
 use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker, ready};
+
+use futures_core::stream::{FusedStream, Stream};
 
 use crate::client::envelope::Envelope;
+use crate::client::iterate::Pull;
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
 use crate::client::seat::Seat;
@@ -38,17 +43,28 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// As [`Self::recv`].
     pub async fn recv_async(&mut self) -> Result<Message<'_, T>, RecvError> {
         let mut seat = Seat::default();
-        poll_fn(|context| seat.poll(context.waker(), self, Parts::bells, Self::look)).await?;
+        poll_fn(|context| self.poll_found(&mut seat, context.waker())).await?;
         Ok(Message::new(&self.core))
     }
 
-    fn look(&mut self) -> Look<Result<(), RecvError>> {
-        match self.core.poll() {
+    /// The messages to come as a stream of copies, which borrows the subscriber; see [`MessageStream`].
+    pub fn stream(&mut self) -> MessageStream<&mut Self> {
+        MessageStream::of(self)
+    }
+
+    /// The same, owning the subscriber.
+    pub fn into_stream(self) -> MessageStream<Self> {
+        MessageStream::of(self)
+    }
+
+    /// Finds the next message for [`Message::new`], which must come next.
+    fn poll_found(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<(), RecvError>> {
+        seat.poll(waker, self, Parts::bells, |handle| match handle.core.poll() {
             Ok(true) => Look::Found(Ok(())),
-            Ok(false) if self.core.is_rung() => Look::Nothing,
+            Ok(false) if handle.core.is_rung() => Look::Nothing,
             Ok(false) => Look::Within(MOMENT),
             Err(error) => Look::Found(Err(error)),
-        }
+        })
     }
 }
 
@@ -60,8 +76,23 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     /// As [`Self::try_recv`].
     pub async fn recv_async(&mut self) -> Result<WildcardMessage<'_, T>, WildcardError> {
         let mut seat = Seat::default();
-        poll_fn(|context| seat.poll(context.waker(), self, Parts::bells, |handle| handle.core.look())).await?;
+        poll_fn(|context| self.poll_found(&mut seat, context.waker())).await?;
         Ok(self.message())
+    }
+
+    /// The messages to come as a stream of copies, which borrows the subscriber; see [`MessageStream`].
+    pub fn stream(&mut self) -> MessageStream<&mut Self> {
+        MessageStream::of(self)
+    }
+
+    /// The same, owning the subscriber.
+    pub fn into_stream(self) -> MessageStream<Self> {
+        MessageStream::of(self)
+    }
+
+    /// Finds the next message for [`Self::message`], which must come next.
+    fn poll_found(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<(), WildcardError>> {
+        seat.poll(waker, self, Parts::bells, |handle| handle.core.look())
     }
 }
 
@@ -82,5 +113,81 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// As [`Self::publish_with`].
     pub async fn publish_with_async(&mut self, payload: &T, envelope: &Envelope) -> Result<Sequence, PublishError> {
         self.core.publish_async(self.checked(payload)?, envelope, None).await
+    }
+}
+
+/// Waits for message after message of a [`Subscriber`] or [`WildcardSubscriber`] without blocking the thread: a [`Stream`].
+///
+/// ```no_run
+/// # use std::pin::pin;
+/// # use futures_core::Stream;
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// # let bus = shmbus::Bus::open_default()?;
+/// let mut prices = bus.subscriber(shmbus::Topic::<u64>::new("prices")).open()?.into_stream();
+/// // With `futures::StreamExt` in scope: `while let Some(price) = prices.next().await`.
+/// while let Some(price) = std::future::poll_fn(|context| pin!(&mut prices).poll_next(context)).await {
+///     println!("{}", *price?);
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Its items are those of [`Messages`](crate::Messages), the iterator: copies in memory of their own, and errors, of which one that
+/// is final is the last item. Cancel safe: dropping a future that waits for the next item loses none, nor does dropping a
+/// stream that borrows.
+#[must_use = "streams do nothing unless they are polled"]
+pub struct MessageStream<S> {
+    source: S,
+    seat: Seat,
+    has_ended: bool,
+}
+
+/// What can be a stream. Not to be implemented outside this crate: it cannot name it.
+pub trait PollPull: Pull {
+    /// The next message, or `waker` will be called when it is worth another poll.
+    fn poll_pull(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<Self::Message, Self::Error>>;
+}
+
+impl<T: Payload + ?Sized> PollPull for Subscriber<T> {
+    fn poll_pull(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<Self::Message, RecvError>> {
+        self.poll_found(seat, waker).map_ok(|()| Message::<T>::new(&self.core).detach())
+    }
+}
+
+impl<T: Payload + ?Sized> PollPull for WildcardSubscriber<T> {
+    fn poll_pull(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<Self::Message, WildcardError>> {
+        self.poll_found(seat, waker).map_ok(|()| self.message().detach())
+    }
+}
+
+impl<S: PollPull> PollPull for &mut S {
+    fn poll_pull(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<Self::Message, Self::Error>> {
+        S::poll_pull(self, seat, waker)
+    }
+}
+
+impl<S> MessageStream<S> {
+    fn of(source: S) -> Self {
+        MessageStream { source, seat: Seat::default(), has_ended: false }
+    }
+}
+
+impl<S: PollPull + Unpin> Stream for MessageStream<S> {
+    type Item = Result<S::Message, S::Error>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.has_ended {
+            return Poll::Ready(None);
+        }
+        let item = ready!(this.source.poll_pull(&mut this.seat, context.waker()));
+        this.has_ended = item.as_ref().is_err_and(S::is_final);
+        Poll::Ready(Some(item))
+    }
+}
+
+impl<S: PollPull + Unpin> FusedStream for MessageStream<S> {
+    fn is_terminated(&self) -> bool {
+        self.has_ended
     }
 }

@@ -43,6 +43,8 @@ mod watch;
 mod wildcard;
 mod write;
 
+#[cfg(feature = "async")]
+pub use asynchronous::MessageStream;
 pub use bus::{Bus, BusOptions};
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
 pub use envelope::Envelope;

@@ -10,7 +10,7 @@ use crate::wait::Look;
 
 /// Keeps what has been arranged between two polls. Dropped, nobody is called any more.
 #[derive(Default)]
-pub(super) struct Seat {
+pub struct Seat {
     registration: Option<Registration>,
 }
 

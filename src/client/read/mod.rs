@@ -81,6 +81,8 @@ pub(crate) struct Origin(u64, u64);
 
 // SAFETY: the pointer is only followed through the handle that owns the port whose memory it points to.
 unsafe impl Send for Found {}
+// SAFETY: as above; through a shared reference the payload is only read, and nothing moves it.
+unsafe impl Sync for Found {}
 
 impl Found {
     /// Nothing found yet.
