@@ -3,6 +3,8 @@
 mod common;
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -204,6 +206,44 @@ fn nothing_is_lost_between_arming_and_sleep() {
     }
 }
 
+/// One message a round, at any moment around the arming.
+#[test]
+fn no_moment_around_the_arming_is_missed() {
+    const ROUNDS: u64 = 10_000;
+    let scene = Scene::new("moments");
+    let bus = scene.open();
+    let topic = Topic::<u64>::named("moments").messages(16).exclusive();
+    let mut publisher = bus.publisher(topic.clone()).unwrap();
+    let mut subscriber = bus.subscriber(topic).open().unwrap();
+    let round = Arc::new(AtomicU64::new(0));
+    let (begun, mut random) = (round.clone(), common::Random::new(common::seed()));
+    let publishing = thread::spawn(move || {
+        for number in 1..=ROUNDS {
+            while begun.load(Ordering::Acquire) < number {
+                std::hint::spin_loop();
+            }
+            (0..random.below(6000)).for_each(|_| std::hint::spin_loop());
+            publisher.publish(&number).unwrap();
+        }
+    });
+    let mut pollable = Pollable::new().unwrap();
+    let (mut sleeps, mut received) = (0, 0);
+    for number in 1..=ROUNDS {
+        round.store(number, Ordering::Release);
+        while received < number {
+            if pollable.arm(&mut [&mut subscriber]).unwrap() {
+                sleeps += 1;
+                assert!(is_readable(&pollable, PROMPT), "a wake-up was lost in round {number}");
+            }
+            if let Some(message) = subscriber.try_recv().unwrap() {
+                received = *message;
+            }
+        }
+    }
+    publishing.join().unwrap();
+    assert!(sleeps > ROUNDS / 100, "it hardly ever slept: {sleeps}");
+}
+
 /// More bells than the kernel takes in one sleep.
 #[test]
 fn hundreds_of_handles_share_a_descriptor() {
@@ -317,6 +357,8 @@ fn ends() {
         publishers[0].publish(b"x").unwrap();
         assert!(is_readable(&pollable, PROMPT));
         assert!(handles[0].try_recv().unwrap().is_some());
+        let mut all: Vec<&mut dyn Waitable> = handles.iter_mut().map(|handle| handle as _).collect();
+        assert!(pollable.arm(&mut all).unwrap());
         drop(pollable);
         await_that("the threads' end", || sleepers() == 0);
     }

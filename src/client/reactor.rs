@@ -67,8 +67,9 @@ struct Call {
 }
 
 struct CallState {
-    /// `None`: it has been called for a ring, or does not want to be any more.
-    waker: Option<Waker>,
+    /// `None`: it has been called for a ring, or does not want to be any more. Shared, because cloning a waker runs the program's
+    /// code, which must not happen under the lock.
+    waker: Option<Arc<Waker>>,
     /// Called to look for itself so often, and next at this moment.
     interval: Duration,
     due: Instant,
@@ -221,9 +222,9 @@ impl Call {
 }
 
 /// A waker is the program's code: if it panics, the others are called all the same.
-fn call(waker: Waker) {
-    // The panic has been reported by its hook; there is nobody here to hand it to.
-    let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+fn call(waker: Arc<Waker>) {
+    // The panic has been reported by its hook; there is nobody here to hand it to. Dropping the waker may panic as well.
+    let _ = catch_unwind(AssertUnwindSafe(move || waker.wake_by_ref()));
 }
 
 impl Registration {
@@ -240,7 +241,7 @@ impl Registration {
         let reactor = Reactor::here()?;
         let (values, longest) = armed.hand_over();
         let interval = interval.map_or(longest, |interval| interval.min(longest));
-        let state = CallState { waker: Some(waker.clone()), interval, due: Instant::now() + interval };
+        let state = CallState { waker: Some(Arc::new(waker.clone())), interval, due: Instant::now() + interval };
         let call = Arc::new(Call { state: Mutex::new(state) });
         let watch = |(bell, armed): (&Shared<Doorbell>, u32)| Watch { bell: bell.clone(), armed, call: call.clone() };
         let mut watches: Vec<Watch> = bells.iter().zip(values).map(watch).collect();
@@ -265,9 +266,11 @@ impl Registration {
     /// Calls `waker` from now on, and at this interval. `false`: the call has been made already.
     pub(super) fn renew(&self, waker: &Waker, interval: Option<Duration>) -> bool {
         let interval = interval.map_or(self.longest, |interval| interval.min(self.longest));
+        let known = lock(&self.call.state).waker.clone();
+        let other = known.is_some_and(|known| !known.will_wake(waker)).then(|| Arc::new(waker.clone()));
         let mut state = lock(&self.call.state);
         let Some(known) = &mut state.waker else { return false };
-        let other = (!known.will_wake(waker)).then(|| std::mem::replace(known, waker.clone()));
+        let replaced = other.map(|other| std::mem::replace(known, other));
         let before = state.due;
         if interval != state.interval {
             state.interval = interval;
@@ -275,8 +278,8 @@ impl Registration {
         }
         let sooner = state.due < before;
         drop(state);
-        // The program's code, too; not under our lock.
-        drop(other);
+        // The program's code, too.
+        drop(replaced);
         if sooner {
             self.call_sleepers();
         }
