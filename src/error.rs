@@ -763,9 +763,15 @@ pub enum WildcardError {
 }
 
 impl WildcardError {
-    /// Whether nothing can come after it. What concerns one topic is not the others' end.
-    pub(crate) fn is_final(&self) -> bool {
-        matches!(self, WildcardError::Gone(_) | WildcardError::Connect(ConnectError::Forked { .. }))
+    /// Why nothing can come after it, if that is so. What concerns one topic is not the others' end.
+    pub(crate) fn end(&self) -> Option<RecvError> {
+        match self {
+            WildcardError::Gone(reason) => Some(RecvError::Gone(*reason)),
+            WildcardError::Connect(ConnectError::Forked { opened_by, pid }) => {
+                Some(RecvError::Forked { opened_by: *opened_by, pid: *pid })
+            }
+            _ => None,
+        }
     }
 }
 
@@ -825,6 +831,31 @@ impl RecvError {
     pub(crate) fn is_final(&self) -> bool {
         !matches!(self, RecvError::Lagged { .. } | RecvError::TimedOut)
     }
+}
+
+/// What a [`Runner`](crate::Runner) has come upon.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunnerError {
+    /// Nothing can come from this handle any more; it is not served any longer.
+    #[error("{handle} is not served any more: {source}")]
+    Ended {
+        /// Topic, pattern or group.
+        handle: String,
+        /// Why.
+        source: RecvError,
+    },
+    /// A handler was done with a message, and settling it failed: its lease had ended, so another consumer gets it, or has it.
+    /// Longer leases, or `extend`, prevent that.
+    #[error("{handle}: message {sequence} was handled, but could not be settled: {source}")]
+    NotSettled {
+        /// The group.
+        handle: String,
+        /// The message.
+        sequence: Sequence,
+        /// Why.
+        source: AckError,
+    },
 }
 
 /// Why waiting for a group has ended.

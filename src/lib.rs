@@ -35,10 +35,11 @@ pub use crate::{
     access::{Access, Right, Who},
     channel::{Channel, ChannelError},
     client::{
-        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Delivery, Envelope, Failure, Incoming, Lease,
-        Loan, Message, Messages, Outputs, OwnedMessage, OwnedWildcardMessage, Pipeline, PipelineBuilder, Pollable,
-        Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Start, Subscriber,
-        SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage, WildcardSubscriber, wait_any,
+        Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
+        Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
+        PipelineBuilder, Pollable, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts,
+        Runner, RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
+        WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,
@@ -52,7 +53,8 @@ pub use crate::{
 pub use crate::{
     error::{
         AckError, AttachError, ConnectError, EnvelopeError, GoneReason, Holder, NameError, OpenError, PipelineError,
-        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, SettleError, WildcardError,
+        PublishError, RecvError, Refusal, ReplyError, RequestError, RouteError, RunnerError, SettleError,
+        WildcardError,
     },
     ring::sequence::Sequence,
     topic::{
@@ -61,7 +63,7 @@ pub use crate::{
 };
 
 #[cfg(all(feature = "async", not(loom)))]
-pub use crate::client::MessageStream;
+pub use crate::client::{DeliveryStream, MessageStream};
 
 /// The README's program compiles.
 #[cfg(doctest)]

@@ -477,6 +477,43 @@ fn streams_have_the_iterators_items() {
     });
 }
 
+/// Two at a time: the third comes when another task settles one.
+#[test]
+fn a_stream_of_deliveries_is_settled_by_any_task() {
+    let scene = Scene::new("deliveries");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(small("deliveries")).unwrap();
+    let group = bus.consumer(small("deliveries"), "group").options(GroupOptions::new()).max_in_flight(2);
+    let mut stream = group.open().unwrap().into_stream();
+    for n in 0..10u64 {
+        publisher.publish(&n.to_le_bytes()).unwrap();
+    }
+    run(async {
+        let (mut held, mut tasks) = (Vec::new(), Vec::new());
+        for n in 0..10 {
+            let since = Instant::now();
+            let job = next(&mut stream).await.unwrap().unwrap();
+            assert!(since.elapsed() < PROMPT, "a wake-up was lost at {n}");
+            assert_eq!((number(job.as_bytes()), job.attempt()), (n, 1));
+            held.push(job);
+            if held.len() == 2 {
+                assert!(timeout(Duration::from_millis(5), next(&mut stream)).await.is_err(), "that is the third");
+                let job = held.remove(0);
+                tasks.push(tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    job.ack().unwrap();
+                }));
+            }
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        bus.remove_topic("deliveries", true).unwrap();
+        assert_eq!(next(&mut stream).await.unwrap().map(|_| ()), Err(RecvError::Gone(GoneReason::Removed)));
+        assert!(next(&mut stream).await.is_none());
+    });
+}
+
 /// What comes due by itself rings no bell.
 #[test]
 fn a_delayed_redelivery_comes_in_time() {

@@ -2,11 +2,22 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use common::{MODES, Scene, await_that, hear, of_mode, say};
-use shmbus::{Bus, Envelope, Full, Mode, OwnedMessage, RecvError, Topic};
+use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
+use shmbus::{
+    AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Failure, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
+    OwnedMessage, Publisher, RecvError, Runner, RunnerError, RunnerStopper, Sequence, Start, Topic, Wait,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Long enough never to end in a test.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Not a test: what the tests' other processes do.
 #[test]
@@ -16,6 +27,9 @@ fn role() {
     match role.as_str() {
         "iterate" => iterate(&bus),
         "iterate_all" => iterate_all(&bus),
+        "pool" => pool(&bus),
+        "hoard" => hoard(&bus),
+        "flood" => flood(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -50,6 +64,66 @@ fn iterate_all(bus: &Bus) {
     }
     say("over");
     hear();
+}
+
+/// Role: four workers settle what one iterator takes, in whatever order comes; every seventh message fails at first.
+fn pool(bus: &Bus) {
+    end_with_the_test();
+    let jobs = bus.consumer(jobs(), "workers").existing().max_in_flight(16).open().unwrap();
+    let (hand_out, taken) = mpsc::channel();
+    let taken = Mutex::new(taken);
+    say("ready");
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let taken = &taken;
+            scope.spawn(move || {
+                let mut done = bus.publisher(done()).unwrap();
+                let mut random = Random::new(worker);
+                loop {
+                    let job: OwnedDelivery<u64> = taken.lock().unwrap().recv().unwrap();
+                    (0..random.below(2000)).for_each(|_| std::hint::spin_loop());
+                    assert_eq!(job.sequence().get(), *job, "another message's payload");
+                    match (*job % 7, job.attempt()) {
+                        (0, 1) => job.nack_after(Duration::ZERO).unwrap(),
+                        (1, 1) => drop(job),
+                        _ => {
+                            let report = [*job, job.attempt().into(), std::process::id().into()];
+                            job.ack().unwrap();
+                            done.publish(&report).unwrap();
+                        }
+                    }
+                }
+            });
+        }
+        jobs.into_iter().for_each(|job| hand_out.send(job.unwrap()).unwrap());
+    });
+}
+
+/// Role: takes five messages, acknowledges the third, and keeps the others.
+fn hoard(bus: &Bus) {
+    let jobs = bus.consumer(jobs(), "workers").existing().open().unwrap();
+    let mut hand: Vec<_> = jobs.into_iter().take(5).map(Result::unwrap).collect();
+    hand.remove(2).ack().unwrap();
+    say(&hand.iter().map(|job| job.to_string()).collect::<Vec<_>>().join(" "));
+    hear();
+}
+
+/// Role: publishes to the topic `flood` as fast as it can.
+fn flood(bus: &Bus) {
+    end_with_the_test();
+    let mut publisher = bus.publisher(Topic::<u64>::new("flood")).unwrap();
+    loop {
+        publisher.publish(&0).unwrap();
+    }
+}
+
+fn jobs() -> Topic<u64> {
+    Topic::new("jobs").messages(4096)
+}
+
+/// What was acknowledged: job, attempt, process.
+fn done() -> Topic<[u64; 3]> {
+    Topic::new("done").messages(8192)
 }
 
 fn feed() -> Topic<u64> {
@@ -166,4 +240,384 @@ fn iterating_over_a_pattern_names_topics_and_ends_with_the_bus() {
     bus.stop().unwrap();
     reader.expect("Gone(Stopped)");
     reader.expect("over");
+}
+
+/// The topic of jobs with a group that has been created from the first message on.
+fn open_jobs(bus: &Bus, options: &GroupOptions) -> Publisher<u64> {
+    let publisher = bus.publisher(jobs()).unwrap();
+    bus.create_group("jobs", "workers", options, Start::Oldest, false).unwrap();
+    publisher
+}
+
+/// A consumer that sleeps at once when there is nothing to do.
+fn sleeper(bus: &Bus) -> ConsumerBuilder<u64> {
+    bus.consumer(jobs(), "workers").existing().wait(Wait::Park)
+}
+
+#[test]
+fn worker_pools_settle_every_message_once_in_any_order() {
+    const MESSAGES: u64 = 3000;
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().back_off([Duration::ZERO]));
+    let _done = bus.publisher(done()).unwrap();
+    let mut reports = bus.subscriber(done()).open().unwrap();
+    let mut pools = [scene.start("pool", ""), scene.start("pool", "")];
+    pools.iter_mut().for_each(|pool| pool.expect("ready"));
+    (0..MESSAGES).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let (mut settled, mut by, mut out_of_order) = (BTreeSet::new(), BTreeSet::new(), 0);
+    let mut last = 0;
+    for _ in 0..MESSAGES {
+        let [job, attempt, pid] = *reports.recv_timeout(LIMIT).unwrap();
+        assert!(settled.insert(job), "{job} was settled twice");
+        assert_eq!(attempt, if job % 7 < 2 { 2 } else { 1 }, "{job}");
+        by.insert(pid);
+        out_of_order += u64::from(job < last);
+        last = job;
+    }
+    assert_eq!((by.len(), out_of_order > 0), (2, true));
+    publisher.wait_settled("workers", Sequence::new(MESSAGES - 1), LIMIT).unwrap();
+    assert!(reports.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn what_a_killed_process_had_in_hand_comes_again_and_what_it_acked_does_not() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..6).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut hoarder = scene.start("hoard", "");
+    hoarder.expect("0 1 3 4");
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let mut take = || {
+        let job = jobs.recv_timeout(LIMIT).unwrap();
+        let seen = (*job, job.attempt());
+        job.ack().unwrap();
+        seen
+    };
+    assert_eq!(take(), (5, 1));
+    hoarder.kill();
+    assert_eq!([take(), take(), take(), take()], [(0, 2), (1, 2), (3, 2), (4, 2)]);
+    publisher.wait_settled("workers", Sequence::new(5), LIMIT).unwrap();
+    assert_eq!(jobs.recv_timeout(Duration::ZERO).unwrap_err(), RecvError::TimedOut);
+}
+
+/// How long an iterator that sleeps takes to yield the next message after `act`. Sleepers look again after a second whatever
+/// happens, so what comes much sooner has been woken.
+fn wake_up(mut jobs: Deliveries<u64>, act: impl FnOnce()) -> (Duration, OwnedDelivery<u64>, Deliveries<u64>) {
+    let (begin, begun) = mpsc::channel();
+    thread::scope(|scope| {
+        let sleeping = scope.spawn(move || {
+            begin.send(this_thread()).unwrap();
+            let job = jobs.recv_timeout(LIMIT).unwrap();
+            (Instant::now(), job, jobs)
+        });
+        await_sleep(&begun.recv().unwrap());
+        let started = Instant::now();
+        act();
+        let (woken, job, jobs) = sleeping.join().unwrap();
+        (woken.saturating_duration_since(started), job, jobs)
+    })
+}
+
+const SOON: Duration = Duration::from_millis(500);
+
+#[test]
+fn settling_on_another_thread_wakes_who_sleeps_at_the_limit() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG).back_off([Duration::ZERO]));
+    (0..8).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).max_in_flight(2).open().unwrap().into_iter();
+    let (mut first, mut second) = (jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap());
+    let acts: [fn(OwnedDelivery<u64>); 4] =
+        [|job| job.ack().unwrap(), |job| job.reject("no").unwrap(), |job| job.nack().unwrap(), drop];
+    for settle in acts {
+        let (took, job, back) = wake_up(jobs, || settle(first));
+        assert!(took < SOON, "{} after {took:?}", *job);
+        (first, second, jobs) = (second, job, back);
+    }
+}
+
+#[test]
+fn what_is_settled_while_the_receiver_sleeps_shows_at_once() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..2).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let hand = [jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap()];
+    let (_, job, _jobs) = wake_up(jobs, || {
+        // Nobody waits when they are acknowledged, and the receiver goes on sleeping.
+        hand.into_iter().rev().for_each(|job| job.ack().unwrap());
+        let started = Instant::now();
+        publisher.wait_settled("workers", Sequence::new(1), LIMIT).unwrap();
+        assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+        publisher.publish(&2).unwrap();
+    });
+    job.ack().unwrap();
+}
+
+#[test]
+fn deliveries_end_with_their_topic_and_outlive_their_iterator() {
+    let scene = Scene::new("pool");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    (0..3).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let (mut first, second) = (jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap());
+    drop(jobs);
+    first.extend(LONG).unwrap();
+    first.ack().unwrap();
+    assert_eq!(bus.topic("jobs").unwrap().groups[0].consumers.len(), 1, "one is in hand");
+    drop(second);
+    await_that("the consumer's end", || bus.topic("jobs").unwrap().groups[0].consumers.is_empty());
+    let mut jobs = sleeper(&bus).open().unwrap().into_iter();
+    let seen = |job: &OwnedDelivery<u64>| (**job, job.attempt());
+    let hand = [jobs.next().unwrap().unwrap(), jobs.next().unwrap().unwrap()];
+    let mut all = hand.each_ref().map(seen);
+    all.sort();
+    assert_eq!(all, [(1, 2), (2, 1)]);
+    drop(publisher);
+    bus.remove_topic("jobs", true).unwrap();
+    assert_eq!(jobs.next().unwrap().unwrap_err(), RecvError::Gone(GoneReason::Removed));
+    assert!(jobs.next().is_none());
+    for job in hand {
+        assert_eq!(job.ack(), Err(AckError::Gone(GoneReason::Removed)));
+    }
+}
+
+/// The group's dead letters from the first one on: payload, reason and attempts.
+fn letters(bus: &Bus, count: usize) -> Vec<(Vec<u8>, String, String)> {
+    let topic = Topic::<[u8]>::new("dlq.jobs.workers");
+    await_that("the dead-letter topic", || bus.topic(topic.name()).is_ok());
+    let mut subscriber = bus.subscriber(topic).start(Start::Oldest).open().unwrap();
+    let mut next = || {
+        let letter = subscriber.recv_timeout(LIMIT).unwrap();
+        let header = |name| String::from_utf8(letter.header(name).unwrap().to_vec()).unwrap();
+        (letter.to_vec(), header("reason"), header("attempts"))
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+#[test]
+fn a_runner_serves_all_kinds_of_handles_on_one_thread() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new());
+    let (tell, told) = mpsc::channel();
+    let mut runner = Runner::new();
+    let say = |what: &'static str| {
+        let tell = tell.clone();
+        move |text: String| tell.send((what, text, thread::current().id())).unwrap()
+    };
+    let (topic, pattern, group) = (say("topic"), say("pattern"), say("group"));
+    runner.subscribe(bus.subscriber(jobs()).open().unwrap(), move |job| topic(job.unwrap().to_string()));
+    let wildcard = bus.wildcard::<u64>("*").open().unwrap();
+    runner.subscribe_wildcard(wildcard, move |job| pattern(job.unwrap().topic().to_owned()));
+    runner.consume(sleeper(&bus).open().unwrap(), move |job| {
+        group(format!("{} {}", **job, job.attempt()));
+        Ok(())
+    });
+    runner.respond(bus.responder(Topic::new("greetings")).unwrap(), |request| {
+        let request = request.unwrap();
+        let greeting = [b"hello ", request.payload()].concat();
+        request.reply(&greeting).unwrap();
+    });
+    let running = runner.spawn().unwrap();
+    for round in 0..3u64 {
+        publisher.publish(&round).unwrap();
+        let mut all: Vec<_> = (0..3).map(|_| told.recv_timeout(LIMIT).unwrap()).collect();
+        all.sort_by_key(|(what, ..)| *what);
+        assert!(all.iter().all(|(.., thread)| *thread == all[0].2));
+        let all: Vec<_> = all.iter().map(|(what, text, _)| (*what, text.as_str())).collect();
+        let (number, job) = (round.to_string(), format!("{round} 1"));
+        assert_eq!(all, [("group", &*job), ("pattern", "jobs"), ("topic", &*number)]);
+        let mut requester = bus.requester(Topic::new("greetings")).unwrap();
+        assert_eq!(*requester.request(b"you", LIMIT).unwrap(), *b"hello you");
+    }
+    publisher.wait_settled("workers", Sequence::new(2), LIMIT).unwrap();
+    running.stop();
+    running.join().unwrap();
+    assert!(bus.topic("jobs").unwrap().groups[0].consumers.is_empty(), "its handles are closed");
+}
+
+/// Stops a runner at the end of a scope that waits for it, also where that end is a failure.
+struct StopAtEnd(RunnerStopper);
+
+impl Drop for StopAtEnd {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+#[test]
+fn what_a_handler_returns_settles_its_message() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let options = GroupOptions::new().lease(LONG).back_off([Duration::ZERO]).max_attempts(3);
+    let mut publisher = open_jobs(&bus, &options);
+    (0..4).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let calls = Mutex::new(Vec::new());
+    let mut runner = Runner::new();
+    let stopper = runner.stopper();
+    runner.consume(sleeper(&bus).open().unwrap(), |job| {
+        calls.lock().unwrap().push((**job, job.attempt()));
+        match (**job, job.attempt()) {
+            (0, attempt) => Err(Failure::from(format!("failure {attempt}"))),
+            (1, _) => Err(Failure::Reject("never".to_owned())),
+            (2, 1) => Ok("two".parse::<u64>().map(drop)?),
+            _ => Ok(()),
+        }
+    });
+    thread::scope(|scope| {
+        // On the caller's thread, with what that one lends.
+        let running = scope.spawn(|| runner.run());
+        let stop = StopAtEnd(stopper);
+        publisher.wait_settled("workers", Sequence::new(3), LIMIT).unwrap();
+        let mut letters = letters(&bus, 2);
+        letters.sort();
+        let letter = |job: u64, reason: &str, attempts: &str| {
+            (job.to_le_bytes().to_vec(), reason.to_owned(), attempts.to_owned())
+        };
+        assert_eq!(letters, [letter(0, "failure 3", "3"), letter(1, "never", "1")]);
+        drop(stop);
+        running.join().unwrap().unwrap();
+    });
+    let mut calls = calls.into_inner().unwrap();
+    calls.sort();
+    assert_eq!(calls, [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2), (3, 1)]);
+}
+
+#[test]
+fn a_handler_that_panics_gives_its_message_back_and_ends_the_runner() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(LONG));
+    publisher.publish(&7).unwrap();
+    let mut runner = Runner::new();
+    runner.consume(sleeper(&bus).open().unwrap(), |job| panic!("cannot do {}", **job));
+    let running = runner.spawn().unwrap();
+    let panicked = panic::catch_unwind(AssertUnwindSafe(|| running.join())).unwrap_err();
+    assert_eq!(panicked.downcast_ref::<String>().unwrap(), "cannot do 7");
+    let mut next = sleeper(&bus).open().unwrap();
+    let job = next.recv_timeout(LIMIT).unwrap();
+    assert_eq!((*job, job.attempt()), (7, 2));
+    job.ack().unwrap();
+}
+
+#[test]
+fn a_runner_that_sleeps_stops_at_once() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let _publisher = open_jobs(&bus, &GroupOptions::new());
+    let mut runner = Runner::new();
+    runner.wait(Wait::Park);
+    runner.subscribe(bus.subscriber(jobs()).open().unwrap(), |_| ());
+    runner.consume(sleeper(&bus).open().unwrap(), |_| Ok(()));
+    let stopper = runner.stopper();
+    let (begin, begun) = mpsc::channel();
+    let running = thread::spawn(move || {
+        begin.send(this_thread()).unwrap();
+        runner.run()
+    });
+    await_sleep(&begun.recv().unwrap());
+    let started = Instant::now();
+    stopper.stop();
+    running.join().unwrap().unwrap();
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+    Runner::new().run().unwrap();
+}
+
+#[test]
+fn a_flood_on_one_topic_keeps_no_other_waiting() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new());
+    let flood = Topic::<u64>::new("flood");
+    let mut flooding = bus.publisher(flood.clone()).unwrap();
+    let flooded = bus.subscriber(flood).start(Start::Oldest).open().unwrap();
+    (0..1000).for_each(|number| assert!(flooding.publish(&number).is_ok()));
+    (0..10).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+    let (tell, told) = mpsc::channel();
+    let floods = Arc::new(AtomicU64::new(0));
+    let (counted, mut runner) = (floods.clone(), Runner::new());
+    runner.subscribe(flooded, move |message| {
+        assert!(message.is_ok());
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let before = floods.clone();
+    runner.consume(sleeper(&bus).open().unwrap(), move |_| Ok(tell.send(before.load(Ordering::Relaxed))?));
+    let running = runner.spawn().unwrap();
+    // Turn and turn about.
+    (1..=10).for_each(|turn| assert_eq!(told.recv_timeout(LIMIT).unwrap(), turn));
+    let flooder = scene.start("flood", "");
+    await_that("the flood", || floods.load(Ordering::Relaxed) > 2000);
+    for number in 10..60 {
+        let started = Instant::now();
+        publisher.publish(&number).unwrap();
+        told.recv_timeout(LIMIT).unwrap();
+        assert!(started.elapsed() < SOON, "{number} after {:?}", started.elapsed());
+    }
+    flooder.kill();
+    running.stop();
+    running.join().unwrap();
+}
+
+#[test]
+fn what_ends_leaves_a_runner_and_the_last_one_ends_it() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let publisher = open_jobs(&bus, &GroupOptions::new());
+    let mut other = bus.publisher(Topic::<u64>::new("other")).unwrap();
+    let (tell, told) = mpsc::channel();
+    let mut runner = Runner::new();
+    runner.consume(sleeper(&bus).open().unwrap(), |_| Ok(()));
+    let heard = tell.clone();
+    runner.subscribe(bus.subscriber(Topic::<u64>::new("other")).open().unwrap(), move |message| {
+        heard.send(message.map_or_else(|error| format!("{error:?}"), |message| message.to_string())).unwrap();
+    });
+    runner.on_trouble(move |trouble| tell.send(trouble.to_string()).unwrap());
+    let running = runner.spawn().unwrap();
+    let hear = || told.recv_timeout(LIMIT).unwrap();
+    drop(publisher);
+    bus.remove_topic("jobs", true).unwrap();
+    assert_eq!(hear(), "group \"workers\" of topic \"jobs\" is not served any more: the topic is gone: it was removed");
+    other.publish(&7).unwrap();
+    assert_eq!(hear(), "7");
+    assert!(!running.is_finished());
+    bus.stop().unwrap();
+    assert_eq!(hear(), "Gone(Stopped)");
+    assert_eq!(hear(), "topic \"other\" is not served any more: the topic is gone: the bus was stopped");
+    let Err(RunnerError::Ended { handle, source }) = running.join() else { panic!("it was not stopped") };
+    assert_eq!((handle.as_str(), source), ("topic \"other\"", RecvError::Gone(GoneReason::Stopped)));
+}
+
+#[test]
+fn a_handler_that_outlives_its_lease_is_told_of() {
+    let scene = Scene::new("runner");
+    let bus = scene.open();
+    let mut publisher = open_jobs(&bus, &GroupOptions::new().lease(Duration::from_millis(20)));
+    publisher.publish(&0).unwrap();
+    let (tell, told) = mpsc::channel();
+    let (hand, handed) = mpsc::channel();
+    let handed = Mutex::new(handed);
+    let mut runner = Runner::new();
+    let begins = tell.clone();
+    runner.consume(sleeper(&bus).open().unwrap(), move |_| {
+        begins.send("begun".to_owned())?;
+        Ok(handed.lock().unwrap().recv()?)
+    });
+    runner.on_trouble(move |trouble| tell.send(trouble.to_string()).unwrap());
+    let running = runner.spawn().unwrap();
+    assert_eq!(told.recv_timeout(LIMIT).unwrap(), "begun");
+    let mut other = sleeper(&bus).open().unwrap();
+    let job = other.recv_timeout(LIMIT).unwrap();
+    assert_eq!(job.attempt(), 2);
+    hand.send(()).unwrap();
+    let trouble = told.recv_timeout(LIMIT).unwrap();
+    assert!(trouble.starts_with("group \"workers\" of topic \"jobs\": message 0 was handled, but"), "{trouble}");
+    job.ack().unwrap();
+    running.stop();
+    running.join().unwrap();
 }

@@ -68,7 +68,7 @@ impl<T: Payload + ?Sized> Pull for WildcardSubscriber<T> {
     }
 
     fn is_final(error: &WildcardError) -> bool {
-        error.is_final()
+        error.end().is_some()
     }
 }
 

@@ -36,6 +36,7 @@ mod received;
 mod repeats;
 mod request;
 mod route;
+mod runner;
 mod seat;
 mod select;
 pub(crate) mod subscriber;
@@ -46,7 +47,9 @@ mod write;
 #[cfg(feature = "async")]
 pub use asynchronous::MessageStream;
 pub use bus::{Bus, BusOptions};
-pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Delivery, Lease};
+#[cfg(feature = "async")]
+pub use consumer::DeliveryStream;
+pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Deliveries, Delivery, Lease, OwnedDelivery};
 pub use envelope::Envelope;
 pub use iterate::Messages;
 pub use message::{Message, OwnedMessage};
@@ -56,6 +59,7 @@ pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use request::{Incoming, Reply, Requester, Responder};
 pub use route::{Route, RouteBuilder, RouteCounts};
+pub use runner::{Runner, RunnerStopper, RunningRunner};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
 pub use wildcard::{OwnedWildcardMessage, WildcardBuilder, WildcardMessage, WildcardSubscriber};

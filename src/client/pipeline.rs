@@ -36,14 +36,39 @@ pub struct PipelineBuilder<I: ?Sized, O: ?Sized> {
     to: Topic<O>,
 }
 
-/// Why a transform gave no outputs. The input goes back to its group.
+/// Why a transform, or a runner's handler, has not done its work: what becomes of the message.
+///
+/// Every error that can be displayed becomes [`Failure::Error`] by `?`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Failure {
     /// Try again after the group's back-off, up to its number of attempts.
     Retry,
+    /// The same after this time, at most 24 h.
+    RetryAfter(Duration),
+    /// The same as `Retry`; if it was the last attempt, the letter in the dead-letter topic says this.
+    Error(String),
     /// It will never work: to the dead-letter topic, for this reason.
     Reject(String),
+}
+
+impl Failure {
+    /// Does to a message what is to become of it.
+    pub(crate) fn settle<T: ?Sized>(self, message: Delivery<'_, T>) -> Result<(), AckError> {
+        match self {
+            Failure::Retry => message.nack(),
+            Failure::RetryAfter(delay) => message.nack_after(delay),
+            Failure::Error(why) => message.fail(&why),
+            Failure::Reject(reason) => message.reject(&reason),
+        }
+    }
+}
+
+// A failure itself cannot be displayed, or this would be in its own way.
+impl<E: fmt::Display> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::Error(error.to_string())
+    }
 }
 
 /// What one input becomes: any number of messages, published together when the transform returns.
@@ -224,10 +249,8 @@ fn finish<I: Payload + ?Sized, O: Payload + ?Sized>(
     transform: impl FnOnce(&Delivery<'_, I>, &mut Outputs<O>) -> Result<(), Failure>,
 ) -> Result<(), PipelineError> {
     outputs.clear();
-    match transform(&input, outputs) {
-        Ok(()) => {}
-        Err(Failure::Retry) => return Ok(input.nack()?),
-        Err(Failure::Reject(reason)) => return Ok(input.reject(&reason)?),
+    if let Err(failure) = transform(&input, outputs) {
+        return Ok(failure.settle(input)?);
     }
     if !outputs.messages.is_empty() {
         let sequence = input.sequence().get();

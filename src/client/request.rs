@@ -17,7 +17,7 @@ use crate::client::message::Message;
 use crate::client::publisher::Publisher;
 #[cfg(feature = "async")]
 use crate::client::seat::Seat;
-use crate::client::select::Parts;
+use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::Subscriber;
 use crate::error::{OpenError, PublishError, RecvError, Refusal, ReplyError, RequestError};
 use crate::ring::doorbell::Doorbell;
@@ -312,9 +312,30 @@ impl Responder {
         Ok(Incoming { message: self.requests.recv_async().await?, replies: &mut self.replies })
     }
 
+    /// The topic's name.
+    pub fn topic(&self) -> &str {
+        self.requests.topic()
+    }
+
     /// Chooses how to wait from now on.
     pub fn set_wait(&mut self, wait: Wait) {
         self.requests.set_wait(wait);
+    }
+}
+
+impl Waitable for Responder {}
+
+impl Parts for Responder {
+    fn glance(&mut self) -> Look<()> {
+        self.requests.glance()
+    }
+
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
+        self.requests.bells(into);
+    }
+
+    fn generation(&self) -> u64 {
+        self.requests.generation()
     }
 }
 

@@ -340,7 +340,7 @@ impl Route {
             match &outcome {
                 Ok(()) => now.routed += 1,
                 Err(Failure::Reject(_)) => now.rejected += 1,
-                Err(Failure::Retry) => {}
+                Err(_) => {}
             }
             outcome
         })?;

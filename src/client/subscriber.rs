@@ -84,7 +84,7 @@ pub(crate) struct SubscriberCore {
     found: Found,
     /// Where the topic has envelopes.
     opener: Option<Opener>,
-    options: TopicOptions,
+    info: SharedInfo,
     wait: Wait,
     /// What it sleeps on.
     bell: Shared<Doorbell>,
@@ -151,8 +151,8 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             Start::Time(time) => Wanted::Since(unix_ns(time)),
             Start::LastPerKey => self.last_per_key()?,
             // What has grown too old may still be there until the coordinator looks next, or because others need it.
-            Start::Oldest if core.options.max_age_ms > 0 => {
-                let age = Duration::from_millis(core.options.max_age_ms);
+            Start::Oldest if core.info.options.max_age_ms > 0 => {
+                let age = Duration::from_millis(core.info.options.max_age_ms);
                 Wanted::Since(SystemTime::now().checked_sub(age).map_or(0, unix_ns))
             }
             _ => Wanted::All,
@@ -227,7 +227,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             exactly: matches!(self.start, Start::Sequence(_)),
             droppable: self.droppable,
         };
-        let (options, opener) = (opened.info.options.clone(), Opener::new(&opened.info));
+        let (info, opener) = (opened.info.clone(), Opener::new(&opened.info));
         let rung = !segments.contains(&SegmentRef::OwnCursors);
         let port = opened.attach(segments.into_iter().zip(fds))?;
         Ok(SubscriberCore {
@@ -235,7 +235,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
             port,
             found: Found::nothing(),
             opener,
-            options,
+            info,
             wait: self.wait,
             rung,
             held: Some(held),
@@ -339,7 +339,6 @@ impl Port {
 impl SubscriberCore {
     /// A stand-alone channel's receiver.
     pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment, home: Home) -> Self {
-        let options = info.options.clone();
         let info = Arc::new(info);
         let port = Port::channel(&info, segment, true);
         SubscriberCore {
@@ -347,7 +346,7 @@ impl SubscriberCore {
             port,
             found: Found::nothing(),
             opener: Opener::new(&info),
-            options,
+            info,
             wait: Wait::default(),
             rung: true,
             held: None,
@@ -364,14 +363,14 @@ impl SubscriberCore {
         droppable: bool,
         segments: Vec<(SegmentRef, OwnedFd)>,
     ) -> Result<Self, AttachError> {
-        let (options, asked, home) = (info.options.clone(), place.sequence, control.home());
+        let (asked, home) = (place.sequence, control.home());
         let info = Arc::new(info);
         let opener = Opener::new(&info);
         let rung = segments.iter().all(|(segment, _)| *segment != SegmentRef::OwnCursors);
-        let opened = Opened { info, control, cursor, place, asked, exactly: false, droppable };
+        let opened = Opened { info: info.clone(), control, cursor, place, asked, exactly: false, droppable };
         let port = opened.attach(segments.into_iter())?;
         let (found, bell, wait) = (Found::nothing(), port.bell(), Wait::default());
-        Ok(SubscriberCore { port, found, opener, options, wait, bell, rung, held: None, home })
+        Ok(SubscriberCore { port, found, opener, info, wait, bell, rung, held: None, home })
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -570,7 +569,12 @@ impl<T: Payload + ?Sized> Subscriber<T> {
 
     /// The options the topic was created with.
     pub fn topic_options(&self) -> &TopicOptions {
-        &self.core.options
+        &self.core.info.options
+    }
+
+    /// The topic's name.
+    pub fn topic(&self) -> &str {
+        &self.core.info.name
     }
 
     /// Chooses how to wait from now on.

@@ -53,6 +53,7 @@ pub(super) struct WildcardCore {
     expired: u64,
     /// Changes with `topics`.
     generation: u64,
+    pattern: String,
     wildcard: u64,
     droppable: bool,
     wait: Wait,
@@ -135,7 +136,8 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
     pub fn open(self) -> Result<WildcardSubscriber<T>, OpenError> {
         let control = self.bus.control();
         let (start, droppable) = (self.start.at(), self.droppable);
-        let request = Request::OpenWildcard { pattern: self.pattern, schema: T::schema(), start, droppable };
+        let pattern = self.pattern.clone();
+        let request = Request::OpenWildcard { pattern, schema: T::schema(), start, droppable };
         let (answer, fds) = control.request(&request)?;
         let Answer::WildcardOpened { wildcard } = answer else { return Err(unexpected(&answer)) };
         let _held = Held::new(control.clone(), HandleRef::Wildcard { wildcard });
@@ -150,6 +152,7 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
             trouble: None,
             expired: 0,
             generation: 0,
+            pattern: self.pattern,
             wildcard,
             droppable,
             wait: self.wait,
@@ -367,6 +370,11 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     /// How many messages it has skipped because they had expired.
     pub fn expired(&self) -> u64 {
         self.core.expired + self.core.topics.iter().map(|member| member.core.expired()).sum::<u64>()
+    }
+
+    /// What its topics' names are like.
+    pub fn pattern(&self) -> &str {
+        &self.core.pattern
     }
 
     /// The topics it reads now.

@@ -121,7 +121,6 @@ fn longest_sleep(sure: bool) -> Duration {
 
 impl Doorbell {
     /// A doorbell outside shared memory.
-    #[cfg(loom)]
     pub fn new() -> Self {
         Doorbell { futex: FutexWord::new() }
     }

@@ -31,6 +31,15 @@ impl<T: ?Sized> Shared<T> {
         Shared { target, keep }
     }
 
+    /// A view of what lies in the memory of this process alone.
+    #[cfg(not(loom))]
+    pub(crate) fn of(owner: Arc<T>) -> Self
+    where
+        T: Sized + Send + Sync,
+    {
+        Shared { target: NonNull::from(&*owner), keep: owner }
+    }
+
     /// A view of a part of the target, which keeps the same memory alive.
     pub(crate) fn part<U: ?Sized>(&self, choose: impl for<'a> FnOnce(&'a T) -> &'a U) -> Shared<U> {
         // What `choose` returns for every lifetime lies in the target, or lives for ever.

@@ -1,8 +1,12 @@
 //! Consuming without blocking the thread (feature `async`).
 
 use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
-use super::{Batch, Consumer, Delivery};
+use futures_core::stream::{FusedStream, Stream};
+
+use super::{Batch, Consumer, Deliveries, Delivery, OwnedDelivery};
 use crate::client::seat::Seat;
 use crate::error::RecvError;
 use crate::topic::Payload;
@@ -32,6 +36,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
         Ok(Batch::new(&mut self.core))
     }
 
+    /// The messages to come as a stream of deliveries that any task may settle; see [`DeliveryStream`].
+    pub fn into_stream(self) -> DeliveryStream<T> {
+        DeliveryStream { deliveries: self.into_iter(), seat: Seat::default() }
+    }
+
     /// Takes up to `count` messages, at least one.
     async fn taken_async(&mut self, count: usize) -> Result<(), RecvError> {
         let mut seat = Seat::default();
@@ -42,5 +51,30 @@ impl<T: Payload + ?Sized> Consumer<T> {
         };
         poll_fn(|context| seat.poll(context.waker(), self, |consumer, bells| bells.push(consumer.shared_bell()), look))
             .await
+    }
+}
+
+/// Waits for message after message of a [`Consumer`] without blocking the thread: a [`Stream`] of what [`Deliveries`], the
+/// iterator, yields. Set [`max_in_flight`](crate::ConsumerBuilder::max_in_flight): without it, it takes as much as there is.
+///
+/// Cancel safe: dropping a future that waits for the next item leaves the message to the group.
+#[must_use = "streams do nothing unless they are polled"]
+pub struct DeliveryStream<T: ?Sized> {
+    deliveries: Deliveries<T>,
+    seat: Seat,
+}
+
+impl<T: Payload + ?Sized> Stream for DeliveryStream<T> {
+    type Item = Result<OwnedDelivery<T>, RecvError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        this.deliveries.poll_next(&mut this.seat, context.waker())
+    }
+}
+
+impl<T: Payload + ?Sized> FusedStream for DeliveryStream<T> {
+    fn is_terminated(&self) -> bool {
+        self.deliveries.has_ended()
     }
 }

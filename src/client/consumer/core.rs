@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::copies::{Copies, Copy};
 use super::fetch::{Log, Origin};
@@ -13,6 +13,7 @@ use super::moves::Moves;
 use super::ordered::Ordered;
 use super::scan::Scan;
 use super::take::Stride;
+use super::waiting::wait;
 use crate::client::control::Control;
 use crate::client::envelope::{self, EnvelopeView};
 use crate::client::held::Held;
@@ -28,7 +29,7 @@ use crate::ring::sequence::Sequence;
 use crate::shm::shared::Shared;
 use crate::shm::topic::SharedInfo;
 use crate::sync::Ordering;
-use crate::wait::{self, Wait};
+use crate::wait::Wait;
 
 /// Acks between two looks at the floor, at most: each look brings words that others have settled to this core.
 const ACKS_PER_FLUSH: u64 = 1024;
@@ -197,11 +198,20 @@ impl Core {
 
     /// Gives the message back, to rest for `delay` or the group's back-off.
     pub(super) fn nack(&mut self, lease: Seen, delay: Option<Duration>) -> Result<(), AckError> {
+        self.give_back(lease, delay, None)
+    }
+
+    /// Gives the message back, to rest for the group's back-off; if this was its last attempt, the letter says why.
+    pub(super) fn fail(&mut self, lease: Seen, why: &str) -> Result<(), AckError> {
+        self.give_back(lease, None, Some(why))
+    }
+
+    fn give_back(&mut self, lease: Seen, delay: Option<Duration>, why: Option<&str>) -> Result<(), AckError> {
         self.check_settle()?;
         self.check_unsettled(lease)?;
         let options = &self.group.options;
         if options.max_attempts > 0 && u32::from(lease.attempt) >= options.max_attempts {
-            return self.move_away(lease, MoveReason::Exhausted, None);
+            return self.move_away(lease, MoveReason::Exhausted, why);
         }
         let now = clock::now_ms();
         let rest = delay.map_or_else(|| options.rest_ms(lease.attempt), whole_ms).min(*LEASE_MS.end());
@@ -291,6 +301,11 @@ impl Core {
         }
     }
 
+    /// Whether this consumer has a limit of its own on leases.
+    pub(super) fn has_own_limit(&self) -> bool {
+        self.max_in_flight != u64::MAX
+    }
+
     /// Raises the floor if something was settled and the clock has moved on since it was last raised.
     #[inline]
     pub(super) fn raise_floor_now_and_then(&mut self, now: u64) {
@@ -358,37 +373,7 @@ impl Core {
     /// Takes up to `count` messages into `items`; waits for the first.
     #[inline]
     pub(super) fn recv(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.poll(count)? { Ok(()) } else { self.wait(count, limit) }
-    }
-
-    fn wait(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
-        enum Outcome {
-            Taken,
-            /// There is a moment to wake at that was not known when we began to wait.
-            Sooner,
-            Failed(RecvError),
-        }
-        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        loop {
-            let nap = self.scan.nap();
-            let until = match (deadline, nap.and_then(|nap| Instant::now().checked_add(nap))) {
-                (Some(deadline), Some(nap)) => Some(deadline.min(nap)),
-                (deadline, nap) => deadline.or(nap),
-            };
-            let planned = self.scan.next_due();
-            let poll = |core: &mut Core| match core.poll(count) {
-                Ok(true) => Some(Outcome::Taken),
-                Ok(false) => (core.scan.next_due() != planned).then_some(Outcome::Sooner),
-                Err(error) => Some(Outcome::Failed(error)),
-            };
-            match wait::until(self, self.wait, until, |core| &core.readers.readers, poll) {
-                Some(Outcome::Taken) => return Ok(()),
-                Some(Outcome::Failed(error)) => return Err(error),
-                Some(Outcome::Sooner) => {}
-                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Err(RecvError::TimedOut),
-                None => {}
-            }
-        }
+        if self.poll(count)? { Ok(()) } else { wait(self, limit, |core| Ok(core.poll(count)?.then_some(()))) }
     }
 }
 

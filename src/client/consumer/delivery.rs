@@ -39,6 +39,15 @@ impl Lease {
         (self.token == token).then_some(self.seen)
     }
 
+    pub(super) fn seen(&self) -> Seen {
+        self.seen
+    }
+
+    /// Whether there is anything to settle: what is delivered at most once is settled before.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.seen.state == State::Leased
+    }
+
     pub(super) fn replace(&mut self, seen: Seen) {
         self.seen = seen;
     }
@@ -103,6 +112,11 @@ impl<T: ?Sized> Delivery<'_, T> {
     /// [`AckError`]; nothing has changed then.
     pub fn nack_after(mut self, delay: Duration) -> Result<(), AckError> {
         self.let_go().map_or(Ok(()), |lease| self.core.nack(lease, Some(delay)))
+    }
+
+    /// Gives the message back; it rests for the group's back-off. If this was its last attempt, the letter says why.
+    pub(crate) fn fail(mut self, why: &str) -> Result<(), AckError> {
+        self.let_go().map_or(Ok(()), |lease| self.core.fail(lease, why))
     }
 
     /// Sends the message to the dead-letter topic; it is never delivered to this group again.

@@ -9,8 +9,10 @@ mod delivery;
 mod fetch;
 mod moves;
 mod ordered;
+mod pool;
 mod scan;
 mod take;
+mod waiting;
 
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,14 +37,17 @@ use crate::shm::topic::{self, Arenas, LogSegments};
 use crate::topic::{Mode, Payload, Topic, TopicOptions, virtual_topic};
 use crate::wait::Wait;
 
+#[cfg(feature = "async")]
+pub use asynchronous::DeliveryStream;
 pub use batch::{Batch, BatchItem};
 pub use delivery::{Delivery, Lease};
+pub use pool::{Deliveries, OwnedDelivery};
 
 /// One of the consumers of a group: each message of the topic goes to one of them.
 ///
 /// A message is leased to the consumer that receives it, until it is acknowledged, given back or the lease ends. Several
 /// groups of one topic get every message each. A consumer is used by one thread at a time; open one for each thread.
-/// Dropping it gives all its leases back at once.
+/// Dropping it gives all its leases back at once. Iterated over, it yields deliveries that any thread may settle; see [`Deliveries`].
 pub struct Consumer<T: ?Sized> {
     core: Core,
     payload: PhantomData<fn() -> Box<T>>,
@@ -366,6 +371,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.scan.nap()
     }
 
+    /// When something comes due, as far as is known.
+    pub(crate) fn next_due(&self) -> Option<u64> {
+        self.core.scan.next_due()
+    }
+
     fn own(&self, lease: &Lease) -> Result<crate::ring::ledger::Seen, AckError> {
         lease.of(self.core.token).ok_or(AckError::Foreign { sequence: lease.sequence() })
     }
@@ -386,7 +396,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// The topic's name.
-    pub(crate) fn topic(&self) -> &str {
+    pub fn topic(&self) -> &str {
         &self.core.info.name
     }
 

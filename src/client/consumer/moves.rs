@@ -97,10 +97,15 @@ impl Moves {
 }
 
 impl Core {
+    /// Whether moves wait.
+    pub(super) fn has_moves(&self) -> bool {
+        !self.moves.queue.is_empty()
+    }
+
     /// Goes on with the moves that wait, if there are any.
     #[inline]
     pub(super) fn work_off_moves(&mut self) {
-        if !self.moves.queue.is_empty() {
+        if self.has_moves() {
             self.carry_moves_on();
         }
     }

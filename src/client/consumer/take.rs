@@ -299,7 +299,7 @@ impl Core {
     }
 
     fn is_limited(&self) -> bool {
-        self.max_in_flight != u64::MAX || self.group.options.max_in_flight > 0
+        self.has_own_limit() || self.group.options.max_in_flight > 0
     }
 
     /// How many more leases this consumer and its group may have.
