@@ -10,6 +10,7 @@ use crate::wait::Look;
 
 /// Keeps what has been arranged between two polls. Dropped, nobody is called any more.
 #[derive(Default)]
+#[cfg_attr(not(feature = "async"), allow(unreachable_pub, reason = "streams have it in a public trait"))]
 pub struct Seat {
     registration: Option<Registration>,
 }
