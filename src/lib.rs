@@ -37,9 +37,9 @@ pub use crate::{
     client::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
         Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
-        PipelineBuilder, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts, Runner,
-        RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder, WildcardMessage,
-        WildcardSubscriber, wait_any,
+        PipelineBuilder, Pollable, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts,
+        Runner, RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
+        WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{
         BlockedTopic, BlockingGroup, BusReport, ConsumerStatus, GroupStatus, LeaseStatus, NameStatus,
@@ -62,6 +62,9 @@ pub use crate::{
     },
 };
 
+#[cfg(all(feature = "async", not(loom)))]
+pub use crate::client::{DeliveryStream, MessageStream};
+
 /// The README's program compiles.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
@@ -73,7 +76,7 @@ pub struct Readme;
 pub mod model {
     pub use crate::ring::arena::Arena;
     pub use crate::ring::cursor::{Cursor, CursorsHeader};
-    pub use crate::ring::doorbell::{Armed, Doorbell, arm_all, sleep_any};
+    pub use crate::ring::doorbell::{Armed, Doorbell, Hatch, arm_all, sleep_any, sleep_in_place_of_others};
     pub use crate::ring::exclusive::{ExclusiveLog, Poll, Reader, Writer};
     pub use crate::ring::gate::{Blocked, Gate, Policy, Stop, Want, still_retained};
     pub use crate::ring::ledger::{Ledger, LedgerHeader, MoveReason, RUN, Run, Seen, State as LedgerState, runs_in};

@@ -26,6 +26,7 @@ mod real {
     pub(crate) struct FutexWord(AtomicU32);
 
     impl FutexWord {
+        /// A word outside shared memory.
         pub(crate) fn new() -> Self {
             FutexWord(AtomicU32::new(0))
         }

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::ring::doorbell::{Doorbell, arm_all, sleep_any};
+use crate::shm::shared::Shared;
 use crate::sync::pause;
 
 /// How a handle waits.
@@ -34,7 +35,7 @@ impl Wait {
 const SPIN: Duration = Duration::from_micros(50);
 
 /// Between two looks for what rings no bell.
-const MOMENT: Duration = Duration::from_millis(5);
+pub(crate) const MOMENT: Duration = Duration::from_millis(5);
 
 /// Polls between two looks at the clock.
 const POLLS_PER_LOOK: u32 = 64;
@@ -85,8 +86,8 @@ pub enum Look<R> {
     Found(R),
     /// Nothing.
     Nothing,
-    /// Nothing, but something is under way that rings no bell: look again in a moment.
-    Soon,
+    /// Nothing, but something may come that rings no bell: look again before so long has passed.
+    Within(Duration),
     /// Nothing, but there are other bells to wait on now: arm those before sleeping.
     OtherBells,
 }
@@ -96,12 +97,12 @@ pub(crate) fn until_any<S: ?Sized, R>(
     state: &mut S,
     wait: Wait,
     deadline: Option<Instant>,
-    bells: impl for<'a> Fn(&'a S, &mut Vec<&'a Doorbell>),
+    bells: impl Fn(&S, &mut Vec<Shared<Doorbell>>),
     mut look: impl FnMut(&mut S) -> Look<R>,
 ) -> Option<R> {
     let mut poll = |state: &mut &mut S| match look(state) {
         Look::Found(result) => Some(result),
-        Look::Nothing | Look::Soon | Look::OtherBells => None,
+        Look::Nothing | Look::Within(_) | Look::OtherBells => None,
     };
     if wait.spins()
         && let Some(outcome) = spin(&mut &mut *state, wait, deadline, &mut poll)
@@ -112,22 +113,18 @@ pub(crate) fn until_any<S: ?Sized, R>(
         let mut armed_bells = Vec::new();
         bells(state, &mut armed_bells);
         let armed = arm_all(&armed_bells);
-        drop(armed_bells);
-        let soon = match look(state) {
+        let again = match look(state) {
             Look::Found(result) => return Some(result),
             Look::OtherBells => continue,
-            Look::Soon => true,
-            Look::Nothing => false,
+            Look::Within(again) => Some(again),
+            Look::Nothing => None,
         };
         let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if limit.is_some_and(|limit| limit.is_zero()) {
             return None;
         }
-        // The same as were armed: `look` would have said otherwise.
-        let mut same_bells = Vec::new();
-        bells(state, &mut same_bells);
-        let limit = if soon { Some(limit.map_or(MOMENT, |limit| limit.min(MOMENT))) } else { limit };
-        sleep_any(&same_bells, armed, limit);
+        // Still those to wait on: `look` would have said otherwise.
+        sleep_any(&armed_bells, armed, limit.into_iter().chain(again).min());
         if let Look::Found(result) = look(state) {
             return Some(result);
         }

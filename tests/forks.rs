@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -10,8 +11,8 @@ use common::{LIMIT, MODES, Scene, of_mode, raw, receive};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, alarm, fork};
 use shmbus::{
-    AckError, Bus, Channel, ConnectError, Delivery, Mode, OpenError, Outputs, PipelineError, PublishError, RecvError,
-    ReplyError, RequestError, SettleError, Start, Topic, Wait, WildcardError, wait_any,
+    AckError, Bus, Channel, ConnectError, Delivery, Mode, OpenError, Outputs, PipelineError, Pollable, PublishError,
+    RecvError, ReplyError, RequestError, SettleError, Start, Topic, Wait, WildcardError, wait_any,
 };
 
 /// Runs `body` in a forked child; what it finds wrong fails the test.
@@ -281,4 +282,38 @@ fn a_childs_owned_deliveries_are_refused_whoever_had_the_lock() {
         assert_eq!(receiving.join().unwrap(), b"last");
     });
     job.unwrap().ack().unwrap();
+}
+
+/// The threads that sleep for a parent's event loop are not there in a child, and a child's own waiting is not its parent's.
+#[test]
+fn a_childs_event_loop_is_its_own() {
+    let scene = Scene::new("loops");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    let mut subscriber = bus.subscriber(topic(Mode::Many)).open().unwrap();
+    let mut pollable = Some(Pollable::new().unwrap());
+    assert!(pollable.as_mut().unwrap().arm(&mut [&mut subscriber]).unwrap());
+    let readable = |pollable: &Pollable| {
+        let mut fds = [nix::poll::PollFd::new(pollable.as_fd(), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, 700u16).unwrap() == 1
+    };
+    in_a_child(|| {
+        let copy = pollable.as_mut().unwrap();
+        assert!(copy.arm(&mut [&mut subscriber]).unwrap_err().to_string().contains("before a fork"));
+        drop(pollable.take());
+        let mut own = Pollable::new().unwrap();
+        assert!(!own.arm(&mut [&mut subscriber]).unwrap(), "the error is something to receive");
+        assert!(matches!(subscriber.try_recv(), Err(RecvError::Forked { .. })));
+        let bus = scene.open();
+        let mut mine = bus.subscriber(topic(Mode::Many)).open().unwrap();
+        assert!(own.arm(&mut [&mut mine]).unwrap());
+        bus.publisher(topic(Mode::Many)).unwrap().publish(b"child").unwrap();
+        assert!(readable(&own));
+        assert_eq!(mine.try_recv().unwrap().unwrap().as_bytes(), b"child");
+    });
+    assert!(readable(pollable.as_ref().unwrap()), "the child published");
+    assert_eq!(receive(&mut subscriber), (0, b"child".to_vec()));
+    assert!(pollable.as_mut().unwrap().arm(&mut [&mut subscriber]).unwrap());
+    publisher.publish(b"parent").unwrap();
+    assert!(readable(pollable.as_ref().unwrap()));
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use loom_tests::*;
 use shmbus::model::*;
@@ -112,6 +113,96 @@ fn a_sleeper_at_two_doorbells_is_woken_by_one_ringer() {
         let ringing = thread::spawn(move || theirs.iter().rev().for_each(|door| door.store_and_ring()));
         sleep_until_all(&doors, 1);
         ringing.join().unwrap();
+    });
+}
+
+/// Where a task leaves its bell with the thread that sleeps in its place.
+struct Desk {
+    hatch: Hatch,
+    left: Mutex<Left>,
+    called: Condvar,
+}
+
+#[derive(Default)]
+struct Left {
+    /// What the bell was when it was armed.
+    armed: Option<u32>,
+    is_called: bool,
+    is_over: bool,
+}
+
+impl Desk {
+    fn new() -> Arc<Self> {
+        Arc::new(Desk { hatch: Hatch::new(), left: Mutex::new(Left::default()), called: Condvar::new() })
+    }
+
+    /// The thread: calls the task when the bell has been rung.
+    fn sleep_for(&self, door: &Door) {
+        let mut armed = None;
+        loop {
+            self.hatch.answer();
+            let mut left = self.left.lock().unwrap();
+            armed = left.armed.take().or(armed);
+            if armed.is_some_and(|armed| door.bell.was_rung_since(armed)) {
+                armed = None;
+                left.is_called = true;
+                self.called.notify_all();
+            }
+            if left.is_over {
+                return;
+            }
+            drop(left);
+            let bells: Vec<(&Doorbell, u32)> = armed.iter().map(|armed| (&door.bell, *armed)).collect();
+            sleep_in_place_of_others(&self.hatch, &bells, std::time::Duration::MAX);
+        }
+    }
+
+    /// The task: arms, looks, leaves the sleep to the thread.
+    fn wait_until(&self, enough: impl Fn() -> bool, door: &Door) {
+        while !enough() {
+            let (values, _) = arm_all(&[&door.bell]).hand_over();
+            if enough() {
+                break;
+            }
+            let mut left = self.left.lock().unwrap();
+            (left.armed, left.is_called) = (Some(values[0]), false);
+            drop(left);
+            self.hatch.call();
+            let mut left = self.left.lock().unwrap();
+            while !left.is_called {
+                left = self.called.wait(left).unwrap();
+            }
+        }
+        self.left.lock().unwrap().is_over = true;
+        self.hatch.call();
+    }
+}
+
+/// One thread arms and looks, another one sleeps: wherever the ring falls, the first one hears of it.
+#[test]
+fn who_leaves_the_sleep_to_another_is_called() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (door, desk) = (Door::new(), Desk::new());
+        let theirs = door.clone();
+        let ringing = thread::spawn(move || theirs.store_and_ring());
+        let (theirs, place) = (door.clone(), desk.clone());
+        let sleeping = thread::spawn(move || place.sleep_for(&theirs));
+        desk.wait_until(|| door.has(1), &door);
+        (ringing.join().unwrap(), sleeping.join().unwrap());
+    });
+}
+
+/// The second ring comes while the bell is armed anew, or slept on yet for the first.
+#[test]
+fn who_leaves_the_sleep_to_another_twice_is_called_twice() {
+    explore(PREEMPTIONS, || {
+        let (door, desk) = (Door::new(), Desk::new());
+        let theirs = door.clone();
+        let ringing = thread::spawn(move || (theirs.store_and_ring(), theirs.store_and_ring()));
+        let (theirs, place) = (door.clone(), desk.clone());
+        let sleeping = thread::spawn(move || place.sleep_for(&theirs));
+        desk.wait_until(|| door.has(2), &door);
+        (ringing.join().unwrap(), sleeping.join().unwrap());
     });
 }
 

@@ -744,6 +744,6 @@ fn pause(socket: Option<&OwnedFd>, deadline: Instant) {
 }
 
 /// Locks; a thread that panicked here left nothing half done that matters.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

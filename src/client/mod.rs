@@ -14,6 +14,8 @@ macro_rules! with_port {
     };
 }
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod blocks;
 mod bus;
 mod consumer;
@@ -25,26 +27,34 @@ mod iterate;
 mod launch;
 mod message;
 mod pipeline;
+mod pollable;
 pub(crate) mod publisher;
 mod pushed;
+mod reactor;
 mod read;
 mod received;
 mod repeats;
 mod request;
 mod route;
 mod runner;
+mod seat;
 mod select;
 pub(crate) mod subscriber;
 mod watch;
 mod wildcard;
 mod write;
 
+#[cfg(feature = "async")]
+pub use asynchronous::MessageStream;
 pub use bus::{Bus, BusOptions};
+#[cfg(feature = "async")]
+pub use consumer::DeliveryStream;
 pub use consumer::{Batch, BatchItem, Consumer, ConsumerBuilder, Deliveries, Delivery, Lease, OwnedDelivery};
 pub use envelope::Envelope;
 pub use iterate::Messages;
 pub use message::{Message, OwnedMessage};
 pub use pipeline::{Failure, Outputs, Pipeline, PipelineBuilder};
+pub use pollable::Pollable;
 pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use request::{Incoming, Reply, Requester, Responder};

@@ -1,6 +1,8 @@
 //! [`Publisher`] and [`Loan`].
 
 use std::collections::HashSet;
+#[cfg(feature = "async")]
+use std::future::poll_fn;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +14,8 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::Control;
 use crate::client::envelope::{self, Envelope};
 use crate::client::held::Held;
+#[cfg(feature = "async")]
+use crate::client::seat::Seat;
 use crate::client::write::{self, ChannelEnd, ManyPort, Others, Runs, SlotPort, WritePort};
 use crate::coordinator::protocol::{Answer, HandleRef, Identity, Request, SegmentRef, TopicInfo, input_number};
 use crate::error::{AttachError, EnvelopeError, Holder, OpenError, PublishError, SettleError};
@@ -26,8 +30,11 @@ use crate::ring::slot::MAX_INLINE_BYTES;
 use crate::ring::{exclusive, many};
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, batch_envelopes_bytes};
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, LogSegments, SharedInfo};
 use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
+#[cfg(feature = "async")]
+use crate::wait::Look;
 use crate::wait::{self, Wait};
 
 /// Writes messages to a topic.
@@ -35,7 +42,7 @@ use crate::wait::{self, Wait};
 /// A publisher is used by one thread at a time; open one for each thread. Dropping it gives its place back; what it
 /// published stays.
 pub struct Publisher<T: ?Sized> {
-    core: PublisherCore,
+    pub(super) core: PublisherCore,
     payload: PhantomData<fn(&T)>,
 }
 
@@ -55,6 +62,8 @@ pub(crate) struct PublisherCore {
     before: u64,
     runs: Runs,
     wait: Wait,
+    /// What it sleeps on for room.
+    space_bell: Shared<Doorbell>,
     held: Option<Held>,
     home: Home,
 }
@@ -72,6 +81,13 @@ const KEPT_SCRATCH_BYTES: usize = 1 << 20;
 
 /// How long to wait for a group's line to be in force before the coordinator is asked again.
 const GROUP_PAUSE: Duration = Duration::from_millis(1);
+
+/// What came of one attempt to publish.
+enum Attempt<R> {
+    Done(Result<R, PublishError>),
+    /// There is no room, and the topic's policy is to wait.
+    NoRoom(Blocked),
+}
 
 /// A group's line among the cursors.
 struct GroupLine {
@@ -151,6 +167,7 @@ impl PublisherCore {
         let port = Port::attach(&info, place, &segments, fds, control)?;
         let options = info.options.clone();
         Ok(PublisherCore {
+            space_bell: port.space_bell(),
             port,
             sealer: Sealer::new(&info),
             options,
@@ -222,6 +239,10 @@ struct Tenure {
 }
 
 impl Port {
+    fn space_bell(&self) -> Shared<Doorbell> {
+        with_port!(self, port => port.space_bell())
+    }
+
     /// Maps what the coordinator handed out.
     fn attach(
         info: &SharedInfo,
@@ -321,6 +342,7 @@ impl PublisherCore {
         let port = Port::channel(info, segment, true);
         let options = info.options.clone();
         PublisherCore {
+            space_bell: port.space_bell(),
             port,
             options,
             sealer: Sealer::new(info),
@@ -408,15 +430,21 @@ impl PublisherCore {
         envelope: &Envelope,
         publish: impl FnOnce(&mut Self, &[u8]) -> Result<Sequence, PublishError>,
     ) -> Result<Sequence, PublishError> {
+        let Some(body) = self.seal(payload, envelope)? else { return publish(self, payload) };
+        let outcome = publish(self, &body);
+        self.keep_scratch(body);
+        outcome
+    }
+
+    /// A payload in its envelope; `None`: the topic has none.
+    fn seal(&mut self, payload: &[u8], envelope: &Envelope) -> Result<Option<Vec<u8>>, PublishError> {
         let Some(sealer) = &mut self.sealer else {
-            return if envelope.is_empty() { publish(self, payload) } else { Err(EnvelopeError::LeanTopic.into()) };
+            return if envelope.is_empty() { Ok(None) } else { Err(EnvelopeError::LeanTopic.into()) };
         };
         let mut body = std::mem::take(&mut sealer.scratch);
         body.clear();
-        let sealed = sealer.seal(payload, envelope, envelope::now_ns(), &mut body);
-        let outcome = sealed.map_err(PublishError::from).and_then(|()| publish(self, &body));
-        self.keep_scratch(body);
-        outcome
+        sealer.seal(payload, envelope, envelope::now_ns(), &mut body)?;
+        Ok(Some(body))
     }
 
     /// The same with a batch, whose messages all get one timestamp.
@@ -527,40 +555,43 @@ impl PublisherCore {
         deadline: Option<Instant>,
         mut attempt: impl FnMut(&mut Port) -> Result<R, Stop>,
     ) -> Result<R, PublishError> {
-        if self.options.full == Full::Reject || !matches!(stop, Stop::Blocked(_)) {
-            return Err(self.refused(stop));
+        let mut last = match stop {
+            Stop::Blocked(blocked) if self.options.full != Full::Reject => blocked,
+            stop => return Err(self.refused(stop)),
+        };
+        let poll = |core: &mut Self| match core.attempt(&mut attempt) {
+            Attempt::Done(outcome) => Some(outcome),
+            Attempt::NoRoom(blocked) => {
+                last = blocked;
+                None
+            }
+        };
+        let outcome = wait::until(self, self.wait, deadline, |core| core.space_bell(), poll);
+        outcome.unwrap_or_else(|| Err(self.timed_out(last)))
+    }
+
+    /// Tries once, where the topic may have gone meanwhile.
+    fn attempt<R>(&mut self, attempt: impl FnOnce(&mut Port) -> Result<R, Stop>) -> Attempt<R> {
+        if let Err(gone) = self.check_gone() {
+            return Attempt::Done(Err(gone));
         }
-        let mut last = stop;
-        let outcome = wait::until(
-            self,
-            self.wait,
-            deadline,
-            |core| core.space_bell(),
-            |core| {
-                if let Err(gone) = core.check_gone() {
-                    return Some(Err(gone));
-                }
-                match attempt(&mut core.port) {
-                    Ok(done) => Some(Ok(done)),
-                    Err(Stop::Blocked(blocked)) => {
-                        last = Stop::Blocked(blocked);
-                        None
-                    }
-                    Err(stop) => Some(Err(core.refused(stop))),
-                }
-            },
-        );
-        match outcome {
-            Some(result) => result,
-            None => Err(match self.refused(last) {
-                PublishError::Full { holder, held } => PublishError::TimedOut { holder, held },
-                other => other,
-            }),
+        match attempt(&mut self.port) {
+            Ok(done) => Attempt::Done(Ok(done)),
+            Err(Stop::Blocked(blocked)) if self.options.full != Full::Reject => Attempt::NoRoom(blocked),
+            Err(stop) => Attempt::Done(Err(self.refused(stop))),
         }
     }
 
-    fn space_bell(&self) -> &Doorbell {
-        with_port!(&self.port, port => port.space_bell())
+    /// There was no room in time.
+    fn timed_out(&self, blocked: Blocked) -> PublishError {
+        match self.refused(Stop::Blocked(blocked)) {
+            PublishError::Full { holder, held } => PublishError::TimedOut { holder, held },
+            other => other,
+        }
+    }
+
+    fn space_bell(&self) -> &Shared<Doorbell> {
+        &self.space_bell
     }
 
     #[cold]
@@ -579,6 +610,43 @@ impl PublisherCore {
                 };
                 PublishError::Full { holder, held: position }
             }
+        }
+    }
+}
+
+/// Waiting for room without blocking.
+#[cfg(feature = "async")]
+impl PublisherCore {
+    /// Publishes as soon as there is room, until `deadline`: in the very poll that says so.
+    pub(super) async fn publish_async(
+        &mut self,
+        payload: &[u8],
+        envelope: &Envelope,
+        deadline: Option<Instant>,
+    ) -> Result<Sequence, PublishError> {
+        let sealed = self.seal(payload, envelope)?;
+        let body = sealed.as_deref().unwrap_or(payload);
+        let mut seat = Seat::default();
+        let published = poll_fn(|context| {
+            let bells = |core: &Self, bells: &mut Vec<Shared<Doorbell>>| bells.push(core.space_bell.clone());
+            seat.poll(context.waker(), self, bells, |core| core.look_for_room(body, deadline))
+        });
+        let outcome = published.await;
+        if let Some(body) = sealed {
+            self.keep_scratch(body);
+        }
+        outcome
+    }
+
+    fn look_for_room(&mut self, body: &[u8], deadline: Option<Instant>) -> Look<Result<Sequence, PublishError>> {
+        let blocked = match self.attempt(|port| with_port!(port, port => port.publish(body))) {
+            Attempt::Done(outcome) => return Look::Found(outcome.map(Sequence::new)),
+            Attempt::NoRoom(blocked) => blocked,
+        };
+        match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+            None => Look::Nothing,
+            Some(left) if left.is_zero() => Look::Found(Err(self.timed_out(blocked))),
+            Some(left) => Look::Within(left),
         }
     }
 }
@@ -713,7 +781,7 @@ impl<T: Payload + ?Sized> Publisher<T> {
     }
 
     /// Rings when a reader has made room, or has left.
-    pub(crate) fn space_bell(&self) -> &Doorbell {
+    pub(crate) fn space_bell(&self) -> &Shared<Doorbell> {
         self.core.space_bell()
     }
 
@@ -826,7 +894,7 @@ impl<T: Payload + ?Sized> Publisher<T> {
 
     /// The payload's bytes. A fixed size has been compared with the topic's when the handle was opened.
     #[inline]
-    fn checked<'a>(&self, payload: &'a T) -> Result<&'a [u8], PublishError> {
+    pub(super) fn checked<'a>(&self, payload: &'a T) -> Result<&'a [u8], PublishError> {
         let bytes = payload.as_bytes();
         if !T::FIXED_SIZE {
             self.core.check_len(bytes.len())?;

@@ -7,16 +7,21 @@
 //! | `deadline-ns` | when the requester gives up, in nanoseconds since 1970, in decimal |
 
 use std::collections::VecDeque;
+#[cfg(feature = "async")]
+use std::future::poll_fn;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::client::bus::Bus;
 use crate::client::envelope::{Envelope, unix_ns};
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
+#[cfg(feature = "async")]
+use crate::client::seat::Seat;
 use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::Subscriber;
 use crate::error::{OpenError, PublishError, RecvError, Refusal, ReplyError, RequestError};
 use crate::ring::doorbell::Doorbell;
+use crate::shm::shared::Shared;
 use crate::topic::{Full, Mode, Topic, TopicOptions};
 use crate::wait::{self, Look, Wait};
 
@@ -46,6 +51,13 @@ pub struct Requester {
     next_id: u64,
     wait: Wait,
     bus: Bus,
+}
+
+/// A request about to be sent.
+struct Question {
+    id: u64,
+    envelope: Envelope,
+    deadline: Option<Instant>,
 }
 
 /// A reply; dereferences to its bytes.
@@ -168,6 +180,39 @@ impl Requester {
     /// [`RequestError::NoResponder`] at once where nobody reads the topic, and as soon as the last reader has left without
     /// a reply. Whoever subscribes to the topic counts as a reader, whether or not it replies.
     pub fn request(&mut self, payload: &[u8], limit: Duration) -> Result<Reply, RequestError> {
+        let Question { id, envelope, deadline } = self.prepare(limit)?;
+        self.requests.publish_with_until(payload, &envelope, deadline)?;
+        // A reader that leaves rings for publishers that wait for room: so the last one's end wakes us, too.
+        let outcome = wait::until_any(self, self.wait, deadline, Self::bells, |requester| requester.look_for(id));
+        outcome.unwrap_or_else(|| Err(self.deadline_exceeded(limit)))
+    }
+
+    /// Sends a request and waits for the first reply to it, for at most `limit` from the first poll on; otherwise as
+    /// [`Self::request`]. If the future is dropped before it resolves, the request may have been sent; its reply is passed over
+    /// then.
+    ///
+    /// # Errors
+    /// As [`Self::request`].
+    #[cfg(feature = "async")]
+    pub async fn request_async(&mut self, payload: &[u8], limit: Duration) -> Result<Reply, RequestError> {
+        let Question { id, envelope, deadline } = self.prepare(limit)?;
+        self.requests.core.publish_async(self.requests.checked(payload)?, &envelope, deadline).await?;
+        let mut seat = Seat::default();
+        let look = |requester: &mut Self| {
+            let seen = requester.look_for(id);
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match (seen, left) {
+                (Look::Found(outcome), _) => Look::Found(outcome),
+                (_, Some(left)) if left.is_zero() => Look::Found(Err(requester.deadline_exceeded(limit))),
+                (_, Some(left)) => Look::Within(left),
+                (nothing, None) => nothing,
+            }
+        };
+        poll_fn(|context| seat.poll(context.waker(), self, Self::bells, look)).await
+    }
+
+    /// What goes with a request that is sent now.
+    fn prepare(&mut self, limit: Duration) -> Result<Question, RequestError> {
         let (started, now) = (Instant::now(), SystemTime::now());
         // What came too late takes room that the next reply needs.
         while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some() {}
@@ -180,24 +225,16 @@ impl Requester {
         let envelope = Envelope::new().header(REPLY_TO, self.inbox.as_bytes());
         let envelope = envelope.header(CORRELATION_ID, id.to_string().as_bytes());
         let envelope = envelope.header(DEADLINE, gives_up.to_string().as_bytes()).ttl(limit);
-        let deadline = started.checked_add(limit);
-        self.requests.publish_with_until(payload, &envelope, deadline)?;
-        self.await_reply(id, deadline, limit)
+        Ok(Question { id, envelope, deadline: started.checked_add(limit) })
     }
 
-    fn await_reply(&mut self, id: u64, deadline: Option<Instant>, limit: Duration) -> Result<Reply, RequestError> {
-        // A reader that leaves rings for publishers that wait for room: so the last one's end wakes us, too.
-        let outcome = wait::until_any(
-            self,
-            self.wait,
-            deadline,
-            |requester, into| {
-                requester.replies.bells(into);
-                into.push(requester.requests.space_bell());
-            },
-            |requester| requester.look_for(id),
-        );
-        outcome.unwrap_or_else(|| Err(RequestError::DeadlineExceeded { topic: self.topic.clone(), limit }))
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
+        self.replies.bells(into);
+        into.push(self.requests.space_bell().clone());
+    }
+
+    fn deadline_exceeded(&self, limit: Duration) -> RequestError {
+        RequestError::DeadlineExceeded { topic: self.topic.clone(), limit }
     }
 
     fn look_for(&mut self, id: u64) -> Look<Result<Reply, RequestError>> {
@@ -266,6 +303,15 @@ impl Responder {
         Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
     }
 
+    /// The next request, waiting for it without blocking the thread. Dropping the future loses no request.
+    ///
+    /// # Errors
+    /// As [`Subscriber::recv`].
+    #[cfg(feature = "async")]
+    pub async fn recv_async(&mut self) -> Result<Incoming<'_>, RecvError> {
+        Ok(Incoming { message: self.requests.recv_async().await?, replies: &mut self.replies })
+    }
+
     /// The topic's name.
     pub fn topic(&self) -> &str {
         self.requests.topic()
@@ -284,7 +330,7 @@ impl Parts for Responder {
         self.requests.glance()
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
         self.requests.bells(into);
     }
 

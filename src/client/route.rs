@@ -15,6 +15,7 @@ use crate::error::{AckError, GoneReason, OpenError, PipelineError, PublishError,
 use crate::group::GroupOptions;
 use crate::pattern::{check_pattern, is_pattern, matches};
 use crate::ring::doorbell::Doorbell;
+use crate::shm::shared::Shared;
 use crate::topic::{Topic, check_name};
 use crate::wait::{self, Look, Wait};
 
@@ -102,9 +103,9 @@ struct Sources<'a> {
 }
 
 impl Sources<'_> {
-    fn bells<'b>(&'b self, into: &mut Vec<&'b Doorbell>) {
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
         into.extend(self.arrivals.map(Arrivals::bell));
-        into.extend(self.legs.iter().map(|leg| leg.pipeline.consumer().bell()));
+        into.extend(self.legs.iter().map(|leg| leg.pipeline.consumer().shared_bell()));
     }
 
     /// Whether topics have come. That the bus has ended its topics say, where there are any.
@@ -133,7 +134,7 @@ impl Sources<'_> {
         }
         match self.next_due() {
             None => Look::Nothing,
-            Some(due) if due <= Instant::now() + SOON => Look::Soon,
+            Some(due) if due <= Instant::now() + SOON => Look::Within(wait::MOMENT),
             // The clock that leases end by is coarse, so that the same moment seems to come a little sooner or later.
             Some(due) if planned.is_none_or(|planned| due + SOON < planned) => Look::Found(Woken::LookAgain),
             Some(_) => Look::Nothing,

@@ -17,6 +17,7 @@ use crate::client::wildcard::{WildcardMessage, WildcardSubscriber};
 use crate::error::{RecvError, RunnerError, WildcardError};
 use crate::os::{clock, membarrier};
 use crate::ring::doorbell::Doorbell;
+use crate::shm::shared::Shared;
 use crate::topic::Payload;
 use crate::wait::{self, Look, Wait};
 
@@ -107,7 +108,7 @@ trait Task: Send {
     }
 
     /// As [`Parts::bells`].
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>);
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>);
 
     /// As [`Parts::generation`].
     fn generation(&self) -> u64 {
@@ -255,7 +256,7 @@ impl<'h> Runner<'h> {
             self.wait,
             until,
             |runner, into| {
-                into.push(&runner.stopper.signal.bell);
+                into.push(Shared::of(runner.stopper.signal.clone()).part(|signal| &signal.bell));
                 runner.tasks.iter().for_each(|task| task.bells(into));
             },
             |runner| {
@@ -274,15 +275,15 @@ impl<'h> Runner<'h> {
         if self.stopper.is_stopped() {
             return Look::Found(());
         }
-        let mut soon = false;
+        let mut soonest = None;
         for task in &mut self.tasks {
             match task.look() {
                 Look::Found(()) => return Look::Found(()),
-                Look::Soon => soon = true,
+                Look::Within(again) => soonest = soonest.into_iter().chain([again]).min(),
                 Look::Nothing | Look::OtherBells => {}
             }
         }
-        if soon { Look::Soon } else { Look::Nothing }
+        soonest.map_or(Look::Nothing, Look::Within)
     }
 
     fn next_due(&self) -> Option<u64> {
@@ -419,7 +420,7 @@ impl<S: Source, H: FnMut(Result<S::Message<'_>, S::Error>) + Send> Task for Feed
         self.source.glance()
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
         self.source.bells(into);
     }
 
@@ -463,8 +464,8 @@ impl<T: Payload + ?Sized, H: FnMut(&mut Delivery<'_, T>) -> Result<(), Failure> 
         if self.has_taken { Look::Found(()) } else { Look::Nothing }
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
-        into.push(self.consumer.bell());
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
+        into.push(self.consumer.shared_bell());
     }
 
     fn has_taken(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::ring::doorbell::Doorbell;
+use crate::shm::shared::Shared;
 use crate::wait::{self, Look, Wait};
 
 /// A handle that a thread can wait on together with others; see [`wait_any`].
@@ -15,7 +16,7 @@ pub trait Parts {
     fn glance(&mut self) -> Look<()>;
 
     /// The bells that ring when that may have changed.
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>);
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>);
 
     /// Changes whenever the bells are others than before.
     fn generation(&self) -> u64;
@@ -50,29 +51,34 @@ pub fn wait_any(handles: &mut [&mut dyn Waitable], limit: Option<Duration>) -> O
     if handles.is_empty() {
         return None;
     }
-    let bells = |handles: &[&mut dyn Waitable]| handles.iter().map(|handle| handle.generation()).sum::<u64>();
-    let mut generation = bells(handles);
-    wait::until_any(
-        handles,
-        Wait::Adaptive,
-        deadline,
-        |handles, into| handles.iter().for_each(|handle| handle.bells(into)),
-        |handles| {
-            let mut soon = false;
-            for (index, handle) in handles.iter_mut().enumerate() {
-                match handle.glance() {
-                    Look::Found(()) => return Look::Found(index),
-                    Look::Soon => soon = true,
-                    Look::Nothing | Look::OtherBells => {}
-                }
-            }
-            let now = bells(handles);
-            let others = std::mem::replace(&mut generation, now) != now;
-            match (others, soon) {
-                (true, _) => Look::OtherBells,
-                (false, true) => Look::Soon,
-                (false, false) => Look::Nothing,
-            }
-        },
-    )
+    let generations = |handles: &[&mut dyn Waitable]| handles.iter().map(|handle| handle.generation()).sum::<u64>();
+    let mut generation = generations(handles);
+    wait::until_any(handles, Wait::Adaptive, deadline, all_bells, |handles| {
+        let seen = glance_at_all(handles);
+        let now = generations(handles);
+        let others = std::mem::replace(&mut generation, now) != now;
+        match seen {
+            Look::Found(index) => Look::Found(index),
+            _ if others => Look::OtherBells,
+            nothing => nothing,
+        }
+    })
+}
+
+/// The bells of all `handles`.
+pub(super) fn all_bells(handles: &[&mut dyn Waitable], into: &mut Vec<Shared<Doorbell>>) {
+    handles.iter().for_each(|handle| handle.bells(into));
+}
+
+/// The first that is ready.
+pub(super) fn glance_at_all(handles: &mut [&mut dyn Waitable]) -> Look<usize> {
+    let mut soonest: Option<Duration> = None;
+    for (index, handle) in handles.iter_mut().enumerate() {
+        match handle.glance() {
+            Look::Found(()) => return Look::Found(index),
+            Look::Within(again) => soonest = Some(soonest.map_or(again, |soonest| soonest.min(again))),
+            Look::Nothing | Look::OtherBells => {}
+        }
+    }
+    soonest.map_or(Look::Nothing, Look::Within)
 }

@@ -20,6 +20,7 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, Arenas, LogSegments, SharedInfo};
 use crate::topic::{Full, Mode, Payload, Topic, TopicOptions};
 use crate::wait::{self, Look, Wait};
@@ -92,7 +93,7 @@ impl GroupStart {
 /// On `block` and `reject` topics it holds the ring back until it has read (unless it is droppable). What it has read
 /// is given back in steps of a sixteenth of the ring, when it runs dry, and when a publisher waits.
 pub struct Subscriber<T: ?Sized> {
-    core: SubscriberCore,
+    pub(super) core: SubscriberCore,
     payload: PhantomData<fn() -> Box<T>>,
 }
 
@@ -104,7 +105,9 @@ pub(crate) struct SubscriberCore {
     opener: Option<Opener>,
     info: SharedInfo,
     wait: Wait,
-    /// Whether anybody rings its bell.
+    /// What it sleeps on.
+    bell: Shared<Doorbell>,
+    /// Whether anybody rings it.
     rung: bool,
     held: Option<Held>,
     home: Home,
@@ -277,6 +280,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         let rung = !segments.contains(&SegmentRef::OwnCursors);
         let port = opened.attach(segments.into_iter().zip(fds))?;
         Ok(SubscriberCore {
+            bell: port.bell(),
             port,
             found: Found::nothing(),
             opener,
@@ -366,6 +370,10 @@ impl Opened {
 }
 
 impl Port {
+    fn bell(&self) -> Shared<Doorbell> {
+        with_port!(self, port => port.bell())
+    }
+
     fn channel(info: &SharedInfo, segment: &Segment, stand_alone: bool) -> Port {
         if info.small_slots() {
             let (channel, arena) = topic::channel::<1>(segment, &info.geometry);
@@ -381,8 +389,10 @@ impl SubscriberCore {
     /// A stand-alone channel's receiver.
     pub(crate) fn stand_alone(info: TopicInfo, segment: &Segment, home: Home) -> Self {
         let info = Arc::new(info);
+        let port = Port::channel(&info, segment, true);
         SubscriberCore {
-            port: Port::channel(&info, segment, true),
+            bell: port.bell(),
+            port,
             found: Found::nothing(),
             opener: Opener::new(&info),
             info,
@@ -408,8 +418,8 @@ impl SubscriberCore {
         let rung = segments.iter().all(|(segment, _)| *segment != SegmentRef::OwnCursors);
         let opened = Opened { info: info.clone(), control, cursor, place, asked, exactly: false, droppable };
         let port = opened.attach(segments.into_iter())?;
-        let (found, wait) = (Found::nothing(), Wait::default());
-        Ok(SubscriberCore { port, found, opener, info, wait, rung, held: None, home })
+        let (found, bell, wait) = (Found::nothing(), port.bell(), Wait::default());
+        Ok(SubscriberCore { port, found, opener, info, wait, bell, rung, held: None, home })
     }
 
     pub(crate) fn set_wait(&mut self, wait: Wait) {
@@ -487,8 +497,8 @@ impl SubscriberCore {
         wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
-    pub(crate) fn bell(&self) -> &Doorbell {
-        with_port!(&self.port, port => port.bell())
+    pub(crate) fn bell(&self) -> &Shared<Doorbell> {
+        &self.bell
     }
 
     /// Whether publishers ring the bell. For those that may not write among others' cursors they do not.
@@ -547,12 +557,12 @@ impl<T: Payload + ?Sized> Parts for Subscriber<T> {
         match self.core.is_ready() {
             true => Look::Found(()),
             false if self.core.is_rung() => Look::Nothing,
-            false => Look::Soon,
+            false => Look::Within(wait::MOMENT),
         }
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
-        into.push(self.core.bell());
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
+        into.push(self.core.bell().clone());
     }
 
     fn generation(&self) -> u64 {

@@ -32,12 +32,12 @@ use crate::wait::{self, Look, Wait};
 ///
 /// On `block` and `reject` topics it holds each ring back until it has read, like any subscriber, unless it is droppable.
 pub struct WildcardSubscriber<T: ?Sized> {
-    core: WildcardCore,
+    pub(super) core: WildcardCore,
     payload: PhantomData<fn() -> Box<T>>,
 }
 
 /// What does not depend on the payload's type.
-struct WildcardCore {
+pub(super) struct WildcardCore {
     // Dropped in this order: the topics' cursors are left before the subscription is given back.
     topics: Vec<Member>,
     /// Whose turn it is.
@@ -216,7 +216,7 @@ impl WildcardCore {
     }
 
     /// Finds the next message, beginning with the topic whose turn it is.
-    fn look(&mut self) -> Look<Result<(), WildcardError>> {
+    pub(super) fn look(&mut self) -> Look<Result<(), WildcardError>> {
         if let Err(forked) = self.control.check_process() {
             return Look::Found(Err(forked.into()));
         }
@@ -267,7 +267,7 @@ impl WildcardCore {
         } else if before != self.generation {
             Look::OtherBells
         } else if *news == News::OnTheirWay || !self.is_rung() {
-            Look::Soon
+            Look::Within(wait::MOMENT)
         } else {
             Look::Nothing
         }
@@ -294,10 +294,10 @@ impl WildcardCore {
         found.unwrap_or(Err(WildcardError::TimedOut))
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+    pub(super) fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
         // First: where the kernel can sleep on a part of them only, new topics should not be in the other.
-        into.push(&self.notice.bell);
-        into.extend(self.topics.iter().map(|member| member.core.bell()));
+        into.push(self.notice.part(|notice| &notice.bell));
+        into.extend(self.topics.iter().map(|member| member.core.bell().clone()));
     }
 
     fn glance(&mut self) -> Look<()> {
@@ -309,7 +309,7 @@ impl WildcardCore {
         match news {
             _ if self.notice.has_ended() || self.topics.iter_mut().any(ready) => Look::Found(()),
             Ok(News::AllHere) if self.is_rung() => Look::Nothing,
-            Ok(_) => Look::Soon,
+            Ok(_) => Look::Within(wait::MOMENT),
             // Being cut off is found again by the receive, what is wrong with a topic is not.
             Err(WildcardError::Connect(_)) => Look::Found(()),
             Err(error) => {
@@ -334,8 +334,8 @@ impl Arrivals {
     }
 
     /// Rings when there may be news.
-    pub(crate) fn bell(&self) -> &Doorbell {
-        &self.0.notice.bell
+    pub(crate) fn bell(&self) -> Shared<Doorbell> {
+        self.0.notice.part(|notice| &notice.bell)
     }
 
     /// Whether topics have come that were not released.
@@ -371,7 +371,7 @@ impl<T: Payload + ?Sized> Parts for WildcardSubscriber<T> {
         self.core.glance()
     }
 
-    fn bells<'a>(&'a self, into: &mut Vec<&'a Doorbell>) {
+    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
         self.core.bells(into);
     }
 
@@ -389,7 +389,7 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     pub fn try_recv(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
         match self.core.look() {
             Look::Found(found) => found.map(|()| Some(self.message())),
-            Look::Nothing | Look::OtherBells | Look::Soon => Ok(None),
+            Look::Nothing | Look::OtherBells | Look::Within(_) => Ok(None),
         }
     }
 
@@ -427,7 +427,7 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     }
 
     /// What was found last.
-    fn message(&self) -> WildcardMessage<'_, T> {
+    pub(super) fn message(&self) -> WildcardMessage<'_, T> {
         let member = &self.core.topics[self.core.found];
         WildcardMessage { topic: &member.name, message: Message::new(&member.core) }
     }

@@ -7,7 +7,7 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 
 /// Most words that the kernel takes in one wait on several.
-const MOST_WORDS: usize = libc::FUTEX_WAITV_MAX as usize;
+pub(crate) const MOST_WORDS: usize = libc::FUTEX_WAITV_MAX as usize;
 
 /// How long a sleep on some of the words lasts where the kernel cannot sleep on all of them.
 const SHORT_SLEEP: Duration = Duration::from_millis(2);

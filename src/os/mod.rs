@@ -3,6 +3,7 @@
 pub(crate) mod address_space;
 pub(crate) mod cache;
 pub(crate) mod clock;
+pub(crate) mod event;
 pub(crate) mod futex;
 pub(crate) mod home;
 pub(crate) mod lock;

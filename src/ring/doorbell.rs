@@ -20,7 +20,12 @@
 //! setting of *its* bit and the look at *its* store lies a full barrier. The kernel compares every word before the sleep,
 //! so a ring at any of them after the arming prevents it. Where WAITING stays set at the bells that did not wake the
 //! sleeper, their next ringers clear it with one needless wake each.
+//!
+//! Who may not sleep (a task, a foreign event loop) arms and looks, and leaves the sleep to another thread: it hands over the
+//! value that each word had when it was armed. Whoever rings after that changes the word, so the other thread does not fall
+//! asleep, or wakes, however late it comes to it: what was said of one thread's arming and sleep holds for two.
 
+use std::ops::Deref;
 use std::time::Duration;
 
 use crate::sync::{FutexWord, Ordering, heavy_barrier, light_barrier, wait_any};
@@ -54,16 +59,60 @@ pub struct ArmedAll {
 }
 
 /// Announces a sleeper at all of `bells`. Look again at everything after this, then [`sleep_any`].
-pub fn arm_all(bells: &[&Doorbell]) -> ArmedAll {
+pub fn arm_all<B: Deref<Target = Doorbell>>(bells: &[B]) -> ArmedAll {
     let values = bells.iter().map(|bell| bell.announce()).collect();
     let longest = longest_sleep(heavy_barrier());
     ArmedAll { values, longest }
 }
 
 /// Sleeps until one of `bells`, which must be those that were armed, is rung, for at most `limit`. May return for no reason.
-pub fn sleep_any(bells: &[&Doorbell], armed: ArmedAll, limit: Option<Duration>) {
+pub fn sleep_any<B: Deref<Target = Doorbell>>(bells: &[B], armed: ArmedAll, limit: Option<Duration>) {
     let words: Vec<(&FutexWord, u32)> = bells.iter().map(|bell| &bell.futex).zip(armed.values).collect();
     wait_any(&words, limit.map_or(armed.longest, |limit| limit.min(armed.longest)));
+}
+
+impl ArmedAll {
+    /// For a thread that sleeps in the place of the one that armed: the value to sleep on at each bell, in their order, and how
+    /// long to sleep at most before somebody looks again.
+    pub fn hand_over(self) -> (Vec<u32>, Duration) {
+        (self.values, self.longest)
+    }
+}
+
+/// Sleeps until one of `bells` has been rung since it had the value beside it, or `hatch` is called, for at most `limit`. May
+/// return for no reason. Where the kernel cannot sleep on so many words it returns soon.
+pub fn sleep_in_place_of_others(hatch: &Hatch, bells: &[(&Doorbell, u32)], limit: Duration) {
+    let bells = bells.iter().map(|(bell, armed)| (&bell.futex, *armed));
+    let words: Vec<(&FutexWord, u32)> = std::iter::once((&hatch.called, 0)).chain(bells).collect();
+    wait_any(&words, limit);
+}
+
+/// What calls a thread away from [`sleep_in_place_of_others`]: somebody has left something for it to see.
+pub struct Hatch {
+    /// 1: called.
+    called: FutexWord,
+}
+
+impl Hatch {
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Hatch { called: FutexWord::new() }
+    }
+
+    /// Calls the thread, which will not sleep before it has looked again. After having left what there is to see.
+    pub fn call(&self) {
+        // Release: R-HATCH pairs with A-HATCH (answer). Who finds it called already needs no wake: the thread is awake, or its
+        // sleep is over, until it has answered.
+        if self.called.word().swap(1, Ordering::Release) == 0 {
+            self.called.wake_all();
+        }
+    }
+
+    /// Takes note of all calls so far. For the thread, before it looks at what was left.
+    pub fn answer(&self) {
+        // Acquire: A-HATCH pairs with R-HATCH (call): what was left before is seen by the look that follows.
+        self.called.word().swap(0, Ordering::Acquire);
+    }
 }
 
 fn longest_sleep(sure: bool) -> Duration {
@@ -127,6 +176,12 @@ impl Doorbell {
     pub(crate) fn urge(&self) {
         // Relaxed: a hint.
         self.futex.word().fetch_or(WAITING, Ordering::Relaxed);
+    }
+
+    /// Whether it was rung since its word had this value.
+    pub fn was_rung_since(&self, armed: u32) -> bool {
+        // Relaxed: whoever is woken because of it arms again before the look that counts (I-7).
+        self.futex.word().load(Ordering::Relaxed) != armed
     }
 
     /// Announces a sleeper. Look again after this, then [`Self::sleep`].

@@ -31,6 +31,26 @@ impl<T: ?Sized> Shared<T> {
         Shared { target, keep }
     }
 
+    /// A view of what lies in the memory of this process alone.
+    #[cfg(not(loom))]
+    pub(crate) fn of(owner: Arc<T>) -> Self
+    where
+        T: Sized + Send + Sync,
+    {
+        Shared { target: NonNull::from(&*owner), keep: owner }
+    }
+
+    /// A view of a part of the target, which keeps the same memory alive.
+    pub(crate) fn part<U: ?Sized>(&self, choose: impl for<'a> FnOnce(&'a T) -> &'a U) -> Shared<U> {
+        // What `choose` returns for every lifetime lies in the target, or lives for ever.
+        Shared { target: NonNull::from(choose(self)), keep: self.keep.clone() }
+    }
+
+    /// Whether both are views of the same place.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        std::ptr::addr_eq(self.target.as_ptr(), other.target.as_ptr())
+    }
+
     /// A heap allocation, shared between threads (models).
     #[cfg(loom)]
     pub fn heap(value: Box<T>) -> Self

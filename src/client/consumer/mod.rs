@@ -1,5 +1,7 @@
 //! [`Consumer`]: takes messages from a group, and how to open one.
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod batch;
 mod bury;
 mod copies;
@@ -33,10 +35,13 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, Arenas, LogSegments};
 use crate::topic::{Mode, Payload, Topic, TopicOptions, virtual_topic};
 use crate::wait::Wait;
 
+#[cfg(feature = "async")]
+pub use asynchronous::DeliveryStream;
 pub use batch::{Batch, BatchItem};
 pub use delivery::{Delivery, Lease};
 pub use pool::{Deliveries, OwnedDelivery};
@@ -367,8 +372,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// Rings when there may be something to receive.
-    pub(crate) fn bell(&self) -> &Doorbell {
-        &self.core.readers.readers
+    pub(crate) fn shared_bell(&self) -> Shared<Doorbell> {
+        self.core.readers.part(|header| &header.readers)
     }
 
     /// Takes a message for [`Self::taken`], which must come next. Never waits. `false`: there is none.

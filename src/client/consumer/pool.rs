@@ -8,6 +8,8 @@
 use std::iter::FusedIterator;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+#[cfg(feature = "async")]
+use std::task::{Poll, Waker, ready};
 use std::time::Duration;
 
 use super::Consumer;
@@ -17,6 +19,8 @@ use super::waiting::{Waiting, wait};
 use crate::client::envelope::EnvelopeView;
 use crate::client::message::OwnedMessage;
 use crate::client::received::{Received, received_message};
+#[cfg(feature = "async")]
+use crate::client::seat::Seat;
 use crate::error::{AckError, RecvError};
 use crate::os::home::Home;
 use crate::ring::cursor::CursorsHeader;
@@ -24,6 +28,8 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::ledger::Seen;
 use crate::shm::shared::Shared;
 use crate::topic::Payload;
+#[cfg(feature = "async")]
+use crate::wait::Look;
 
 /// Waits for message after message of a [`Consumer`]: each an [`OwnedDelivery`], which any thread may settle.
 ///
@@ -140,13 +146,54 @@ impl<T: Payload + ?Sized> Deliveries<T> {
         if !pool.home.is_here() {
             return Err(RecvError::Forked { opened_by: pool.home.pid(), pid: std::process::id() });
         }
-        let (message, lease) = wait(&mut pool, limit, |core| {
-            Ok(core.poll(1)?.then(|| {
-                let delivery = Delivery::<T>::new(core);
-                (OwnedMessage::copy_of(&delivery, delivery.as_bytes()), delivery.keep())
-            }))
-        })?;
+        let (message, lease) = wait(&mut pool, limit, take)?;
         Ok(OwnedDelivery { message, lease, is_settled: false, pool: self.pool.clone() })
+    }
+}
+
+/// Takes the next message, if there is one.
+fn take<T: Payload + ?Sized>(core: &mut Core) -> Result<Option<(OwnedMessage<T>, Lease)>, RecvError> {
+    Ok(core.poll(1)?.then(|| {
+        let delivery = Delivery::<T>::new(core);
+        (OwnedMessage::copy_of(&delivery, delivery.as_bytes()), delivery.keep())
+    }))
+}
+
+#[cfg(feature = "async")]
+impl<T: Payload + ?Sized> Deliveries<T> {
+    /// The next item, or `waker` will be called when it is worth another poll.
+    pub(super) fn poll_next(
+        &mut self,
+        seat: &mut Seat,
+        waker: &Waker,
+    ) -> Poll<Option<Result<OwnedDelivery<T>, RecvError>>> {
+        if self.has_ended {
+            return Poll::Ready(None);
+        }
+        let pool = &*self.pool;
+        let taken = if pool.home.is_here() {
+            let bells =
+                |pool: &Pool, bells: &mut Vec<Shared<Doorbell>>| bells.push(pool.bells.part(|all| &all.readers));
+            let look = |pool: &mut &Pool| {
+                let mut core = pool.lock();
+                match take(&mut core) {
+                    Ok(Some(taken)) => Look::Found(Ok(taken)),
+                    Ok(None) => core.scan.nap().map_or(Look::Nothing, Look::Within),
+                    Err(error) => Look::Found(Err(error)),
+                }
+            };
+            ready!(seat.poll(waker, &mut &*pool, |pool, into| bells(pool, into), look))
+        } else {
+            Err(RecvError::Forked { opened_by: pool.home.pid(), pid: std::process::id() })
+        };
+        self.has_ended = taken.as_ref().is_err_and(RecvError::is_final);
+        let deliver = |(message, lease)| OwnedDelivery { message, lease, is_settled: false, pool: self.pool.clone() };
+        Poll::Ready(Some(taken.map(deliver)))
+    }
+
+    /// Whether there is nothing to come.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_ended
     }
 }
 

@@ -7,6 +7,7 @@ use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::slot::{Kind, Slot};
 use crate::ring::spsc;
+use crate::shm::shared::Shared;
 use crate::shm::topic::SharedInfo;
 
 /// A channel's receiver.
@@ -66,8 +67,8 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
         self.receiver.poll().is_some()
     }
 
-    fn bell(&self) -> &Doorbell {
-        &self.receiver.channel().header.readers
+    fn bell(&self) -> Shared<Doorbell> {
+        self.receiver.channel().header.part(|header| &header.readers)
     }
 
     fn gone(&self) -> Option<GoneReason> {

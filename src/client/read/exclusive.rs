@@ -14,6 +14,7 @@ use crate::ring::exclusive;
 use crate::ring::gate::still_retained;
 use crate::ring::sequence::Sequence;
 use crate::ring::slot::{Kind, Slot, Word};
+use crate::shm::shared::Shared;
 use crate::shm::topic::SharedInfo;
 
 /// A subscriber of an exclusive topic.
@@ -203,12 +204,12 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
         missed
     }
 
-    fn bell(&self) -> &Doorbell {
-        &self.keeper.readers.readers
+    fn bell(&self) -> Shared<Doorbell> {
+        self.keeper.readers.part(|header| &header.readers)
     }
 
     fn gone(&self) -> Option<GoneReason> {
-        if self.bell().wants_attention() { self.reader.log().header.gone() } else { None }
+        if self.keeper.readers.readers.wants_attention() { self.reader.log().header.gone() } else { None }
     }
 
     fn lag(&self) -> u64 {

@@ -15,6 +15,7 @@ use crate::ring::many::{self, EntryWord, Record};
 use crate::ring::sequence::Sequence;
 use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, Arenas, SharedInfo, locate};
 
 /// A subscriber of a topic with many publishers.
@@ -270,12 +271,12 @@ impl ReadPort for ManyPort {
         false
     }
 
-    fn bell(&self) -> &Doorbell {
-        &self.keeper.readers.readers
+    fn bell(&self) -> Shared<Doorbell> {
+        self.keeper.readers.part(|header| &header.readers)
     }
 
     fn gone(&self) -> Option<GoneReason> {
-        if self.bell().wants_attention() { self.reader.log().header.gone() } else { None }
+        if self.keeper.readers.readers.wants_attention() { self.reader.log().header.gone() } else { None }
     }
 
     fn lag(&self) -> u64 {

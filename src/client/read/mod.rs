@@ -17,6 +17,7 @@ use crate::coordinator::protocol::TopicInfo;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_ENVELOPE_BYTES};
+use crate::shm::shared::Shared;
 use crate::topic::TopicOptions;
 
 pub(crate) use channel::ChannelPort;
@@ -38,7 +39,7 @@ pub(crate) trait ReadPort: Send {
     fn is_ready(&mut self) -> bool;
 
     /// The bell to wait on for messages.
-    fn bell(&self) -> &Doorbell;
+    fn bell(&self) -> Shared<Doorbell>;
 
     /// Whether the topic is gone. Messages that are still there come first.
     fn gone(&self) -> Option<GoneReason>;
@@ -80,6 +81,8 @@ pub(crate) struct Origin(u64, u64);
 
 // SAFETY: the pointer is only followed through the handle that owns the port whose memory it points to.
 unsafe impl Send for Found {}
+// SAFETY: as above; through a shared reference the payload is only read, and nothing moves it.
+unsafe impl Sync for Found {}
 
 impl Found {
     /// Nothing found yet.

@@ -10,6 +10,7 @@ use crate::ring::gate::{Blocked, Stop};
 use crate::ring::slot::Body;
 use crate::ring::spsc;
 use crate::shm::layout::ARENA_ALIGN;
+use crate::shm::shared::Shared;
 
 /// The port of a channel's sender.
 pub(crate) fn channel<const W: usize>(
@@ -83,8 +84,8 @@ impl<const W: usize> SlotEnd for ChannelEnd<W> {
         Ok(())
     }
 
-    fn space_bell(&self) -> &Doorbell {
-        &self.sender.channel().header.writers
+    fn space_bell(&self) -> Shared<Doorbell> {
+        self.sender.channel().header.part(|header| &header.writers)
     }
 
     fn cursors(&self) -> &[Cursor] {

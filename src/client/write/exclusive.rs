@@ -11,6 +11,7 @@ use crate::ring::exclusive;
 use crate::ring::gate::Stop;
 use crate::ring::slot::Body;
 use crate::shm::layout::ARENA_ALIGN;
+use crate::shm::shared::Shared;
 use crate::sync::Ordering;
 
 /// The port of an exclusive topic's publisher.
@@ -69,8 +70,8 @@ impl<const W: usize> SlotEnd for exclusive::Writer<W> {
         Ok(())
     }
 
-    fn space_bell(&self) -> &Doorbell {
-        &self.log().readers.writers
+    fn space_bell(&self) -> Shared<Doorbell> {
+        self.log().readers.part(|header| &header.writers)
     }
 
     fn cursors(&self) -> &[Cursor] {

@@ -17,6 +17,7 @@ use crate::ring::gate::{Stop, still_retained};
 use crate::ring::many::{self, EntryWord, ManyLog, Record};
 use crate::shm::layout::{ARENA_ALIGN, MAX_BATCH, RECORD_HEADER_BYTES};
 use crate::shm::segment::{Access, Segment};
+use crate::shm::shared::Shared;
 use crate::shm::topic::{self, SharedInfo, locate, unit_of};
 use crate::sync::{Ordering, fence};
 
@@ -253,8 +254,8 @@ impl WritePort for ManyPort {
         self.commit(span.offset - RECORD_HEADER_BYTES, span.len, &[&[]])
     }
 
-    fn space_bell(&self) -> &Doorbell {
-        &self.writer.log().readers.writers
+    fn space_bell(&self) -> Shared<Doorbell> {
+        self.writer.log().readers.part(|header| &header.writers)
     }
 
     fn cursors(&self) -> &[Cursor] {

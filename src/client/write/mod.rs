@@ -12,6 +12,7 @@ use crate::ring::arena::{Allocator, Span};
 use crate::ring::cursor::{Cursor, Readers};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
+use crate::shm::shared::Shared;
 
 pub(crate) use channel::{ChannelEnd, channel};
 pub(crate) use exclusive::exclusive;
@@ -55,7 +56,7 @@ pub(crate) trait WritePort: Send {
     fn publish_lent(&mut self, span: Span) -> Result<u64, Stop>;
 
     /// The bell to wait on after `Stop::Blocked`.
-    fn space_bell(&self) -> &Doorbell;
+    fn space_bell(&self) -> Shared<Doorbell>;
 
     /// Every reader's cursor, the groups' lines among them; none on channels.
     fn cursors(&self) -> &[Cursor];

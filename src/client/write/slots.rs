@@ -11,6 +11,7 @@ use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::Stop;
 use crate::ring::slot::{Body, Slot};
 use crate::shm::layout::{ARENA_ALIGN, MAX_BATCH};
+use crate::shm::shared::Shared;
 
 /// A ring of slots, seen from its one writing end: exclusive topics and channels.
 pub(crate) trait SlotEnd: Send {
@@ -29,7 +30,7 @@ pub(crate) trait SlotEnd: Send {
     /// Takes back arena space until `bytes` fit, as far as readers allow.
     fn reclaim(&mut self, allocator: &mut Allocator, bytes: u64) -> Result<(), Stop>;
     /// The bell to wait on for space.
-    fn space_bell(&self) -> &Doorbell;
+    fn space_bell(&self) -> Shared<Doorbell>;
     /// Every reader's cursor.
     fn cursors(&self) -> &[Cursor];
     /// Whether the topic is gone.
@@ -192,7 +193,7 @@ impl<const W: usize, E: SlotEnd> WritePort for SlotPort<W, E> {
         Ok(self.commit_span(span))
     }
 
-    fn space_bell(&self) -> &Doorbell {
+    fn space_bell(&self) -> Shared<Doorbell> {
         self.end.space_bell()
     }
 
