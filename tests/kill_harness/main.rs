@@ -15,10 +15,12 @@ mod common;
 mod consumers;
 mod coordinator;
 mod group_deeds;
+mod joining;
 mod mutant;
 mod runner;
 mod scenarios;
 mod shared_access;
+mod sleepers;
 mod tracer;
 
 use common::seed;
@@ -34,7 +36,7 @@ fn role() {
     let bus = Bus::open_default().unwrap();
     match (role.as_str(), arguments.split_once(' ')) {
         ("victim", Some((life, name))) => (scenarios::named(name).victim)(&bus, life.parse().unwrap()),
-        ("hold", _) => coordinator::hold(&bus),
+        ("hold", _) => coordinator::hold(&bus, &arguments),
         ("member", Some((role, _))) => group_deeds::member(&bus, role),
         _ => panic!("no role {role} {arguments}"),
     }
@@ -86,6 +88,16 @@ fn a_publisher_killed_at_any_instruction_channel() {
 #[test]
 fn a_subscriber_killed_at_any_instruction() {
     survive("receive");
+}
+
+#[test]
+fn who_is_killed_asleep_or_awaking_holds_nobody_up() {
+    survive("sleep");
+}
+
+#[test]
+fn a_newcomer_killed_anywhere_leaves_its_place_free() {
+    survive("join");
 }
 
 #[test]
@@ -152,6 +164,29 @@ fn a_coordinator_killed_over_a_burial_is_succeeded() {
 fn a_coordinator_killed_over_a_group_is_succeeded() {
     // What clients and coordinator say to each other about groups takes millions of instructions, each of which is counted.
     succeed(&["group:"], 1);
+}
+
+#[test]
+fn a_successor_killed_anywhere_from_its_start_on_is_succeeded() {
+    if !is_permitted() {
+        return;
+    }
+    let seed = seed();
+    let mut deeds: Vec<_> = coordinator::all().into_iter().filter(|deed| runner::is_chosen(deed.name)).collect();
+    let mut random = common::Random::new(seed);
+    while !runner::is_long() && deeds.len() > 2 {
+        deeds.remove(random.below(deeds.len() as u64) as usize);
+    }
+    let mut violations = 0;
+    for deed in &deeds {
+        let began = std::time::Instant::now();
+        let reports = coordinator::run_successor(deed, seed).unwrap_or_else(|error| panic!("{}: {error}", deed.name));
+        for report in reports {
+            println!("{report} {:.1?}", began.elapsed());
+            violations += report.violations.len();
+        }
+    }
+    assert_eq!(violations, 0, "the contract was broken; see above");
 }
 
 /// Runs a scenario with a planted fault. A harness that has never found anything proves nothing.
