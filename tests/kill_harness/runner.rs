@@ -28,6 +28,9 @@ pub(crate) const MAX_STEPS: usize = 5_000_000;
 /// is.
 const MOST_TRIES: usize = 8;
 
+/// Lives that a long run lets pass before it looks where victims go.
+const NEW_LIVES: u64 = 24;
+
 /// How long a victim may take to come to its moment.
 const PATIENCE: Duration = Duration::from_millis(300);
 
@@ -190,10 +193,13 @@ fn victim(
 fn count(scenario: &Scenario) -> io::Result<Vec<Step>> {
     let scene = Scene::new("count");
     let mut survivors = (scenario.survivors)(&scene.open()).map_err(io::Error::other)?;
-    // The second life: the first finds everything new, which none after it does.
-    let first = victim(&scene, scenario, &mut *survivors, 1)?.map_err(io::Error::other)?;
-    kill(first, &mut *survivors, 1, true, false).map_err(io::Error::other)?;
-    let mut tracee = victim(&scene, scenario, &mut *survivors, 2)?.map_err(io::Error::other)?;
+    // The first life finds everything new, which none after it does; a ring that has not been round yet is new to some more.
+    let lives = if is_long() { NEW_LIVES } else { 1 };
+    for life in 1..=lives {
+        let new = victim(&scene, scenario, &mut *survivors, life)?.map_err(io::Error::other)?;
+        kill(new, &mut *survivors, life, true, false).map_err(io::Error::other)?;
+    }
+    let mut tracee = victim(&scene, scenario, &mut *survivors, lives + 1)?.map_err(io::Error::other)?;
     survivors.favour(tracee.sleeper()).map_err(io::Error::other)?;
     let (mut lens, mut steps) = (Lens::new(), Vec::new());
     loop {
