@@ -333,6 +333,9 @@ impl Survivors for Readers {
 /// Messages that a victim that receives finds.
 pub(crate) const TO_RECEIVE: u64 = 3;
 
+/// No topic here keeps so many messages.
+const MOST_RETAINED: u64 = 1 << 16;
+
 /// Lives through the deaths of subscribers: a publisher and, but on channels, another reader.
 pub(crate) struct Writers {
     bus: Bus,
@@ -345,8 +348,8 @@ pub(crate) struct Writers {
     /// A publish that the victim waits for, where it does.
     favour: Option<Favour<Favoured>>,
     awaited: bool,
-    /// How many messages it finds.
-    found: u64,
+    /// The victim is to be too late.
+    late: bool,
     next: u64,
 }
 
@@ -367,7 +370,7 @@ impl Writers {
         let publisher = Some(publisher(bus, &topic)?.wait(Wait::Park));
         let many_read = topic.options().mode != Mode::Channel;
         let reader = if many_read { Some(subscriber(bus, &topic, Start::Oldest, Wait::Adaptive)?) } else { None };
-        let (bus, found) = (bus.clone(), TO_RECEIVE);
+        let bus = bus.clone();
         Ok(Writers {
             bus,
             topic,
@@ -377,7 +380,7 @@ impl Writers {
             waits,
             favour: None,
             awaited: false,
-            found,
+            late: false,
             next: 0,
         })
     }
@@ -385,15 +388,25 @@ impl Writers {
     /// The victim sleeps, until a message comes.
     pub(crate) fn for_sleepers(bus: &Bus, topic: Topic<[u8]>) -> Result<Writers, Violation> {
         let writers = Writers::new(bus, topic, false)?;
-        Ok(Writers { awaited: true, found: 0, ..writers })
+        Ok(Writers { awaited: true, ..writers })
     }
 
-    /// The victim finds more than the ring holds.
+    /// The victim finds that the ring has gone on without it.
     pub(crate) fn for_the_late(bus: &Bus, topic: Topic<[u8]>) -> Result<Writers, Violation> {
-        // The ring may hold twice as many as it promises.
-        let found = 3 * topic.options().messages;
         let writers = Writers::new(bus, topic, false)?;
-        Ok(Writers { found, ..writers })
+        Ok(Writers { late: true, ..writers })
+    }
+
+    /// Publishes until what comes next now is retained no more.
+    fn go_round(&mut self) -> Result<(), Violation> {
+        let first = self.next;
+        while status(&self.bus, &self.topic)?.oldest_sequence <= first {
+            (0..self.topic.options().messages).try_for_each(|_| self.exchange())?;
+            if self.next > first + MOST_RETAINED {
+                return Err(format!("sequence {first} is retained still, the tail is {}", self.next));
+            }
+        }
+        Ok(())
     }
 
     fn publisher(&mut self) -> Result<&mut Publisher<[u8]>, Violation> {
@@ -464,7 +477,12 @@ impl Writers {
 
 impl Survivors for Writers {
     fn ready(&mut self, _life: u64) -> Result<(), Violation> {
-        (0..self.found).try_for_each(|_| self.exchange())?;
+        if self.late {
+            self.go_round()?;
+        }
+        if !self.awaited {
+            (0..TO_RECEIVE).try_for_each(|_| self.exchange())?;
+        }
         if self.waits { self.start_waiting() } else { Ok(()) }
     }
 

@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 
 use crate::checker::{Violation, message, publisher};
-use crate::common::{Process, Random, Scene};
+use crate::common::{Process, Random, Scene, await_that};
 use crate::group_deeds;
 use crate::mutant;
 use crate::runner::{MAX_STEPS, Report, covers_reads, is_long};
@@ -27,7 +28,7 @@ const KILLS_A_BUS: usize = 6;
 const DOUBLE_KILLS_A_BUS: usize = 3;
 
 /// Kills of a short run, for each deed.
-const SHORT_KILLS: usize = 10;
+const SHORT_KILLS: usize = 8;
 
 /// Places where a long run kills the first coordinator over a deed, before its successor: one is before all of it.
 const FIRST_PLACES: usize = 4;
@@ -43,6 +44,9 @@ const PATIENCE: Duration = Duration::from_millis(300);
 
 /// How long recovery and what a client asks for may take; for a machine that is very busy.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The deed of one that comes after coordinator and keeper have died.
+pub(crate) const ADOPTION: &str = "adopt a bus";
 
 /// Something that a coordinator does for a client.
 pub(crate) struct Deed {
@@ -112,6 +116,21 @@ fn bury_amid_a_batch(bus: &Bus, process: Option<Process>) -> Result<(), Violatio
         Ok(None) => Ok(()),
         other => Err(format!("expected nothing more, found {other:?}")),
     }
+}
+
+/// Who was stopped comes back in time, and what it alone had is there.
+fn find_adopted(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    let process = process.ok_or("no process")?;
+    process.signal(Signal::SIGCONT);
+    let mut reader = text(bus.subscriber(subject()).start(Start::Oldest).open())?;
+    for expected in [&b"retained"[..], b"held"] {
+        let found = reader.recv_timeout(DEADLINE).map_err(|error| error.to_string())?;
+        if found[..] != *expected {
+            return Err(format!("sequence {} is another message after the adoption", found.sequence()));
+        }
+    }
+    process.kill();
+    Ok(())
 }
 
 fn traffic() -> Topic<[u8]> {
@@ -325,26 +344,63 @@ enum Victim {
     Asked,
     /// The one after it. The first dies at this point of the deed, or before all of it.
     Successor(Option<Point>),
+    /// One that adopts the bus after coordinator and keeper have died, from its start on. The one before it had begun to.
+    Adopter,
 }
 
 fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>, victim: &Victim) -> io::Result<Begun> {
-    let mut tracee = Tracee::seize(stage.scene.server("coordinator"))?;
-    let keeper = match victim {
-        Victim::Asked => None,
-        Victim::Successor(_) => Some(Tracee::seize_parent(stage.scene.server("keeper"))?),
-    };
     let (done, outcome) = channel();
     let (bus, act) = (stage.bus.clone(), deed.act);
-    thread::spawn(move || done.send(act(&bus, process)));
-    if let (Some(keeper), Victim::Successor(first)) = (keeper, victim) {
-        if let Some(point) = first {
-            // Wherever it is when its time is up, it dies.
-            point.reach(&mut tracee)?;
+    let ask = move |process| thread::spawn(move || done.send(act(&bus, process)));
+    let tracee = match victim {
+        Victim::Asked => {
+            let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
+            ask(process);
+            tracee
         }
-        tracee.kill();
-        tracee = keeper.next_child(START)?;
-    }
+        Victim::Successor(first) => {
+            let mut asked = Tracee::seize(stage.scene.server("coordinator"))?;
+            let keeper = Tracee::seize_parent(stage.scene.server("keeper"))?;
+            ask(process);
+            if let Some(point) = first {
+                // Wherever it is when its time is up, it dies.
+                point.reach(&mut asked)?;
+            }
+            asked.kill();
+            keeper.next_child(START)?
+        }
+        Victim::Adopter => {
+            let tracee = begin_adoption(stage.scene, process.as_ref())?;
+            ask(process);
+            tracee
+        }
+    };
     Ok(Begun { tracee, outcome })
+}
+
+/// Kills coordinator and keeper, and the one who adopts the bus while it waits for `stopped`; the next one stands at its start.
+fn begin_adoption(scene: &Scene, stopped: Option<&Process>) -> io::Result<Tracee> {
+    stopped.into_iter().for_each(|process| process.signal(Signal::SIGSTOP));
+    let old = [scene.server("coordinator"), scene.server("keeper")];
+    // Each of them would start the other again.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        old.iter().try_for_each(|pid| kill(*pid, signal))?;
+    }
+    let mut first = None;
+    await_that("somebody adopts the bus", || {
+        first = scene.servers(Some("coordinator")).into_iter().find(|pid| !old.contains(pid));
+        first.is_some()
+    });
+    let first = first.ok_or_else(|| io::Error::other("nobody adopts the bus"))?;
+    let keeper = Tracee::seize_parent(parent_of(first)?)?;
+    kill(first, Signal::SIGKILL)?;
+    keeper.next_child(START)
+}
+
+fn parent_of(pid: Pid) -> io::Result<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+    parent.map(Pid::from_raw).ok_or_else(|| io::Error::other(format!("process {pid} has no parent: {stat}")))
 }
 
 /// Where to kill.
@@ -381,7 +437,7 @@ fn count(deed: &Deed, victim: &Victim) -> io::Result<(usize, Vec<Point>)> {
     let Begun { mut tracee, outcome } = begin(&stage, deed, process, victim)?;
     let (mut lens, mut points, mut visits, mut instructions) = (Lens::new(), Vec::new(), HashMap::new(), 0);
     let (mut last, mut done, mut calls) = (0, false, 0);
-    while matches!(victim, Victim::Successor(_)) && !lens.has_segments(&tracee) {
+    while !matches!(victim, Victim::Asked) && !lens.has_segments(&tracee) {
         points.push(Point { calls, place: None, effect: Effect::SystemCall });
         if !(tracee.run_to_call(START)? && tracee.run_to_call(START)?) {
             return Err(io::Error::other("the successor did not come to map anything"));
@@ -443,6 +499,12 @@ pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
         run_as(deed, &format!("successor, {first}: {}", deed.name), &victim, seed)
     };
     firsts.into_iter().map(run).collect()
+}
+
+/// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
+pub(crate) fn run_adopter(seed: u64) -> io::Result<Report> {
+    let deed = Deed { name: ADOPTION, prepare: |scene, bus| prepare_participant(scene, bus, "all"), act: find_adopted };
+    run_as(&deed, ADOPTION, &Victim::Adopter, seed)
 }
 
 fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Report> {

@@ -23,7 +23,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         ($name:literal, $mode:ident, $operation:expr) => {
             Scenario {
                 name: $name,
-                stride: 20_000,
+                stride: 100_000,
                 grain: Grain::Access,
                 victim: |bus, _| {
                     let operation: fn(&Bus, Topic<[u8]>) = $operation;

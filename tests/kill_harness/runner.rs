@@ -196,8 +196,10 @@ fn count(scenario: &Scenario) -> io::Result<Vec<Step>> {
     // The first life finds everything new, which none after it does; a ring that has not been round yet is new to some more.
     let lives = if is_long() { NEW_LIVES } else { 1 };
     for life in 1..=lives {
-        let new = victim(&scene, scenario, &mut *survivors, life)?.map_err(io::Error::other)?;
-        kill(new, &mut *survivors, life, true, false).map_err(io::Error::other)?;
+        let mut new = victim(&scene, scenario, &mut *survivors, life)?.map_err(io::Error::other)?;
+        survivors.favour(new.sleeper()).map_err(io::Error::other)?;
+        new.run_to_end()?;
+        kill(new, &mut *survivors, life, false, true).map_err(io::Error::other)?;
     }
     let mut tracee = victim(&scene, scenario, &mut *survivors, lives + 1)?.map_err(io::Error::other)?;
     survivors.favour(tracee.sleeper()).map_err(io::Error::other)?;

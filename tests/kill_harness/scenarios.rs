@@ -6,7 +6,7 @@ use shmbus::{Bus, Full, Mode, RecvError, Start, Topic};
 use crate::checker::{Messages, Published, Readers, Survivors, TO_RECEIVE, Violation, Writers, message};
 use crate::common::of_mode;
 use crate::tracer::between_markers;
-use crate::{consumers, joining, mutant, sleepers};
+use crate::{consumers, joining, mutant, requests, sleepers};
 
 /// An operation under test.
 pub(crate) struct Scenario {
@@ -40,6 +40,7 @@ pub(crate) fn all() -> Vec<Scenario> {
     all.extend(dropping());
     all.extend(sleepers::all());
     all.extend(joining::all());
+    all.extend(requests::all());
     all.extend(consumers::all());
     all.push(mutant::scenario());
     all
@@ -163,7 +164,7 @@ macro_rules! publishing_enveloped {
 
 fn publishing() -> Vec<Scenario> {
     vec![
-        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 6, asleep: false),
+        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 10, asleep: false),
         publishing!("publish exclusive first", publish, Exclusive, first, stride: 400, asleep: false),
         publishing!("publish exclusive arena", publish, Exclusive, large, stride: 400, asleep: false),
         publishing!("publish exclusive batch", publish, Exclusive, batch, stride: 2048, asleep: false),
@@ -257,7 +258,7 @@ fn dropping() -> Vec<Scenario> {
         ($name:literal, $topic:expr, $droppable:literal) => {
             Scenario {
                 name: $name,
-                stride: 400,
+                stride: 4000,
                 grain: Grain::Instruction,
                 victim: |bus, _| receive_late(bus, $topic, $droppable),
                 survivors: |bus| Ok(Box::new(Writers::for_the_late(bus, $topic)?)),

@@ -206,13 +206,22 @@ impl Tracee {
 
     /// Runs it until it stands behind a marker, which its set-up leads to: in the thread that libtest starts for it.
     pub(crate) fn run_to_marker(&mut self) -> io::Result<()> {
+        self.run_to_next_marker()?;
+        self.progress = self.registers()?.rdi;
+        Ok(())
+    }
+
+    /// Runs it through its operation.
+    pub(crate) fn run_to_end(&mut self) -> io::Result<()> {
+        self.run_to_next_marker()
+    }
+
+    fn run_to_next_marker(&mut self) -> io::Result<()> {
         loop {
             self.resume()?;
             match self.wait()? {
                 Stop::Trap => {
-                    let registers = self.registers()?;
-                    if self.is_behind_marker(&registers) {
-                        self.progress = registers.rdi;
+                    if self.is_behind_marker(&self.registers()?) {
                         return Ok(());
                     }
                 }
