@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -57,8 +58,6 @@ pub(crate) struct Control {
     /// Held for a whole request: one at a time.
     turn: Mutex<()>,
     line: Arc<Line>,
-    /// Handles to be closed by whoever gets hold of `line.inner` next.
-    given_up: Mutex<Vec<HandleRef>>,
 }
 
 /// What a connection and the thread that watches over it share. The thread has a weak reference and makes it strong for a
@@ -69,6 +68,16 @@ pub(crate) struct Line {
     starter: Option<Mutex<Starter>>,
     /// Held for moments only, never while waiting; but for the good-bye.
     inner: Mutex<Inner>,
+    /// Handles to be closed by whoever has `inner`, or has it next.
+    given_up: Mutex<Vec<HandleRef>>,
+}
+
+/// A hold on `inner`. What was given up before is closed before anything else is said, what is given up meanwhile when it is let
+/// go: nobody else would do it.
+struct Hold<'a> {
+    line: &'a Line,
+    /// `None` while it is let go.
+    inner: Option<MutexGuard<'a, Inner>>,
 }
 
 struct Inner {
@@ -145,9 +154,9 @@ impl Control {
                 return Err(IntroduceError::Failed(ConnectError::Timeout { bus: place.bus, waited_ms: 5_000 }));
             }
         }
-        let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
-        let line = Arc::new(Line { starter: starter.map(Mutex::new), inner: Mutex::new(inner) });
-        Ok(Control { place, home, turn, line, given_up })
+        let (starter, inner) = (starter.map(Mutex::new), Mutex::new(inner));
+        let line = Arc::new(Line { starter, inner, given_up: Mutex::default() });
+        Ok(Control { place, home, turn: Mutex::new(()), line })
     }
 
     /// The process that opened the bus, and so whatever is opened on it.
@@ -171,7 +180,6 @@ impl Control {
         let turn = lock(&self.turn);
         let answer = self.exchange(request, Instant::now() + PATIENCE);
         drop(turn);
-        self.close_given_up();
         match answer? {
             (Answer::Refused(refusal), _) => Err(refusal.into()),
             granted => Ok(granted),
@@ -183,15 +191,10 @@ impl Control {
         if self.check_process().is_err() {
             return false;
         }
-        let told = match self.line.inner.try_lock() {
-            Ok(mut inner) => {
-                inner.receive_all();
-                inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
-            }
-            Err(_) => false,
-        };
-        self.close_given_up();
-        told
+        self.line.try_hold().is_some_and(|mut inner| {
+            inner.receive_all();
+            inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
+        })
     }
 
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
@@ -213,7 +216,7 @@ impl Control {
                 return self.announced_arena(topic, slot);
             }
         }
-        let mut inner = lock(&self.line.inner);
+        let mut inner = self.line.hold();
         loop {
             inner.receive_all();
             if let Some(fd) = inner.arenas.get(&(topic, slot)) {
@@ -227,32 +230,31 @@ impl Control {
             let socket = inner.socket.clone();
             drop(inner);
             pause(socket.as_deref(), deadline);
-            inner = lock(&self.line.inner);
+            inner = self.line.hold();
         }
     }
 
     /// The descriptor of an arena, if it has come.
     fn announced_arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
-        let mut inner = lock(&self.line.inner);
+        let mut inner = self.line.hold();
         inner.receive_all();
         inner.arenas.get(&(topic, slot))?.try_clone().ok()
     }
 
     /// The bus's number, which every segment of it carries.
     pub(crate) fn bus_number(&self) -> u64 {
-        lock(&self.line.inner).identity.map_or(0, |identity| identity.bus)
+        self.line.hold().identity.map_or(0, |identity| identity.bus)
     }
 
     /// Takes the topics that have come for a wildcard subscription, and how many have come in all. Never waits: where
     /// fewer have come than were `announced`, the rest is with the coordinator, to which a broken connection is renewed.
     pub(crate) fn wildcard_topics(&self, wildcard: u64, announced: u64) -> Result<(Vec<Granted>, u64), ConnectError> {
         self.check_process()?;
-        let mut inner = lock(&self.line.inner);
+        let mut inner = self.line.hold();
         inner.receive_all();
         let (granted, told) = inner.pushed.take(wildcard);
         let connected = if told < announced { inner.connect() } else { Ok(()) };
         drop(inner);
-        self.close_given_up();
         match connected {
             // What has come counts, whatever became of the coordinator.
             Err(error) if granted.is_empty() => Err(error),
@@ -263,24 +265,8 @@ impl Control {
     /// Gives a handle back. Never waits: if the coordinator is away or busy with us, it learns of it later.
     pub(crate) fn release(&self, handle: HandleRef) {
         if self.check_process().is_ok() {
-            lock(&self.given_up).push(handle);
-            self.close_given_up();
-        }
-    }
-
-    /// Closes what was given up, unless another thread has `inner` and does so when it is done.
-    fn close_given_up(&self) {
-        loop {
-            let Ok(mut inner) = self.line.inner.try_lock() else { return };
-            let handles = std::mem::take(&mut *lock(&self.given_up));
-            if !handles.is_empty() {
-                inner.close(&handles);
-            }
-            drop(inner);
-            // Something given up after the look and before the unlock found `inner` taken.
-            if lock(&self.given_up).is_empty() {
-                return;
-            }
+            lock(&self.line.given_up).push(handle);
+            self.line.close_given_up();
         }
     }
 
@@ -288,7 +274,7 @@ impl Control {
     fn exchange(&self, request: &Request, deadline: Instant) -> Result<Granted, ConnectError> {
         let mut sent_on = None;
         loop {
-            let mut inner = lock(&self.line.inner);
+            let mut inner = self.line.hold();
             inner.receive_all();
             if sent_on == Some(inner.generation)
                 && let Some(answer) = inner.answers.pop_front()
@@ -313,7 +299,6 @@ impl Control {
             if absent {
                 self.line.revive()?;
             }
-            self.close_given_up();
             pause(socket.as_deref(), deadline);
         }
     }
@@ -329,9 +314,40 @@ impl Control {
 }
 
 impl Line {
+    /// Waits for whoever has `inner`, for a moment.
+    fn hold(&self) -> Hold<'_> {
+        self.held(lock(&self.inner))
+    }
+
+    /// `None`: somebody else has it.
+    fn try_hold(&self) -> Option<Hold<'_>> {
+        self.inner.try_lock().ok().map(|inner| self.held(inner))
+    }
+
+    fn held<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Hold<'a> {
+        self.close_into(&mut inner);
+        Hold { line: self, inner: Some(inner) }
+    }
+
+    fn close_into(&self, inner: &mut Inner) {
+        let handles = std::mem::take(&mut *lock(&self.given_up));
+        if !handles.is_empty() {
+            inner.close(&handles);
+        }
+    }
+
+    /// Closes what was given up, unless another thread has `inner` and does so when it is done.
+    fn close_given_up(&self) {
+        // Something given up after the look and before the unlock found `inner` taken: so look again.
+        while !lock(&self.given_up).is_empty() {
+            let Ok(mut inner) = self.inner.try_lock() else { return };
+            self.close_into(&mut inner);
+        }
+    }
+
     /// Comes back where the connection is broken; what there is to wait for then.
     pub(crate) fn look(&self) -> Look {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.hold();
         inner.receive_all();
         // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
         let _ = inner.connect();
@@ -364,6 +380,27 @@ impl Line {
         // Who has it is at it.
         let starter = self.starter.as_ref().and_then(|starter| starter.try_lock().ok());
         starter.map_or(Ok(()), |mut starter| starter.start())
+    }
+}
+
+impl Deref for Hold<'_> {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        self.inner.as_ref().expect("it is let go by drop alone")
+    }
+}
+
+impl DerefMut for Hold<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        self.inner.as_mut().expect("it is let go by drop alone")
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.inner = None;
+        self.line.close_given_up();
     }
 }
 
@@ -746,4 +783,37 @@ fn pause(socket: Option<&OwnedFd>, deadline: Instant) {
 /// Locks; a thread that panicked here left nothing half done that matters.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection whose other end is ours.
+    fn connected(directory: &std::path::Path, held: HandleRef) -> (Control, OwnedFd) {
+        let place = Place::find("control", Some(directory)).unwrap();
+        let (ours, theirs) = socket::pair().unwrap();
+        let mut inner = Inner::new(place.clone());
+        (inner.socket, inner.welcomed) = (Some(Arc::new(ours)), true);
+        inner.holds.insert(held);
+        let line = Arc::new(Line { starter: None, inner: Mutex::new(inner), given_up: Mutex::default() });
+        (Control { place, home: Home::here().unwrap(), turn: Mutex::new(()), line }, theirs)
+    }
+
+    #[test]
+    fn a_handle_that_goes_while_another_thread_looks_is_given_back_when_it_has_looked() {
+        let directory = tempfile::tempdir().unwrap();
+        let handle = HandleRef::Publisher { topic: 1, slot: 2 };
+        let (control, coordinator) = connected(directory.path(), handle);
+        let mut buffer = [0; 256];
+        // As the thread that watches over the connection does.
+        let look = control.line.hold();
+        control.release(handle);
+        let nothing = socket::recv(coordinator.as_fd(), &mut buffer, 0).map(|packet| packet.len);
+        assert_eq!(nothing.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(look);
+        let len = socket::recv(coordinator.as_fd(), &mut buffer, 0).unwrap().len;
+        let told: Request = postcard::from_bytes(&buffer[..len]).unwrap();
+        assert!(matches!(told, Request::Close { handles } if handles == [handle]));
+    }
 }

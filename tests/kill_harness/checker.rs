@@ -9,6 +9,7 @@ use nix::unistd::{Pid, gettid};
 use shmbus::{Bus, Mode, OpenError, Publisher, Refusal, Sequence, Start, Subscriber, Topic, TopicStatus, Wait};
 
 use crate::common::Random;
+use crate::sleepers::{Favour, Sleeper};
 
 /// How long anything may take that the contract does at once; for a machine that is very busy.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
@@ -47,6 +48,11 @@ pub(crate) struct Kill {
 pub(crate) trait Survivors {
     /// The victim stands before its operation.
     fn ready(&mut self, _life: u64) -> Result<(), Violation> {
+        Ok(())
+    }
+
+    /// The victim goes on, and is to find what it will wait for as soon as it sleeps.
+    fn favour(&mut self, _victim: Sleeper) -> Result<(), Violation> {
         Ok(())
     }
 
@@ -123,7 +129,7 @@ pub(crate) fn publish(publisher: &mut Publisher<[u8]>, message: &[u8]) -> Result
 }
 
 /// Checks that exactly these messages came, without a hole.
-fn check_run(who: &str, found: &[Received], first: u64, expected: &[Vec<u8>]) -> Result<(), Violation> {
+pub(crate) fn check_run(who: &str, found: &[Received], first: u64, expected: &[Vec<u8>]) -> Result<(), Violation> {
     for (at, received) in found.iter().enumerate() {
         let (sequence, bytes) = received;
         if *sequence != first + at as u64 {
@@ -148,7 +154,7 @@ fn check_run(who: &str, found: &[Received], first: u64, expected: &[Vec<u8>]) ->
     Ok(())
 }
 
-type Received = (u64, Vec<u8>);
+pub(crate) type Received = (u64, Vec<u8>);
 
 /// A subscriber that lives through it all.
 enum Reader {
@@ -327,6 +333,9 @@ impl Survivors for Readers {
 /// Messages that a victim that receives finds.
 pub(crate) const TO_RECEIVE: u64 = 3;
 
+/// No topic here keeps so many messages.
+const MOST_RETAINED: u64 = 1 << 16;
+
 /// Lives through the deaths of subscribers: a publisher and, but on channels, another reader.
 pub(crate) struct Writers {
     bus: Bus,
@@ -336,8 +345,16 @@ pub(crate) struct Writers {
     /// A publish that waits for the victim, where the scenario has one.
     waiting: Option<Waiting>,
     waits: bool,
+    /// A publish that the victim waits for, where it does.
+    favour: Option<Favour<Favoured>>,
+    awaited: bool,
+    /// The victim is to be too late.
+    late: bool,
     next: u64,
 }
+
+/// The publisher, and what it published if it did.
+type Favoured = (Publisher<[u8]>, Option<Result<u64, Violation>>);
 
 struct Waiting {
     outcome: Receiver<Waited>,
@@ -353,7 +370,43 @@ impl Writers {
         let publisher = Some(publisher(bus, &topic)?.wait(Wait::Park));
         let many_read = topic.options().mode != Mode::Channel;
         let reader = if many_read { Some(subscriber(bus, &topic, Start::Oldest, Wait::Adaptive)?) } else { None };
-        Ok(Writers { bus: bus.clone(), topic, publisher, reader, waiting: None, waits, next: 0 })
+        let bus = bus.clone();
+        Ok(Writers {
+            bus,
+            topic,
+            publisher,
+            reader,
+            waiting: None,
+            waits,
+            favour: None,
+            awaited: false,
+            late: false,
+            next: 0,
+        })
+    }
+
+    /// The victim sleeps, until a message comes.
+    pub(crate) fn for_sleepers(bus: &Bus, topic: Topic<[u8]>) -> Result<Writers, Violation> {
+        let writers = Writers::new(bus, topic, false)?;
+        Ok(Writers { awaited: true, ..writers })
+    }
+
+    /// The victim finds that the ring has gone on without it.
+    pub(crate) fn for_the_late(bus: &Bus, topic: Topic<[u8]>) -> Result<Writers, Violation> {
+        let writers = Writers::new(bus, topic, false)?;
+        Ok(Writers { late: true, ..writers })
+    }
+
+    /// Publishes until what comes next now is retained no more.
+    fn go_round(&mut self) -> Result<(), Violation> {
+        let first = self.next;
+        while status(&self.bus, &self.topic)?.oldest_sequence <= first {
+            (0..self.topic.options().messages).try_for_each(|_| self.exchange())?;
+            if self.next > first + MOST_RETAINED {
+                return Err(format!("sequence {first} is retained still, the tail is {}", self.next));
+            }
+        }
+        Ok(())
     }
 
     fn publisher(&mut self) -> Result<&mut Publisher<[u8]>, Violation> {
@@ -424,11 +477,31 @@ impl Writers {
 
 impl Survivors for Writers {
     fn ready(&mut self, _life: u64) -> Result<(), Violation> {
-        (0..TO_RECEIVE).try_for_each(|_| self.exchange())?;
+        if self.late {
+            self.go_round()?;
+        }
+        if !self.awaited {
+            (0..TO_RECEIVE).try_for_each(|_| self.exchange())?;
+        }
         if self.waits { self.start_waiting() } else { Ok(()) }
     }
 
+    fn favour(&mut self, victim: Sleeper) -> Result<(), Violation> {
+        if self.awaited {
+            let publisher = self.publisher.take().ok_or("no publisher")?;
+            let message = message(SURVIVOR, self.next, 40);
+            let act = move |(publisher, published): &mut Favoured| *published = Some(publish(publisher, &message));
+            self.favour = Some(Favour::begin(victim, (publisher, None), act));
+        }
+        Ok(())
+    }
+
     fn after(&mut self, kill: Kill) -> Result<(), Violation> {
+        if let Some(favour) = self.favour.take() {
+            let (publisher, published) = favour.end()?;
+            self.publisher = Some(publisher);
+            published.map_or(Ok(()), |sequence| self.count(sequence?))?;
+        }
         if !self.waits && self.reader.is_some() {
             // Nobody waits for the repair.
             self.exchange()?;

@@ -17,6 +17,7 @@ use crate::checker::{
 };
 use crate::mutant::mapping_of;
 use crate::scenarios::{Grain, Scenario, topic};
+use crate::sleepers::{Favour, Sleeper};
 use crate::tracer::{between_markers, reached};
 
 const GROUP: &str = "group";
@@ -49,6 +50,8 @@ enum Ending {
     Acked,
     /// Acked while the ring is full and a publisher sleeps until there is room.
     AckedAwaited,
+    /// Acked, and then one more for which it has to sleep.
+    AckedAsleep,
     GivenBack,
     /// Given back at its last attempt.
     Exhausted,
@@ -92,6 +95,8 @@ pub(crate) fn all() -> Vec<Scenario> {
         consuming!("consume many ack", Many, Acked, stride: 800, Instruction),
         consuming!("consume exclusive ack, publisher waits", Exclusive, AckedAwaited, stride: 2000, Access),
         consuming!("consume many ack, publisher waits", Many, AckedAwaited, stride: 2000, Access),
+        consuming!("consume exclusive ack, asleep", Exclusive, AckedAsleep, stride: 2000, Access),
+        consuming!("consume many ack, asleep", Many, AckedAsleep, stride: 2000, Access),
         consuming!("consume exclusive nack", Exclusive, GivenBack, stride: 400, Access),
         consuming!("move exclusive last attempt", Exclusive, Exhausted, stride: 10_000, Access),
         consuming!("move many reject", Many, Rejected, stride: 10_000, Access),
@@ -142,6 +147,7 @@ impl Plan {
     fn worked(self) -> u64 {
         match self.ending {
             Ending::Acked | Ending::TakenOver => MESSAGES,
+            Ending::AckedAsleep => MESSAGES + 1,
             Ending::Exhausted | Ending::Rejected | Ending::Piped | Ending::AckedAwaited => 2,
             _ => 1,
         }
@@ -157,7 +163,7 @@ impl Plan {
     }
 
     fn consume(self, bus: &Bus) -> ! {
-        let mut consumer = bus.consumer(self.topic(), GROUP).existing().open().unwrap();
+        let mut consumer = bus.consumer(self.topic(), GROUP).existing().wait(Wait::Park).open().unwrap();
         if self.ending == Ending::Adopted {
             between_markers(|| {
                 // To take the move, and to carry it out at the latest.
@@ -168,7 +174,10 @@ impl Plan {
         }
         between_markers(|| {
             for number in 0..self.worked() {
-                let message = consumer.try_recv().unwrap().unwrap();
+                let message = match self.ending {
+                    Ending::AckedAsleep => consumer.recv().unwrap(),
+                    _ => consumer.try_recv().unwrap().unwrap(),
+                };
                 if self.ending == Ending::Anonymous {
                     anonymize(message.sequence().get());
                 }
@@ -239,7 +248,7 @@ impl Plan {
         };
         let (delivered, results) = (seen.delivered.len(), seen.results.len());
         let right = match self.ending {
-            Ending::Acked | Ending::AckedAwaited | Ending::TakenOver => {
+            Ending::Acked | Ending::AckedAwaited | Ending::AckedAsleep | Ending::TakenOver => {
                 results == 0 && (again && !done || delivered == 0 && had)
             }
             Ending::GivenBack => results == 0 && again,
@@ -300,6 +309,9 @@ enum Peer {
 /// The publisher that waited, and what it published.
 type Waited = (Publisher<[u8]>, Result<u64, Violation>);
 
+/// The publisher, and what it published if it did.
+type Favoured = (Publisher<[u8]>, Option<Result<u64, Violation>>);
+
 /// Lives through the deaths of consumers: a publisher, another consumer of the group, and who reads its dead letters or
 /// outputs.
 struct Colleagues {
@@ -308,6 +320,8 @@ struct Colleagues {
     publisher: Option<Publisher<[u8]>>,
     /// Gives it back when it has found room.
     waiting: Option<Receiver<Waited>>,
+    /// A publish that the victim waits for, with its message.
+    favour: Option<(Favour<Favoured>, Vec<u8>)>,
     peer: Peer,
     results: Subscriber<[u8]>,
     /// The first message of this life.
@@ -337,6 +351,7 @@ impl Colleagues {
             bus,
             publisher,
             waiting,
+            favour: None,
             peer,
             results,
             first: 0,
@@ -554,8 +569,23 @@ impl Survivors for Colleagues {
         }
     }
 
+    fn favour(&mut self, victim: Sleeper) -> Result<(), Violation> {
+        if self.plan.ending == Ending::AckedAsleep {
+            let (publisher, message) = (self.publisher.take().ok_or("no publisher")?, self.message());
+            let sent = message.clone();
+            let act = move |(publisher, published): &mut Favoured| *published = Some(publish(publisher, &sent));
+            self.favour = Some((Favour::begin(victim, (publisher, None), act), message));
+        }
+        Ok(())
+    }
+
     fn after(&mut self, kill: Kill) -> Result<(), Violation> {
         let killed = Instant::now();
+        if let Some((favour, message)) = self.favour.take() {
+            let (publisher, published) = favour.end()?;
+            self.publisher = Some(publisher);
+            published.map_or(Ok(()), |sequence| self.note(sequence?, message))?;
+        }
         if self.waiting.is_none() {
             // Nobody waits for the repair.
             self.publish()?;

@@ -1,19 +1,22 @@
 //! The coordinator as the victim: killed before each write to shared memory and each system call of a request, it must leave
-//! behind what its successor can finish or undo.
+//! behind what its successor can finish or undo. And that successor as the victim: killed anywhere from its first instruction on,
+//! over its start, the replay of the registry and what it repairs, it must leave behind what a third one can.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{Bus, OpenError, Publisher, Refusal, Start, Subscriber, Topic};
 
-use crate::checker::{Violation, message};
-use crate::common::{Process, Random, Scene};
+use crate::checker::{Violation, message, publisher};
+use crate::common::{Process, Random, Scene, await_that};
 use crate::group_deeds;
+use crate::mutant;
 use crate::runner::{MAX_STEPS, Report, covers_reads, is_long};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Place, Stop, Tracee};
@@ -21,8 +24,17 @@ use crate::tracer::{Place, Stop, Tracee};
 /// Kills on one bus: a keeper restarts so many short-lived coordinators at once, and delays those after them.
 const KILLS_A_BUS: usize = 6;
 
+/// The same where each kill is that of two coordinators.
+const DOUBLE_KILLS_A_BUS: usize = 3;
+
 /// Kills of a short run, for each deed.
-const SHORT_KILLS: usize = 10;
+const SHORT_KILLS: usize = 8;
+
+/// Places where a long run kills the first coordinator over a deed, before its successor: one is before all of it.
+const FIRST_PLACES: usize = 4;
+
+/// How long a successor may take to come to its program.
+const START: Duration = Duration::from_secs(5);
 
 /// The coordinator sleeps for longer than this when it has nothing left to do.
 const IDLE: Duration = Duration::from_millis(50);
@@ -32,6 +44,9 @@ const PATIENCE: Duration = Duration::from_millis(300);
 
 /// How long recovery and what a client asks for may take; for a machine that is very busy.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The deed of one that comes after coordinator and keeper have died.
+pub(crate) const ADOPTION: &str = "adopt a bus";
 
 /// Something that a coordinator does for a client.
 pub(crate) struct Deed {
@@ -55,7 +70,12 @@ pub(crate) fn all() -> Vec<Deed> {
         },
         Deed { name: "open a subscriber", prepare: prepare_topic, act: |bus, _| text(open_subscriber(bus)) },
         Deed { name: "remove a topic", prepare: prepare_topic, act: |bus, _| remove(bus) },
-        Deed { name: "bury a participant", prepare: prepare_participant, act: bury },
+        Deed { name: "bury a participant", prepare: |scene, bus| prepare_participant(scene, bus, "all"), act: bury },
+        Deed {
+            name: "bury amid a batch",
+            prepare: |scene, bus| prepare_participant(scene, bus, "half a batch"),
+            act: bury_amid_a_batch,
+        },
     ];
     all.extend(group_deeds::all());
     all
@@ -76,6 +96,40 @@ pub(crate) fn go_on(_: &Bus, process: Option<Process>) -> Result<(), Violation> 
 /// The process is killed.
 fn bury(_: &Bus, process: Option<Process>) -> Result<(), Violation> {
     process.ok_or("no process")?.kill();
+    Ok(())
+}
+
+/// What it had not committed is not there, nor is it after others have published.
+fn bury_amid_a_batch(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    process.ok_or("no process")?.kill();
+    let mut successor = publisher(bus, &subject())?;
+    let mut reader = text(bus.subscriber(subject()).start(Start::Oldest).open())?;
+    let messages = [&b"retained"[..], b"held", b"after"];
+    successor.publish(messages[2]).map_err(|error| error.to_string())?;
+    for expected in messages {
+        let found = reader.recv_timeout(DEADLINE).map_err(|error| error.to_string())?;
+        if found[..] != *expected {
+            return Err(format!("sequence {} came from a batch that was never committed", found.sequence()));
+        }
+    }
+    match reader.try_recv() {
+        Ok(None) => Ok(()),
+        other => Err(format!("expected nothing more, found {other:?}")),
+    }
+}
+
+/// Who was stopped comes back in time, and what it alone had is there.
+fn find_adopted(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    let process = process.ok_or("no process")?;
+    process.signal(Signal::SIGCONT);
+    let mut reader = text(bus.subscriber(subject()).start(Start::Oldest).open())?;
+    for expected in [&b"retained"[..], b"held"] {
+        let found = reader.recv_timeout(DEADLINE).map_err(|error| error.to_string())?;
+        if found[..] != *expected {
+            return Err(format!("sequence {} is another message after the adoption", found.sequence()));
+        }
+    }
+    process.kill();
     Ok(())
 }
 
@@ -109,9 +163,9 @@ fn prepare_many(_: &Scene, bus: &Bus) -> Result<Option<Process>, Violation> {
     bus.create(&subject_of_many()).map(|_| None).map_err(|error| format!("preparing: {error}"))
 }
 
-fn prepare_participant(scene: &Scene, bus: &Bus) -> Result<Option<Process>, Violation> {
+fn prepare_participant(scene: &Scene, bus: &Bus, what: &str) -> Result<Option<Process>, Violation> {
     prepare_topic(scene, bus)?;
-    let mut process = scene.start("hold", "all");
+    let mut process = scene.start("hold", what);
     process.expect("holding");
     Ok(Some(process))
 }
@@ -133,11 +187,15 @@ pub(crate) fn join() {
     drop(bus);
 }
 
-/// Role: holds a publisher and a subscriber until it is killed.
-pub(crate) fn hold(bus: &Bus) {
+/// Role: holds a publisher and a subscriber until it is killed; or a publisher that has written half a batch.
+pub(crate) fn hold(bus: &Bus, what: &str) {
     let mut publisher = bus.publisher(subject()).unwrap();
-    let subscriber = bus.subscriber(subject()).start(Start::Oldest).open().unwrap();
-    publisher.publish(b"held").unwrap();
+    let subscriber = (what == "all").then(|| bus.subscriber(subject()).start(Start::Oldest).open().unwrap());
+    let held = publisher.publish(b"held").unwrap().get();
+    if subscriber.is_none() {
+        // The words of a batch are written from the last to the first, which is missing.
+        (2..4).for_each(|ahead| mutant::write_ahead(held, ahead, b"never"));
+    }
     crate::common::say("holding");
     crate::common::hear();
     drop((publisher, subscriber));
@@ -279,36 +337,125 @@ struct Begun {
     outcome: Receiver<Result<(), Violation>>,
 }
 
-fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>) -> io::Result<Begun> {
-    let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
+/// Which coordinator dies over the deed.
+#[derive(Clone, Debug)]
+enum Victim {
+    /// The one that is asked.
+    Asked,
+    /// The one after it. The first dies at this point of the deed, or before all of it.
+    Successor(Option<Point>),
+    /// One that adopts the bus after coordinator and keeper have died, from its start on. The one before it had begun to.
+    Adopter,
+}
+
+fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>, victim: &Victim) -> io::Result<Begun> {
     let (done, outcome) = channel();
     let (bus, act) = (stage.bus.clone(), deed.act);
-    thread::spawn(move || done.send(act(&bus, process)));
+    let ask = move |process| thread::spawn(move || done.send(act(&bus, process)));
+    let tracee = match victim {
+        Victim::Asked => {
+            let tracee = Tracee::seize(stage.scene.server("coordinator"))?;
+            ask(process);
+            tracee
+        }
+        Victim::Successor(first) => {
+            let mut asked = Tracee::seize(stage.scene.server("coordinator"))?;
+            let keeper = Tracee::seize_parent(stage.scene.server("keeper"))?;
+            ask(process);
+            if let Some(point) = first {
+                // Wherever it is when its time is up, it dies.
+                point.reach(&mut asked)?;
+            }
+            asked.kill();
+            keeper.next_child(START)?
+        }
+        Victim::Adopter => {
+            let tracee = begin_adoption(stage.scene, process.as_ref())?;
+            ask(process);
+            tracee
+        }
+    };
     Ok(Begun { tracee, outcome })
 }
 
-/// A place, the how-manieth visit of it, and what is done there.
-type Point = (Place, u64, Effect);
+/// Kills coordinator and keeper, and the one who adopts the bus while it waits for `stopped`; the next one stands at its start.
+fn begin_adoption(scene: &Scene, stopped: Option<&Process>) -> io::Result<Tracee> {
+    stopped.into_iter().for_each(|process| process.signal(Signal::SIGSTOP));
+    let old = [scene.server("coordinator"), scene.server("keeper")];
+    // Each of them would start the other again.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        old.iter().try_for_each(|pid| kill(*pid, signal))?;
+    }
+    let mut first = None;
+    await_that("somebody adopts the bus", || {
+        first = scene.servers(Some("coordinator")).into_iter().find(|pid| !old.contains(pid));
+        first.is_some()
+    });
+    let first = first.ok_or_else(|| io::Error::other("nobody adopts the bus"))?;
+    let keeper = Tracee::seize_parent(parent_of(first)?)?;
+    kill(first, Signal::SIGKILL)?;
+    keeper.next_child(START)
+}
+
+fn parent_of(pid: Pid) -> io::Result<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+    parent.map(Pid::from_raw).ok_or_else(|| io::Error::other(format!("process {pid} has no parent: {stat}")))
+}
+
+/// Where to kill.
+#[derive(Clone, Debug)]
+struct Point {
+    /// After so many system calls of a start, while no segment is mapped and so nothing else can be noticed.
+    calls: u64,
+    /// Then at this visit of a place; `None`: at the next call.
+    place: Option<(Place, u64)>,
+    effect: Effect,
+}
+
+impl Point {
+    /// Whether it came there.
+    fn reach(&self, tracee: &mut Tracee) -> io::Result<bool> {
+        for _ in 0..self.calls {
+            // In, and out again.
+            if !(tracee.run_to_call(START)? && tracee.run_to_call(START)?) {
+                return Ok(false);
+            }
+        }
+        match &self.place {
+            Some((place, visit)) => tracee.run_to(place, *visit, PATIENCE),
+            None => tracee.run_to_call(START),
+        }
+    }
+}
 
 /// Every place of the deed where a kill could make a difference: with the how-manieth visit it is.
-fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
+fn count(deed: &Deed, victim: &Victim) -> io::Result<(usize, Vec<Point>)> {
     let scene = Scene::new("count");
     let stage = Stage::new(&scene).map_err(io::Error::other)?;
     let process = (deed.prepare)(&scene, &stage.bus).map_err(io::Error::other)?;
-    let Begun { mut tracee, outcome } = begin(&stage, deed, process)?;
-    let (mut lens, mut points, mut visits, mut instructions) = (Lens::new(), Vec::new(), BTreeMap::new(), 0);
-    let (mut last, mut done) = (0, false);
+    let Begun { mut tracee, outcome } = begin(&stage, deed, process, victim)?;
+    let (mut lens, mut points, mut visits, mut instructions) = (Lens::new(), Vec::new(), HashMap::new(), 0);
+    let (mut last, mut done, mut calls) = (0, false, 0);
+    while !matches!(victim, Victim::Asked) && !lens.has_segments(&tracee) {
+        points.push(Point { calls, place: None, effect: Effect::SystemCall });
+        if !(tracee.run_to_call(START)? && tracee.run_to_call(START)?) {
+            return Err(io::Error::other("the successor did not come to map anything"));
+        }
+        lens.forget_segments();
+        calls += 1;
+    }
     loop {
         let registers = tracee.registers()?;
         let effect = lens.look(&tracee, &registers)?;
         let notable =
             matches!(effect, Effect::Write | Effect::SystemCall) || (covers_reads() && effect == Effect::Read);
         // A string instruction stays where it is; a breakpoint there is met once.
-        if notable && registers.rip != last {
+        if registers.rip != last {
             let visit = visits.entry(registers.rip).or_insert(0);
             *visit += 1;
-            if let Some(place) = tracee.place_of(registers.rip) {
-                points.push((place, *visit, effect));
+            if notable && let Some(place) = tracee.place_of(registers.rip) {
+                points.push(Point { calls, place: Some((place, *visit)), effect });
             }
         }
         last = registers.rip;
@@ -335,28 +482,59 @@ fn count(deed: &Deed) -> io::Result<(usize, Vec<Point>)> {
 
 /// Kills the coordinator at each place of a deed, or at a sample of them.
 pub(crate) fn run(deed: &Deed, seed: u64) -> io::Result<Report> {
-    let (instructions, mut points) = count(deed)?;
-    let of = |wanted: Effect| points.iter().filter(|(.., effect)| *effect == wanted).count();
+    run_as(deed, &format!("coordinator: {}", deed.name), &Victim::Asked, seed)
+}
+
+/// Kills the coordinator over a deed, before or in the midst of it, and its successor at each place from its start on, or at a
+/// sample of all that.
+pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
+    let (_, places) = count(deed, &Victim::Asked)?;
+    let mut random = Random::new(seed);
+    let firsts: Vec<usize> = match is_long() {
+        true => (0..FIRST_PLACES).map(|n| n * places.len() / FIRST_PLACES).collect(),
+        false => vec![random.below(places.len() as u64) as usize],
+    };
+    let run = |first: usize| {
+        let victim = Victim::Successor((first > 0).then(|| places[first].clone()));
+        run_as(deed, &format!("successor, {first}: {}", deed.name), &victim, seed)
+    };
+    firsts.into_iter().map(run).collect()
+}
+
+/// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
+pub(crate) fn run_adopter(seed: u64) -> io::Result<Report> {
+    let deed = Deed { name: ADOPTION, prepare: |scene, bus| prepare_participant(scene, bus, "all"), act: find_adopted };
+    run_as(&deed, ADOPTION, &Victim::Adopter, seed)
+}
+
+fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Report> {
+    let (instructions, mut points) = count(deed, victim)?;
+    let of = |wanted: Effect| points.iter().filter(|point| point.effect == wanted).count();
     let mut report = Report {
-        name: format!("coordinator: {}", deed.name),
+        name: name.to_owned(),
         instructions,
         writes: of(Effect::Write),
         system_calls: of(Effect::SystemCall),
         ..Report::default()
     };
     let mut random = Random::new(seed);
+    if let Victim::Successor(Some(_)) = victim {
+        // How it comes to its first segment was covered where the first one dies before the deed, and is the same.
+        points.retain(|point| point.place.is_some());
+    }
     while !is_long() && points.len() > SHORT_KILLS {
         points.remove(random.below(points.len() as u64) as usize);
     }
-    for points in points.chunks(KILLS_A_BUS) {
+    let kills_a_bus = if matches!(victim, Victim::Asked) { KILLS_A_BUS } else { DOUBLE_KILLS_A_BUS };
+    for points in points.chunks(kills_a_bus) {
         let scene = Scene::new("coordinator");
         let mut stage = Stage::new(&scene).map_err(io::Error::other)?;
-        for (place, visit, effect) in points {
+        for point in points {
             report.kills += 1;
-            let (reached, survived) = kill_at(&mut stage, deed, place, *visit)?;
+            let (reached, survived) = kill_at(&mut stage, deed, victim, point)?;
             report.missed += usize::from(!reached);
             if let Err(violation) = survived {
-                report.violations.push(format!("killed before visit {visit} of {place:?} ({effect:?}): {violation}"));
+                report.violations.push(format!("killed before {point:?}: {violation}"));
                 break;
             }
         }
@@ -365,13 +543,18 @@ pub(crate) fn run(deed: &Deed, seed: u64) -> io::Result<Report> {
 }
 
 /// Whether the place was reached, and whether the kill was survived.
-fn kill_at(stage: &mut Stage<'_>, deed: &Deed, place: &Place, visit: u64) -> io::Result<(bool, Result<(), Violation>)> {
+fn kill_at(
+    stage: &mut Stage<'_>,
+    deed: &Deed,
+    victim: &Victim,
+    point: &Point,
+) -> io::Result<(bool, Result<(), Violation>)> {
     let process = match (deed.prepare)(stage.scene, &stage.bus) {
         Ok(process) => process,
         Err(violation) => return Ok((false, Err(violation))),
     };
-    let Begun { mut tracee, outcome } = begin(stage, deed, process)?;
-    let reached = tracee.run_to(place, visit, PATIENCE)?;
+    let Begun { mut tracee, outcome } = begin(stage, deed, process, victim)?;
+    let reached = point.reach(&mut tracee)?;
     let pid = tracee.pid();
     tracee.kill();
     Ok((reached, check(stage, pid, &outcome)))

@@ -8,12 +8,16 @@ use crate::checker::{Violation, subscriber};
 use crate::common::{Process, Scene, hear, say};
 use crate::consumers::change_word;
 use crate::coordinator::{DEADLINE, Deed, go_on, subject_of_many};
+use crate::mutant::mapping_of;
 
 const GROUP: &str = "group";
 const NAME: &str = "name";
 
 /// Messages that the group finds.
 const MESSAGES: u64 = 3;
+
+/// Messages that the owner of a name has committed.
+const COMMITTED: u64 = 2;
 
 /// How long a survivor waits for a message before it looks whether all is done.
 const LOOK: Duration = Duration::from_millis(5);
@@ -34,6 +38,16 @@ pub(crate) fn all() -> Vec<Deed> {
         Deed { name: "group: reclaim", prepare: |scene, bus| start(scene, bus, "pipe", late()), act: reclaim },
         Deed { name: "group: rewind", prepare: |scene, bus| start(scene, bus, "fenced", lasting()), act: rewind },
         Deed { name: "group: remove", prepare: |scene, bus| start(scene, bus, "fenced", lasting()), act: remove },
+        Deed {
+            name: "bury a name before its swap",
+            prepare: |scene, bus| start(scene, bus, "unswapped", lasting()),
+            act: bury_name,
+        },
+        Deed {
+            name: "bury a name after its swap",
+            prepare: |scene, bus| start(scene, bus, "swapped", lasting()),
+            act: bury_name,
+        },
         Deed { name: "group: take a name", prepare: |scene, bus| start(scene, bus, "name", lasting()), act: take_name },
     ]
 }
@@ -90,6 +104,13 @@ pub(crate) fn member(bus: &Bus, role: &str) {
             hear();
             assert_eq!(publisher.publish(b"late"), Err(PublishError::Fenced));
         }
+        "swapped" | "unswapped" => {
+            let mut publisher = bus.publisher_as(topic, NAME).unwrap();
+            (0..COMMITTED).for_each(|_| assert!(publisher.publish(&payload(MESSAGES)).is_ok()));
+            leave_undecided(role == "swapped");
+            say("ready");
+            hear();
+        }
         "pipe" => {
             let mut pipeline = bus.pipeline(topic, GROUP, results()).open().unwrap();
             let step = pipeline.step(|input, outputs| {
@@ -117,6 +138,30 @@ pub(crate) fn member(bus: &Bus, role: &str) {
     }
     say("done");
     hear();
+}
+
+/// The line of the only publisher with a name is left as it is while a message is on its way: its last one, or the next.
+fn leave_undecided(is_swapped: bool) {
+    // Page of header, the log's own up to its notes: note, number, base (ARCHITECTURE.md §3.2).
+    let lines = (mapping_of(":log (deleted)") + 4096 + 12_800) as *mut [u64; 8];
+    for slot in 0..64 {
+        // SAFETY: a line of the mapping, aligned, which lives as long as the publisher.
+        let line = unsafe { lines.add(slot) };
+        // SAFETY: as above; nobody else writes it while its owner rests.
+        let [note, number, base, ..] = unsafe { line.read_volatile() };
+        if (note & 0b11, number) != (2, COMMITTED) {
+            continue;
+        }
+        let position = note >> 2;
+        let (position, number, base) =
+            if is_swapped { (position, number, number - 1) } else { (position + 1, number + 1, number.max(base)) };
+        for (at, word) in [position << 2 | 1, number, base].into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { line.cast::<u64>().add(at).write_volatile(word) };
+        }
+        return;
+    }
+    panic!("no publisher has a name");
 }
 
 /// Message 1 is published as a dead letter and not settled, as if its consumer had died in between.
@@ -224,6 +269,20 @@ fn remove(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
     go_on(bus, process)?;
     // The name is free, and the group under it another one.
     create(bus, None)
+}
+
+/// A name goes on where what is there ends, whatever its owner could not decide.
+fn bury_name(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    process.ok_or("no process")?.kill();
+    let mut publisher = bus.publisher_as(subject_of_many(), NAME).map_err(text)?;
+    expect(publisher.last_number(), Some(COMMITTED))?;
+    publisher.publish_numbered(&payload(MESSAGES), COMMITTED + 1).map_err(text)?;
+    let mut reader = subscriber(bus, &subject_of_many(), Start::Oldest, Wait::Adaptive)?;
+    let mut numbers = Vec::new();
+    while let Some(message) = reader.try_recv().map_err(text)? {
+        numbers.extend(message.publisher_number().filter(|_| message[..] == payload(MESSAGES)));
+    }
+    expect(numbers, (1..=COMMITTED + 1).collect())
 }
 
 fn take_name(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {

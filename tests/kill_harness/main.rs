@@ -1,12 +1,24 @@
 //! The kill harness: a victim is stepped through one operation and killed behind each instruction, and its survivors look
-//! whether the contract holds (SPEC §4.1, §4.6).
+//! whether the contract holds (SPEC §4.1, §4.2, §4.6).
 //!
-//! A short run kills before each write to shared memory and each system call, since nothing else can be told apart from
-//! outside, and at one in so many of the other instructions, densest on the fast paths; of what the coordinator does it takes a
-//! sample, and of its deeds for groups one. `SHMBUS_TEST_SEED` repeats it. `SHMBUS_KILL_LONG=1` covers every instruction of the operations (hours in a debug
-//! build), of the long ones (moves, pipelines, take-overs) and of the coordinator's every shared access and system call
-//! (many minutes; with `=writes` before what writes or enters the kernel only: minutes). `SHMBUS_KILL_ONLY=move` runs only what has that in its name. Where processes must not be traced the tests say so
-//! and pass.
+//! **Where a kill can make a difference.** What others can ever see of a process is what it has stored in shared memory and what
+//! it has asked of the kernel; both change by nothing but an instruction that writes to a shared mapping, or a system call. A
+//! kill takes effect between two instructions (or two rounds of a string instruction): what came before it reaches
+//! memory, and does so before the death is proven; what comes behind it never happens. Its registers, its private memory and what
+//! it had *read* go with it, and its descriptors, mappings and threads are those of its last system call. So all kills between
+//! one write or system call and the next leave the same world behind, and a kill before each of them, and one behind all, stand
+//! for a kill behind every instruction. One that sleeps in a system call is one more case: it is killed there, too. What is
+//! left out is a call that the kernel itself cuts short in the middle, a long `pwrite`, say.
+//!
+//! Runs at every instruction, and at every read of shared memory, test that argument, and the harness's idea of which
+//! instructions touch shared memory.
+//!
+//! A short run (`cargo test`) kills before each write and system call of an operation and at one in so many of its other
+//! instructions, densest on the fast paths; of what coordinators do it takes a sample. `SHMBUS_TEST_SEED` repeats it.
+//! `SHMBUS_KILL_LONG=1` covers every instruction of publish, receive and ack, and each read, write and system call of everything
+//! else; `SHMBUS_KILL_LONG=writes` leaves out what only reads, or nothing. Both are meant for a release build, where they take an
+//! hour and twenty minutes. `SHMBUS_KILL_ONLY=move` runs only what has that in its name. Where processes must not be traced the
+//! tests say so and pass.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod checker;
@@ -15,11 +27,14 @@ mod common;
 mod consumers;
 mod coordinator;
 mod group_deeds;
+mod joining;
 mod mutant;
 mod named;
+mod requests;
 mod runner;
 mod scenarios;
 mod shared_access;
+mod sleepers;
 mod tracer;
 
 use common::seed;
@@ -35,7 +50,7 @@ fn role() {
     let bus = Bus::open_default().unwrap();
     match (role.as_str(), arguments.split_once(' ')) {
         ("victim", Some((life, name))) => (scenarios::named(name).victim)(&bus, life.parse().unwrap()),
-        ("hold", _) => coordinator::hold(&bus),
+        ("hold", _) => coordinator::hold(&bus, &arguments),
         ("member", Some((role, _))) => group_deeds::member(&bus, role),
         _ => panic!("no role {role} {arguments}"),
     }
@@ -95,6 +110,22 @@ fn a_subscriber_killed_at_any_instruction() {
 }
 
 #[test]
+fn who_is_killed_asleep_or_awaking_holds_nobody_up() {
+    survive("sleep");
+}
+
+#[test]
+fn who_is_killed_asking_or_answering_is_missed_at_once() {
+    survive("request");
+    survive("reply");
+}
+
+#[test]
+fn a_newcomer_killed_anywhere_leaves_its_place_free() {
+    survive("join");
+}
+
+#[test]
 fn a_consumer_killed_anywhere_leaves_each_message_settled_or_to_be_delivered_again() {
     survive("consume");
 }
@@ -146,7 +177,7 @@ fn succeed(prefixes: &[&str], most: usize) {
 
 #[test]
 fn a_coordinator_killed_in_a_request_is_succeeded() {
-    succeed(&["join", "create", "open", "remove"], usize::MAX);
+    succeed(&["join", "create", "open", "remove"], 2);
 }
 
 #[test]
@@ -158,6 +189,39 @@ fn a_coordinator_killed_over_a_burial_is_succeeded() {
 fn a_coordinator_killed_over_a_group_is_succeeded() {
     // What clients and coordinator say to each other about groups takes millions of instructions, each of which is counted.
     succeed(&["group:"], 1);
+}
+
+#[test]
+fn a_successor_killed_anywhere_from_its_start_on_is_succeeded() {
+    if !is_permitted() {
+        return;
+    }
+    let seed = seed();
+    let mut deeds: Vec<_> = coordinator::all().into_iter().filter(|deed| runner::is_chosen(deed.name)).collect();
+    let mut random = common::Random::new(seed);
+    while !runner::is_long() && deeds.len() > 1 {
+        deeds.remove(random.below(deeds.len() as u64) as usize);
+    }
+    let mut violations = 0;
+    for deed in &deeds {
+        let began = std::time::Instant::now();
+        let reports = coordinator::run_successor(deed, seed).unwrap_or_else(|error| panic!("{}: {error}", deed.name));
+        for report in reports {
+            println!("{report} {:.1?}", began.elapsed());
+            violations += report.violations.len();
+        }
+    }
+    assert_eq!(violations, 0, "the contract was broken; see above");
+}
+
+#[test]
+fn an_adopter_killed_anywhere_from_its_start_on_is_succeeded() {
+    if !is_permitted() || !runner::is_chosen(coordinator::ADOPTION) {
+        return;
+    }
+    let report = coordinator::run_adopter(seed()).unwrap();
+    println!("{report}");
+    assert_eq!(report.violations.len(), 0, "the contract was broken; see above");
 }
 
 /// Runs a scenario with a planted fault. A harness that has never found anything proves nothing.

@@ -39,6 +39,18 @@ fn victim(bus: &Bus, life: u64) {
     let mut publisher: Publisher<[u8]> = bus.publisher(topic(Mode::Exclusive)).unwrap();
     let (before, operation) = published(life);
     let last = publisher.publish(&before[0]).unwrap().get();
+    let (next, word) = slot_ahead(last, 1, LEN);
+    between_markers(|| write(next, word, &operation[0]))
+}
+
+/// Publishes so far ahead of the last message of the process's only publisher, on an exclusive topic.
+pub(crate) fn write_ahead(last: u64, ahead: u64, payload: &[u8]) {
+    let (slot, word) = slot_ahead(last, ahead, payload.len());
+    write(slot, word, payload);
+}
+
+/// A slot behind the last message, and the word that commits it.
+fn slot_ahead(last: u64, ahead: u64, len: usize) -> (*mut u8, u64) {
     let log = mapping_of(":log (deleted)") as *mut u8;
     // SAFETY: the header lies at the start of the mapping, which lives as long as the publisher.
     let slots = unsafe { log.add(SLOTS_OFFSET).cast::<u64>().read_volatile() };
@@ -48,17 +60,18 @@ fn victim(bus: &Bus, life: u64) {
     };
     // SAFETY: the slot's first word, aligned; the tenancy in it is this publisher's.
     let tenancy = unsafe { slot(last).cast::<u64>().read_volatile() } & 0xff00;
-    let word = (last + 1) << 16 | tenancy | INLINE | LEN as u64;
-    let (next, payload) = (slot(last + 1), &operation[0]);
-    between_markers(|| {
-        // SAFETY: the slot is the next one of the only publisher; the readers below it expect nothing of it yet.
-        unsafe {
-            next.cast::<u64>().write_volatile(word);
-            for (at, byte) in payload.iter().enumerate() {
-                next.add(8 + at).write_volatile(*byte);
-            }
+    (slot(last + ahead), (last + ahead) << 16 | tenancy | INLINE | len as u64)
+}
+
+#[inline(always)]
+fn write(slot: *mut u8, word: u64, payload: &[u8]) {
+    // SAFETY: the slot is one of the ring above the tail of the only publisher; the readers below it expect nothing of it yet.
+    unsafe {
+        slot.cast::<u64>().write_volatile(word);
+        for (at, byte) in payload.iter().enumerate() {
+            slot.add(8 + at).write_volatile(*byte);
         }
-    })
+    }
 }
 
 /// The start of the segment whose name has this part.

@@ -1,12 +1,12 @@
 //! The operations that victims die in. A scenario is what the victim does and who lives through it; to add one, add it to
 //! [`all`].
 
-use shmbus::{Bus, Mode, Start, Topic};
+use shmbus::{Bus, Full, Mode, RecvError, Start, Topic};
 
 use crate::checker::{Messages, Published, Readers, Survivors, TO_RECEIVE, Violation, Writers, message};
 use crate::common::of_mode;
 use crate::tracer::between_markers;
-use crate::{consumers, mutant, named as numbered};
+use crate::{consumers, joining, mutant, named as numbered, requests, sleepers};
 
 /// An operation under test.
 pub(crate) struct Scenario {
@@ -38,6 +38,10 @@ pub(crate) fn all() -> Vec<Scenario> {
     all.extend(publishing());
     all.extend(receiving());
     all.extend(numbered::all());
+    all.extend(dropping());
+    all.extend(sleepers::all());
+    all.extend(joining::all());
+    all.extend(requests::all());
     all.extend(consumers::all());
     all.push(mutant::scenario());
     all
@@ -94,6 +98,28 @@ fn publish(bus: &Bus, mode: Mode, published: Published, life: u64) -> ! {
     }
 }
 
+/// A message with its envelope, and a number under a name.
+fn publish_named(bus: &Bus, published: Published, life: u64) -> ! {
+    let mut publisher = bus.publisher_as(topic(Mode::Many), "name").unwrap();
+    let (before, operation) = published(life);
+    for message in before {
+        publisher.publish(&message).unwrap();
+    }
+    let number = publisher.last_number().unwrap() + 1;
+    between_markers(|| publisher.publish_numbered(&operation[0], number).unwrap())
+}
+
+/// Its topic has envelopes.
+fn publish_keyed(bus: &Bus, mode: Mode, published: Published, life: u64) -> ! {
+    let mut publisher = bus.publisher(topic(mode).envelope()).unwrap();
+    let (before, operation) = published(life);
+    for message in before {
+        publisher.publish(&message).unwrap();
+    }
+    let envelope = shmbus::Envelope::new().key(b"key").header("name", b"value");
+    between_markers(|| publisher.publish_with(&operation[0], &envelope).unwrap())
+}
+
 /// A loan filled in place.
 fn lend(bus: &Bus, mode: Mode, published: Published, life: u64) -> ! {
     let mut publisher = bus.publisher(topic(mode)).unwrap();
@@ -125,9 +151,21 @@ macro_rules! publishing {
     };
 }
 
+macro_rules! publishing_enveloped {
+    ($name:literal, $mode:ident) => {
+        Scenario {
+            name: $name,
+            stride: 800,
+            grain: Grain::Instruction,
+            victim: |bus, life| publish_keyed(bus, Mode::$mode, small, life),
+            survivors: |bus| Ok(Box::new(Readers::new(bus, topic(Mode::$mode).envelope(), false, small)?)),
+        }
+    };
+}
+
 fn publishing() -> Vec<Scenario> {
     vec![
-        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 6, asleep: false),
+        publishing!("publish exclusive inline", publish, Exclusive, small, stride: 10, asleep: false),
         publishing!("publish exclusive first", publish, Exclusive, first, stride: 400, asleep: false),
         publishing!("publish exclusive arena", publish, Exclusive, large, stride: 400, asleep: false),
         publishing!("publish exclusive batch", publish, Exclusive, batch, stride: 2048, asleep: false),
@@ -138,6 +176,15 @@ fn publishing() -> Vec<Scenario> {
         publishing!("publish many batch", publish, Many, batch, stride: 2048, asleep: false),
         publishing!("publish many loan", lend, Many, large, stride: 400, asleep: false),
         publishing!("publish many, reader asleep", publish, Many, small, stride: 400, asleep: true),
+        Scenario {
+            name: "publish many under a name",
+            stride: 400,
+            grain: Grain::Instruction,
+            victim: |bus, life| publish_named(bus, small, life),
+            survivors: |bus| readers(bus, Mode::Many, false, small),
+        },
+        publishing_enveloped!("publish exclusive, keyed", Exclusive),
+        publishing_enveloped!("publish many, keyed", Many),
         publishing!("publish channel inline", publish, Channel, small, stride: 400, asleep: false),
         publishing!("publish channel arena", publish, Channel, large, stride: 400, asleep: false),
         publishing!("publish channel batch", publish, Channel, batch, stride: 2048, asleep: false),
@@ -185,5 +232,44 @@ fn receiving() -> Vec<Scenario> {
         receiving!("receive many", receive, Many, stride: 400, waits: false),
         receiving!("receive many, publisher waits", receive_all, Many, stride: 400, waits: true),
         receiving!("receive channel", receive, Channel, stride: 400, waits: false),
+    ]
+}
+
+/// Receives what a reader finds that does not hold the ring: first what it has lost.
+fn receive_late(bus: &Bus, topic: Topic<[u8]>, droppable: bool) -> ! {
+    let subscriber = bus.subscriber(topic).start(Start::Latest);
+    let mut subscriber = if droppable { subscriber.droppable() } else { subscriber }.open().unwrap();
+    between_markers(|| {
+        match subscriber.try_recv() {
+            Err(RecvError::Lagged { .. }) => {}
+            other => panic!("expected a loss, found {other:?}"),
+        }
+        for _ in 0..TO_RECEIVE {
+            std::hint::black_box(subscriber.try_recv().unwrap().unwrap().len());
+        }
+    })
+}
+
+fn overwritten(mode: Mode) -> Topic<[u8]> {
+    topic(mode).full(Full::Overwrite)
+}
+
+fn dropping() -> Vec<Scenario> {
+    macro_rules! dropping {
+        ($name:literal, $topic:expr, $droppable:literal) => {
+            Scenario {
+                name: $name,
+                stride: 4000,
+                grain: Grain::Instruction,
+                victim: |bus, _| receive_late(bus, $topic, $droppable),
+                survivors: |bus| Ok(Box::new(Writers::for_the_late(bus, $topic)?)),
+            }
+        };
+    }
+    vec![
+        dropping!("receive exclusive, droppable", topic(Mode::Exclusive), true),
+        dropping!("receive many, droppable", topic(Mode::Many), true),
+        dropping!("receive exclusive, overwritten", overwritten(Mode::Exclusive), false),
+        dropping!("receive many, overwritten", overwritten(Mode::Many), false),
     ]
 }

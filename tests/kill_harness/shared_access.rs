@@ -50,19 +50,33 @@ impl Lens {
         Lens { segments: Vec::new(), stale: true, decoded: HashMap::new(), factory: InstructionInfoFactory::new() }
     }
 
-    /// What the next instruction will do.
-    pub(crate) fn look(&mut self, tracee: &Tracee, registers: &user_regs_struct) -> io::Result<Effect> {
+    /// Whether any segment is mapped: before, it can be noticed in the kernel alone.
+    pub(crate) fn has_segments(&mut self, tracee: &Tracee) -> bool {
+        self.refresh(tracee);
+        !self.segments.is_empty()
+    }
+
+    fn refresh(&mut self, tracee: &Tracee) {
         if self.stale {
             self.segments = segments(tracee);
             self.stale = false;
         }
+    }
+
+    /// It has entered the kernel unseen: it may have mapped or unmapped a segment.
+    pub(crate) fn forget_segments(&mut self) {
+        self.stale = true;
+    }
+
+    /// What the next instruction will do.
+    pub(crate) fn look(&mut self, tracee: &Tracee, registers: &user_regs_struct) -> io::Result<Effect> {
+        self.refresh(tracee);
         let Lens { decoded, factory, .. } = self;
         let decoded = decoded.entry(registers.rip).or_insert_with(|| decode(factory, tracee, registers.rip));
         Ok(match decoded {
             Decoded::Plain => Effect::Private,
             Decoded::Marker => Effect::Marker,
             Decoded::SystemCall => {
-                // It may map or unmap a segment.
                 self.stale = true;
                 Effect::SystemCall
             }

@@ -19,6 +19,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::sleepers::Sleeper;
+
 /// The marker: one byte, a trap that is delivered to the tracer.
 pub(crate) const MARKER: u8 = 0xcc;
 
@@ -63,8 +65,10 @@ pub(crate) struct Tracee {
 pub(crate) enum Stop {
     /// A step was made or a trap met.
     Trap,
-    /// It started another thread.
-    Thread(Pid),
+    /// It started another thread or process.
+    Child(Pid),
+    /// It began another program.
+    Program,
     /// Another signal, which is to be delivered when it goes on.
     Signal(Signal),
     /// It has ended.
@@ -91,8 +95,7 @@ impl Tracee {
         }
         // It is waited for here, not by way of its `Child`.
         let pid = Pid::from_raw(command.spawn()?.id() as i32);
-        let mut tracee =
-            Tracee { process: pid, thread: pid, others: Vec::new(), memory: memory_of(pid)?, progress: 0, gone: false };
+        let mut tracee = Tracee::of(pid)?;
         tracee.wait()?;
         ptrace::setoptions(pid, Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACECLONE)?;
         Ok(tracee)
@@ -101,15 +104,77 @@ impl Tracee {
     /// Takes hold of a running process (its main thread) and stops it.
     pub(crate) fn seize(pid: Pid) -> io::Result<Tracee> {
         ptrace::seize(pid, Options::PTRACE_O_EXITKILL)?;
-        let mut tracee =
-            Tracee { process: pid, thread: pid, others: Vec::new(), memory: memory_of(pid)?, progress: 0, gone: false };
+        let mut tracee = Tracee::of(pid)?;
         ptrace::interrupt(pid)?;
         tracee.wait()?;
         Ok(tracee)
     }
 
+    /// Takes hold of a running process whose [next child](Self::next_child) is wanted, and lets it run.
+    pub(crate) fn seize_parent(pid: Pid) -> io::Result<Tracee> {
+        let tracee = Tracee::seize(pid)?;
+        ptrace::setoptions(pid, Options::PTRACE_O_TRACEFORK)?;
+        tracee.resume()?;
+        Ok(tracee)
+    }
+
+    /// The next process that it starts, which stands where its program begins: its libraries are in place. The parent is let alone
+    /// from then on.
+    pub(crate) fn next_child(mut self, patience: Duration) -> io::Result<Tracee> {
+        let child = loop {
+            match self.wait_for(patience)? {
+                Some(Stop::Child(child)) => break child,
+                Some(Stop::Signal(signal)) => ptrace::cont(self.thread, signal)?,
+                Some(Stop::Trap | Stop::Program) => self.resume()?,
+                Some(Stop::Ended) | None => return Err(io::Error::other("the process starts no other one")),
+            }
+        };
+        let mut child = Tracee::of(child)?;
+        child.wait()?;
+        ptrace::detach(self.process, None)?;
+        self.gone = true;
+        child.run_to_program(patience)?;
+        Ok(child)
+    }
+
+    fn run_to_program(&mut self, patience: Duration) -> io::Result<()> {
+        ptrace::setoptions(self.process, Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACEEXEC)?;
+        self.resume()?;
+        loop {
+            match self.wait()? {
+                Stop::Program => break,
+                Stop::Signal(signal) => ptrace::cont(self.thread, signal)?,
+                Stop::Trap => self.resume()?,
+                Stop::Child(_) | Stop::Ended => return Err(io::Error::other("it did not become another program")),
+            }
+        }
+        ptrace::setoptions(self.process, Options::PTRACE_O_EXITKILL)?;
+        self.memory = memory_of(self.process)?;
+        let entry = entry_of(self.process)?;
+        match self.run_to_address(entry, 1, patience)? {
+            true => Ok(()),
+            false => Err(io::Error::other("its program did not begin")),
+        }
+    }
+
+    fn of(pid: Pid) -> io::Result<Tracee> {
+        let memory = memory_of(pid)?;
+        Ok(Tracee { process: pid, thread: pid, others: Vec::new(), memory, progress: 0, gone: false })
+    }
+
+    /// Runs it to where it enters the kernel next, if it does within `patience`; what it calls for is not done yet.
+    pub(crate) fn run_to_call(&mut self, patience: Duration) -> io::Result<bool> {
+        ptrace::syscall(self.thread, None)?;
+        Ok(self.wait_for(patience)? == Some(Stop::Trap))
+    }
+
     pub(crate) fn pid(&self) -> Pid {
         self.process
+    }
+
+    /// Its thread that is traced.
+    pub(crate) fn sleeper(&self) -> Sleeper {
+        Sleeper { process: self.process, thread: self.thread }
     }
 
     pub(crate) fn registers(&self) -> io::Result<libc::user_regs_struct> {
@@ -141,33 +206,45 @@ impl Tracee {
 
     /// Runs it until it stands behind a marker, which its set-up leads to: in the thread that libtest starts for it.
     pub(crate) fn run_to_marker(&mut self) -> io::Result<()> {
+        self.run_to_next_marker()?;
+        self.progress = self.registers()?.rdi;
+        Ok(())
+    }
+
+    /// Runs it through its operation.
+    pub(crate) fn run_to_end(&mut self) -> io::Result<()> {
+        self.run_to_next_marker()
+    }
+
+    fn run_to_next_marker(&mut self) -> io::Result<()> {
         loop {
             self.resume()?;
             match self.wait()? {
                 Stop::Trap => {
-                    let mut byte = [0];
-                    self.read(self.registers()?.rip.wrapping_sub(1), &mut byte);
-                    if byte == [MARKER] {
-                        self.progress = self.registers()?.rdi;
+                    if self.is_behind_marker(&self.registers()?) {
                         return Ok(());
                     }
                 }
-                Stop::Thread(thread) if self.thread != self.process => {
-                    waitpid(thread, Some(WaitPidFlag::__WALL))?;
-                    self.others.push(thread);
-                }
-                Stop::Thread(thread) => {
+                Stop::Child(thread) if self.thread != self.process => self.adopt(thread)?,
+                Stop::Child(thread) => {
                     // The main thread only waits for it, with nothing to stop for.
                     self.resume()?;
                     self.thread = thread;
                     self.wait()?;
                 }
                 // A new thread under trace begins with this one.
-                Stop::Signal(Signal::SIGSTOP) => {}
+                Stop::Signal(Signal::SIGSTOP) | Stop::Program => {}
                 Stop::Signal(signal) => return Err(io::Error::other(format!("the victim got {signal} in its set-up"))),
                 Stop::Ended => return Err(io::Error::other("the victim ended before its operation began")),
             }
         }
+    }
+
+    /// A thread that the followed one has started stands still.
+    fn adopt(&mut self, thread: Pid) -> io::Result<()> {
+        waitpid(thread, Some(WaitPidFlag::__WALL))?;
+        self.others.push(thread);
+        Ok(())
     }
 
     /// Executes one instruction.
@@ -176,9 +253,18 @@ impl Tracee {
         loop {
             match self.wait()? {
                 Stop::Signal(signal) => ptrace::step(self.thread, signal)?,
+                Stop::Child(thread) => {
+                    self.adopt(thread)?;
+                    ptrace::step(self.thread, None)?;
+                }
                 stop => return Ok(stop),
             }
         }
+    }
+
+    /// Begins to execute an instruction, and leaves it alone with that.
+    pub(crate) fn begin_step(&mut self) -> io::Result<()> {
+        Ok(ptrace::step(self.thread, None)?)
     }
 
     /// Executes one instruction that may sleep; `None`: it sleeps for longer than `patience`, and goes on doing so.
@@ -201,14 +287,11 @@ impl Tracee {
 
     /// The same for an address.
     pub(crate) fn run_to_address(&mut self, address: u64, visit: u64, patience: Duration) -> io::Result<bool> {
-        let mut original = [0];
-        self.read(address, &mut original);
         let deadline = Instant::now() + patience;
         for _ in 1..visit {
             if !self.run_to_next(address, deadline)? {
                 return Ok(false);
             }
-            self.memory.write_all_at(&original, address)?;
             if self.step_patiently(deadline.saturating_duration_since(Instant::now()))? != Some(Stop::Trap) {
                 return Ok(false);
             }
@@ -217,6 +300,8 @@ impl Tracee {
     }
 
     fn run_to_next(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
+        let mut original = [0];
+        self.read(address, &mut original);
         self.memory.write_all_at(&[MARKER], address)?;
         self.resume()?;
         while let Some(stop) = self.wait_for(deadline.saturating_duration_since(Instant::now()))? {
@@ -226,15 +311,29 @@ impl Tracee {
                     if registers.rip == address + 1 {
                         registers.rip = address;
                         ptrace::setregs(self.thread, registers)?;
+                        self.memory.write_all_at(&original, address)?;
                         return Ok(true);
+                    }
+                    // The operation is over, and it did not come by.
+                    if self.is_behind_marker(&registers) {
+                        return Ok(false);
                     }
                     self.resume()?;
                 }
                 Stop::Signal(signal) => ptrace::cont(self.thread, signal)?,
-                Stop::Thread(_) | Stop::Ended => return Ok(false),
+                Stop::Child(thread) => {
+                    self.adopt(thread)?;
+                    self.resume()?;
+                }
+                Stop::Program | Stop::Ended => return Ok(false),
             }
         }
         Ok(false)
+    }
+
+    fn is_behind_marker(&self, registers: &libc::user_regs_struct) -> bool {
+        let mut byte = [0];
+        self.read(registers.rip.wrapping_sub(1), &mut byte) == 1 && byte == [MARKER]
     }
 
     /// Where the instruction at an address comes from.
@@ -300,9 +399,10 @@ impl Tracee {
     fn note(&mut self, status: nix::Result<WaitStatus>) -> io::Result<Option<Stop>> {
         match status {
             Ok(WaitStatus::StillAlive) => Ok(None),
-            Ok(WaitStatus::PtraceEvent(pid, _, libc::PTRACE_EVENT_CLONE)) => {
-                Ok(Some(Stop::Thread(Pid::from_raw(ptrace::getevent(pid)? as i32))))
+            Ok(WaitStatus::PtraceEvent(pid, _, libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK)) => {
+                Ok(Some(Stop::Child(Pid::from_raw(ptrace::getevent(pid)? as i32))))
             }
+            Ok(WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC)) => Ok(Some(Stop::Program)),
             Ok(WaitStatus::Stopped(_, Signal::SIGTRAP) | WaitStatus::PtraceEvent(..)) => Ok(Some(Stop::Trap)),
             Ok(WaitStatus::Stopped(_, signal)) => Ok(Some(Stop::Signal(signal))),
             Err(Errno::EINTR) => Ok(None),
@@ -340,6 +440,14 @@ pub(crate) fn forbidden() -> Option<String> {
 
 fn memory_of(pid: Pid) -> io::Result<File> {
     File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))
+}
+
+/// Where the program begins that a process has just become, by what the kernel told it.
+fn entry_of(pid: Pid) -> io::Result<u64> {
+    let told = fs::read(format!("/proc/{pid}/auxv"))?;
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let entry = told.chunks_exact(16).find(|pair| word(&pair[..8]) == libc::AT_ENTRY);
+    entry.map(|pair| word(&pair[8..])).ok_or_else(|| io::Error::other("the kernel does not say where it begins"))
 }
 
 fn mapping(line: &str) -> Option<(std::ops::Range<u64>, u64, String)> {
