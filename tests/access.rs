@@ -308,6 +308,29 @@ fn publishing_and_consuming_are_rights_of_their_own() {
     refused(&mut stranger, "consume jobs", Right::Consume, BOB);
 }
 
+/// The name that a group's dead letters go to can be guessed, and names are for who comes first.
+#[test]
+fn dead_letters_go_to_nobody_who_may_not_consume() {
+    let Some(shared) = Shared::new("letters", "*") else { return };
+    let bus = shared.create("jobs", &Access::new());
+    bus.publisher(raw("jobs")).unwrap().publish(b"secret").unwrap();
+    let mut bob = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut bob, "create dlq.jobs.g"), "done");
+    let create_group = || bus.create_group("jobs", "g", &shmbus::GroupOptions::new(), Start::Oldest, false);
+    let said = create_group().unwrap_err().to_string();
+    assert!(said.contains(&format!("is user {BOB}'s")) && said.contains("remove it"), "{said}");
+    bus.remove_topic("dlq.jobs.g", true).unwrap();
+    create_group().unwrap();
+    for order in ["create dlq.jobs.g", "publish dlq.jobs.g"] {
+        let said = ask(&mut bob, order);
+        assert!(said.contains("dead letters") && said.contains(&format!("--allow consume={BOB}")), "{said}");
+    }
+    let mut consumer = bus.consumer(raw("jobs"), "g").open().unwrap();
+    consumer.recv_timeout(LIMIT).unwrap().reject("no good").unwrap();
+    assert_eq!(bus.topic("dlq.jobs.g").unwrap().owner, 0);
+    assert_eq!(ask(&mut bob, "topics"), "");
+}
+
 #[test]
 fn wildcards_skip_what_their_owner_may_not_read() {
     let Some(shared) = Shared::new("wildcards", "*") else { return };

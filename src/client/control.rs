@@ -630,6 +630,11 @@ impl Inner {
                     self.pushed.add(wildcard, told, subscriber, (answer, fds));
                 }
             }
+            Answer::WildcardMissed { wildcard, told, .. } => {
+                if self.pushed.is_awaited(&self.holds, wildcard) {
+                    self.pushed.miss(wildcard, told, answer);
+                }
+            }
             Answer::WildcardTold { wildcard, told } => self.pushed.set_told(wildcard, told),
             Answer::Welcome { protocol, incarnation, bus } if !self.welcomed => {
                 self.receive_welcome(protocol, Identity { incarnation, bus });

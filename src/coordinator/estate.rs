@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use nix::unistd::Uid;
 
+use crate::coordinator::connection::Push;
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
@@ -28,9 +29,11 @@ use crate::coordinator::protocol::{
     SubscriberStatus, TopicInfo, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
-use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, SubscriberEntry, TopicEntry};
+use crate::coordinator::state::{
+    Event, Footprint, GroupEntry, Plan, Reply, State, SubscriberEntry, TopicEntry, missed_event,
+};
 use crate::error::Refusal;
-use crate::os::socket::User;
+use crate::os::socket::{Peer, User};
 use crate::os::{address_space, pidfd};
 use crate::ring::log::TopicState;
 use crate::topic::Mode;
@@ -76,15 +79,21 @@ pub(crate) struct Estate {
     news: Vec<News>,
 }
 
-/// A subscriber that was opened for a wildcard subscription.
+/// A topic that came for a wildcard subscription.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct News {
     pub(crate) incarnation: u64,
     pub(crate) wildcard: u64,
     /// How many the subscription has had, with this one; 0 where the owner learns that in another way.
     pub(crate) told: u64,
-    topic: u64,
-    cursor: u32,
+    what: NewsOf,
+}
+
+/// What became of a topic for a wildcard subscription.
+#[derive(Clone, Copy, Debug)]
+enum NewsOf {
+    Cursor { topic: u64, cursor: u32 },
+    Missed,
 }
 
 impl Estate {
@@ -312,8 +321,7 @@ impl Estate {
     fn repair_wildcards(&mut self) {
         for (wildcard, topic) in self.state.missing_cursors() {
             let event = self.state.cursor_for(wildcard, topic, FOOTPRINT);
-            let opened = event.map_or(Err(broken("no cursor is free for a wildcard")), |event| self.carry_out(event));
-            if let Err(error) = opened {
+            if let Err(error) = event.map_or(Ok(()), |event| self.carry_out_for_others(event)) {
                 eprintln!("shmbus coordinator: topic {topic} is not in wildcard subscription {wildcard}: {error}");
             }
         }
@@ -352,20 +360,55 @@ impl Estate {
             let (wildcard, HandleRef::Subscriber { topic, cursor }) = (self.state.wildcard_of(handle)?, handle) else {
                 return None;
             };
-            Some(News { incarnation, wildcard, told: 0, topic, cursor })
+            Some(News { incarnation, wildcard, told: 0, what: NewsOf::Cursor { topic, cursor } })
         });
         let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == incarnation);
-        (news.collect(), wildcards.map(|(wildcard, entry)| (*wildcard, entry.opened)).collect())
+        let mine = wildcards.clone();
+        let missed = mine.flat_map(|(&wildcard, entry)| {
+            let of = move |told| News { incarnation, wildcard, told, what: NewsOf::Missed };
+            entry.missed.iter().map(move |missed| of(missed.number))
+        });
+        (news.chain(missed).collect(), wildcards.map(|(wildcard, entry)| (*wildcard, entry.opened)).collect())
+    }
+
+    /// What a push says now, when it is its turn; `None` where its topic has gone meanwhile. Fails for want of descriptors.
+    pub(crate) fn resolve(&self, push: Push) -> Result<Option<Granted>, Refusal> {
+        match push {
+            Push::Arena { topic, slot } => match self.memory(topic) {
+                Ok(memory) if memory.has_arena(slot) => {
+                    Ok(Some((Answer::ArenaAdded { topic, slot }, vec![memory.arena_fd(slot)?])))
+                }
+                _ => Ok(None),
+            },
+            Push::Wildcard(news) => self.wildcard_topic(news),
+        }
     }
 
     /// A wildcard subscription's new subscriber, for its owner. Its cursor is where it was put in force: nobody reads yet.
-    pub(crate) fn wildcard_topic(&self, news: News) -> Result<Granted, Refusal> {
-        let News { wildcard, told, topic, cursor, .. } = news;
-        let memory = self.memory(topic)?;
-        let place = memory.cursor_place(cursor).ok_or_else(|| broken("a wildcard's cursor is not in force"))?;
+    fn wildcard_topic(&self, news: News) -> Result<Option<Granted>, Refusal> {
+        let News { wildcard, told, what, .. } = news;
+        let NewsOf::Cursor { topic, cursor } = what else { return Ok(Some((self.missed(wildcard, told), Vec::new()))) };
+        let memory = self.memory(topic).ok();
+        let found = memory.and_then(|memory| Some((memory, memory.cursor_place(cursor)?)));
+        let subscriber = HandleRef::Subscriber { topic, cursor };
+        let Some((memory, place)) = found.filter(|_| self.state.wildcard_of(subscriber) == Some(wildcard)) else {
+            return Ok(Some((Answer::WildcardTold { wildcard, told }, Vec::new())));
+        };
         let (segments, fds) = memory.subscriber_fds(cursor)?.into_iter().unzip();
         let (info, position, sequence) = (self.entry(topic)?.info.clone(), place.position, place.sequence);
-        Ok((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds))
+        Ok(Some((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds)))
+    }
+
+    /// What a wildcard subscription has missed, by its number.
+    fn missed(&self, wildcard: u64, told: u64) -> Answer {
+        let entry = self.state.wildcards().get(&wildcard);
+        match entry.and_then(|entry| entry.missed.iter().find(|missed| missed.number == told)) {
+            Some(missed) => {
+                Answer::WildcardMissed { wildcard, told, topic: missed.name.clone(), why: missed.why.clone() }
+            }
+            // It has missed so many since that the last of them have to stand for all.
+            None => Answer::WildcardTold { wildcard, told },
+        }
     }
 
     /// Wakes a wildcard subscription's owner, after it has been sent what there is.
@@ -373,11 +416,6 @@ impl Estate {
         if let Some(entry) = self.state.wildcards().get(&wildcard) {
             self.notices.tell(wildcard, entry.opened);
         }
-    }
-
-    /// An arena's descriptor for readers.
-    pub(crate) fn arena_fd(&self, topic: u64, slot: u32) -> Result<OwnedFd, Refusal> {
-        self.memory(topic)?.arena_fd(slot)
     }
 
     /// Lets a process in.
@@ -421,7 +459,7 @@ impl Estate {
     pub(crate) fn readmit(
         &mut self,
         incarnation: u64,
-        pid: u32,
+        peer: Peer,
         pidfd: BorrowedFd<'_>,
         holds: &[HandleRef],
     ) -> Result<(), Refusal> {
@@ -431,7 +469,10 @@ impl Estate {
         let lives = !pidfd::is_dead(registered.as_fd()).map_err(|error| system("looking at a process", &error))?;
         let same =
             pidfd::may_be_same(registered.as_fd(), pidfd).map_err(|error| system("comparing processes", &error))?;
-        if !(lives && same && participant.pid == pid) || self.is_past(incarnation) {
+        // Who has become another user keeps what it joined as, if it is still the same program: where nobody can tell, it may
+        // be anybody's that was executed since.
+        let same_program = participant.uid == peer.uid || self.spaces.contains_key(&incarnation);
+        if !(lives && same && participant.pid == peer.pid && same_program) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         let plan = self.state.rejoin(incarnation, holds)?;
@@ -478,7 +519,23 @@ impl Estate {
     }
 
     fn carry_out_all(&mut self, events: Vec<Event>) -> Result<(), Refusal> {
-        events.into_iter().try_for_each(|event| self.carry_out(event))
+        events.into_iter().try_for_each(|event| self.carry_out_for_others(event))
+    }
+
+    /// A wildcard subscription that cannot have a topic, for want of a descriptor say, misses it and is told so: whoever
+    /// creates a topic has nothing to do with that, nor have the subscription's other topics.
+    fn carry_out_for_others(&mut self, event: Event) -> Result<(), Refusal> {
+        let concerned = match &event {
+            Event::SubscriberOpened { topic, wildcard: Some(wildcard), .. } => Some((*topic, *wildcard)),
+            _ => None,
+        };
+        match (self.carry_out(event), concerned) {
+            (Err(why), Some((topic, wildcard))) => {
+                let info = self.entry(topic)?.info.clone();
+                self.carry_out(missed_event(wildcard, &info, why))
+            }
+            (outcome, _) => outcome,
+        }
     }
 
     fn carry_out(&mut self, event: Event) -> Result<(), Refusal> {
@@ -556,7 +613,10 @@ impl Estate {
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, .. } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
                     Ok(joined) => match wildcard {
-                        Some(wildcard) => self.add_news(*incarnation, *wildcard, *topic, *cursor),
+                        Some(wildcard) => {
+                            let what = NewsOf::Cursor { topic: *topic, cursor: *cursor };
+                            self.add_news(*incarnation, *wildcard, what);
+                        }
                         None => self.joined = Some(joined),
                     },
                     Err(refusal) => {
@@ -564,6 +624,11 @@ impl Estate {
                         self.carry_out(Event::Closed { handle })?;
                         return Err(refusal);
                     }
+                }
+            }
+            Event::WildcardMissed { wildcard, .. } => {
+                if let Some(incarnation) = self.state.wildcards().get(wildcard).map(|entry| entry.incarnation) {
+                    self.add_news(incarnation, *wildcard, NewsOf::Missed);
                 }
             }
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
@@ -587,9 +652,9 @@ impl Estate {
         Ok(())
     }
 
-    fn add_news(&mut self, incarnation: u64, wildcard: u64, topic: u64, cursor: u32) {
+    fn add_news(&mut self, incarnation: u64, wildcard: u64, what: NewsOf) {
         let told = self.state.wildcards().get(&wildcard).map_or(0, |entry| entry.opened);
-        self.news.push(News { incarnation, wildcard, told, topic, cursor });
+        self.news.push(News { incarnation, wildcard, told, what });
     }
 
     fn give_up_notices(&mut self) {

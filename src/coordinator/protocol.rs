@@ -2,7 +2,7 @@
 //!
 //! One packet is one [`Request`] or one [`Answer`], encoded with postcard; descriptors ride along as SCM_RIGHTS in the
 //! order the answer's [`SegmentRef`]s give. A client has at most one request open at a time, so answers need no
-//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`] and [`Answer::WildcardTold`] may come at any time, before the
+//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`], [`Answer::WildcardMissed`] and [`Answer::WildcardTold`] may come at any time, before the
 //! answer that is waited for.
 
 use serde::{Deserialize, Serialize};
@@ -244,6 +244,8 @@ pub(crate) enum Answer {
         sequence: u64,
         segments: Vec<SegmentRef>,
     },
+    /// Unasked, to a wildcard subscription's owner: what would have been the `told`-th topic of the subscription is none of them.
+    WildcardMissed { wildcard: u64, told: u64, topic: String, why: Refusal },
     /// Unasked, to a participant that came back: of its wildcard subscription's topics it has the first `told` now.
     WildcardTold { wildcard: u64, told: u64 },
 }

@@ -9,7 +9,7 @@ mod groups;
 mod limits;
 mod wildcards;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,7 @@ use crate::os::pidfd::Birth;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
-pub(crate) use wildcards::WildcardEntry;
+pub(crate) use wildcards::{WildcardEntry, missed_event};
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
 const TENANCIES: u64 = 256;
@@ -108,6 +108,9 @@ pub(crate) enum Event {
         droppable: bool,
         opened: u64,
     },
+    /// A wildcard subscription does not get a topic that it stands for. Its `number` among the subscription's topics: the next,
+    /// or, of a compacted registry, the one that it had.
+    WildcardMissed { wildcard: u64, number: Option<u64>, topic: u64, name: String, why: Refusal },
     /// Inode number of a wildcard subscription's notice, as of a topic's segments.
     NoticeKnown { wildcard: u64, inode: u64 },
     /// A handle was given back.
@@ -369,8 +372,14 @@ impl State {
             Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened } => {
                 let (incarnation, start, droppable, opened) = (*incarnation, *start, *droppable, *opened);
                 let (pattern, schema) = (pattern.clone(), schema.clone());
-                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice: None };
+                let (notice, missed) = (None, VecDeque::new());
+                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice, missed };
                 self.open_wildcard(*wildcard, entry);
+            }
+            Event::WildcardMissed { wildcard, number, topic, name, why } => {
+                if let Some(entry) = self.wildcards.get_mut(wildcard) {
+                    entry.miss(*number, *topic, name, why);
+                }
             }
             Event::NoticeKnown { wildcard, inode } => {
                 let entry = self.wildcards.get_mut(wildcard);
@@ -394,6 +403,7 @@ impl State {
         for entry in self.topics.values() {
             entry.snapshot(&mut events);
         }
+        self.snapshot_missed(&mut events);
         events.push(Event::WildcardsGiven { wildcards: self.next_wildcard });
         events.push(Event::Given {
             participants: self.next_incarnation,
@@ -832,12 +842,8 @@ impl Decider<'_> {
                 mend,
             });
         }
-        let schema_name_len = options.schema.as_ref().map_or(0, |schema| schema.name.len());
-        if schema_name_len > MAX_SCHEMA_NAME_BYTES {
-            let problem =
-                format!("the type's name has {schema_name_len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed");
-            return Err(Refusal::Options { topic, problem });
-        }
+        check_schema_len(options.schema.as_ref())
+            .map_err(|problem| Refusal::Options { topic: topic.clone(), problem })?;
         let geometry = Geometry::from_options(options).map_err(|problem| Refusal::Options { topic, problem })?;
         let info = TopicInfo {
             id: self.state.next_topic,
@@ -850,10 +856,11 @@ impl Decider<'_> {
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
         self.check_owned(self.uid, 1, limits::first_segments(options.mode))?;
+        self.check_letters(name)?;
         let access = access.cloned().or_else(|| self.access_of_dead_letters(name)).unwrap_or_default();
         access.check().map_err(|problem| Refusal::Options { topic: name.to_owned(), problem })?;
         let new = TopicEntry::new(&info, self.uid, &access, bytes, 0, kept, owner);
-        let cursors = self.wildcard_cursors(&new)?;
+        let cursors = self.wildcard_cursors(&new);
         let created =
             Event::TopicCreated { info: info.clone(), uid: self.uid, access, bytes, publishers: 0, kept, owner };
         Ok((info, [created].into_iter().chain(cursors).collect()))
@@ -925,6 +932,14 @@ fn check_schema(info: &TopicInfo, handle: Option<&Schema>) -> Result<(), Refusal
             found: handle.to_string(),
         }),
         _ => Ok(()),
+    }
+}
+
+/// What is kept in the registry is bounded.
+fn check_schema_len(schema: Option<&Schema>) -> Result<(), String> {
+    match schema.map_or(0, |schema| schema.name.len()) {
+        0..=MAX_SCHEMA_NAME_BYTES => Ok(()),
+        len => Err(format!("the type's name has {len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed")),
     }
 }
 
