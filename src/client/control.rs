@@ -54,8 +54,8 @@ pub(crate) struct Control {
     place: Place,
     /// The process it belongs to; a forked child must leave it alone.
     home: Home,
-    /// Held for a whole request: one at a time.
-    turn: Mutex<()>,
+    /// Held for a whole request: one at a time. The number of the last that was to be done once.
+    turn: Mutex<u64>,
     line: Arc<Line>,
     /// Handles to be closed by whoever gets hold of `line.inner` next.
     given_up: Mutex<Vec<HandleRef>>,
@@ -73,6 +73,8 @@ pub(crate) struct Line {
 
 struct Inner {
     place: Place,
+    /// What we call ourselves.
+    token: u64,
     /// `None` while the connection is broken.
     socket: Option<Arc<OwnedFd>>,
     /// How many connections there have been.
@@ -118,10 +120,11 @@ enum End {
 }
 
 impl Control {
-    /// Says Hello over a new connection and waits to be welcomed. `starter`: what starts a coordinator later on, when there is
+    /// Says Hello over a new connection and waits to be welcomed, by the same `token` until it is. `starter`: what starts a coordinator later on, when there is
     /// none any more.
     pub(crate) fn introduce(
         place: Place,
+        token: u64,
         socket: OwnedFd,
         starter: Option<Starter>,
         deadline: Instant,
@@ -129,7 +132,7 @@ impl Control {
         check_peer(&place, &socket).map_err(IntroduceError::Failed)?;
         let home = Home::here()
             .map_err(|source| IntroduceError::Failed(ConnectError::io("cannot mark this process", source)))?;
-        let mut inner = Inner::new(place.clone());
+        let mut inner = Inner::new(place.clone(), token);
         // A coordinator that hangs up before it has welcomed us is leaving.
         inner.say_hello(socket).map_err(|_| IntroduceError::Leaving)?;
         while !inner.welcomed {
@@ -145,7 +148,7 @@ impl Control {
                 return Err(IntroduceError::Failed(ConnectError::Timeout { bus: place.bus, waited_ms: 5_000 }));
             }
         }
-        let (turn, given_up) = (Mutex::new(()), Mutex::new(Vec::new()));
+        let (turn, given_up) = (Mutex::new(0), Mutex::new(Vec::new()));
         let line = Arc::new(Line { starter: starter.map(Mutex::new), inner: Mutex::new(inner) });
         Ok(Control { place, home, turn, line, given_up })
     }
@@ -168,8 +171,21 @@ impl Control {
     /// successor is asked.
     pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
-        let turn = lock(&self.turn);
-        let answer = self.exchange(request, Instant::now() + PATIENCE);
+        self.ask(lock(&self.turn), request, 0)
+    }
+
+    /// The same for what is to be done once: a successor of the coordinator that had done it says so, and does not find that it has
+    /// been done already.
+    pub(crate) fn request_once(&self, request: &Request) -> Result<Granted, OpenError> {
+        self.check_process()?;
+        let mut turn = lock(&self.turn);
+        *turn += 1;
+        let once = *turn;
+        self.ask(turn, request, once)
+    }
+
+    fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
+        let answer = self.exchange(request, once, Instant::now() + PATIENCE);
         drop(turn);
         self.close_given_up();
         match answer? {
@@ -186,7 +202,7 @@ impl Control {
         let told = match self.line.inner.try_lock() {
             Ok(mut inner) => {
                 inner.receive_all();
-                inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
+                inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, 0, false), Ok(true))
             }
             Err(_) => false,
         };
@@ -207,7 +223,7 @@ impl Control {
         // Packets come in order: what was sent to us before an answer is here with it. So a garbled entry, for whose arena one
         // would wait in vain, costs no more than a question.
         if let Ok(turn) = self.turn.try_lock() {
-            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, deadline);
+            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, 0, deadline);
             drop(turn);
             if asked.is_ok() {
                 return self.announced_arena(topic, slot);
@@ -285,7 +301,7 @@ impl Control {
     }
 
     /// Asks and waits for the answer until `deadline`. The caller has the turn.
-    fn exchange(&self, request: &Request, deadline: Instant) -> Result<Granted, ConnectError> {
+    fn exchange(&self, request: &Request, once: u64, deadline: Instant) -> Result<Granted, ConnectError> {
         let mut sent_on = None;
         loop {
             let mut inner = lock(&self.line.inner);
@@ -297,7 +313,7 @@ impl Control {
             }
             inner.connect()?;
             let absent = inner.absent;
-            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, true)? {
+            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, once, true)? {
                 sent_on = Some(inner.generation);
             }
             if Instant::now() >= deadline {
@@ -382,9 +398,10 @@ impl Drop for Control {
 }
 
 impl Inner {
-    fn new(place: Place) -> Inner {
+    fn new(place: Place, token: u64) -> Inner {
         Inner {
             place,
+            token,
             socket: None,
             generation: 0,
             welcomed: false,
@@ -482,6 +499,7 @@ impl Inner {
         self.generation += 1;
         let hello = Request::Hello {
             protocol: PROTOCOL_VERSION,
+            token: self.token,
             incarnation: self.identity.map(|identity| identity.incarnation),
             holds: self.holds.iter().copied().collect(),
         };
@@ -492,9 +510,9 @@ impl Inner {
     }
 
     /// Sends a request; false when it does not fit now or the connection broke.
-    fn send(&mut self, request: &Request, waited_for: bool) -> Result<bool, ConnectError> {
+    fn send(&mut self, request: &Request, once: u64, waited_for: bool) -> Result<bool, ConnectError> {
         let Some(socket) = &self.socket else { return Ok(false) };
-        let bytes = postcard::to_stdvec(request).map_err(|error| ConnectError::Garbled(error.to_string()))?;
+        let bytes = request.to_packet(once).map_err(|error| ConnectError::Garbled(error.to_string()))?;
         if bytes.len() > MAX_PACKET_BYTES {
             let problem = format!("the request has {} bytes, at most {MAX_PACKET_BYTES} are possible", bytes.len());
             return Err(ConnectError::Garbled(problem));
@@ -548,7 +566,7 @@ impl Inner {
     }
 
     fn say_goodbye(&mut self) -> bool {
-        self.send(&Request::Goodbye, false).is_ok_and(|sent| sent)
+        self.send(&Request::Goodbye, 0, false).is_ok_and(|sent| sent)
     }
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
@@ -584,7 +602,7 @@ impl Inner {
             return;
         }
         let handles = std::mem::take(&mut self.unsent);
-        match self.send(&Request::Close { handles: handles.clone() }, false) {
+        match self.send(&Request::Close { handles: handles.clone() }, 0, false) {
             Ok(true) => {}
             _ if self.socket.is_some() => self.unsent = handles,
             _ => {}

@@ -298,7 +298,7 @@ impl Gathering<'_> {
     fn listen_to(&mut self, presenter: &mut Presenter, buffer: &mut [u8]) -> bool {
         for _ in 0..PACKETS_PER_ROUND {
             let request = match presenter.connection.receive(buffer) {
-                Received::Request(request) => request,
+                Received::Request(request, _) => request,
                 Received::Nothing => return true,
                 Received::Foreign(fds) => {
                     memfd::close_elsewhere(fds);
@@ -313,7 +313,7 @@ impl Gathering<'_> {
                 }
             };
             let heard = match (presenter.incarnation, request) {
-                (None, Request::Hello { protocol, incarnation, holds: _ }) => {
+                (None, Request::Hello { protocol, incarnation, .. }) => {
                     self.hear_hello(presenter, protocol, incarnation)
                 }
                 (Some(_), Request::Present { info, names }) => {

@@ -20,7 +20,12 @@ impl Wreck {
         let path = directory.path().join("b.registry");
         let mut estate = Estate::found(7, Some(&path)).unwrap();
         let us = estate
-            .admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd::open(std::process::id()).unwrap())
+            .admit(
+                std::process::id(),
+                User { uid: 1000, gids: vec![1000] },
+                1,
+                pidfd::open(std::process::id()).unwrap(),
+            )
             .unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let create =
@@ -136,7 +141,7 @@ fn who_says_much_leaves_time_for_others() {
     assert!(sent > PACKETS_PER_ROUND);
     let mut buffer = vec![0; MAX_PACKET_BYTES];
     assert!(gathering.listen_to(&mut flood, &mut buffer));
-    assert!(matches!(flood.connection.receive(&mut buffer), Received::Request(_)), "the rest waits for its turn");
+    assert!(matches!(flood.connection.receive(&mut buffer), Received::Request(..)), "the rest waits for its turn");
 }
 
 #[test]

@@ -13,7 +13,8 @@ use crate::os::socket::{self, Peer};
 
 /// What came from a client.
 pub(crate) enum Received {
-    Request(Request),
+    /// With the number under which it is to be done once, or 0.
+    Request(Request, u64),
     Nothing,
     /// The client closed its end, or the process ended.
     HungUp,
@@ -98,14 +99,20 @@ impl Connection {
     /// The next request, without waiting. Descriptors are accepted only from who was asked for them.
     pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Received {
         self.fds.clear();
-        match socket::recv(self.socket.as_fd(), buffer, self.max_fds) {
+        let mut received = socket::recv(self.socket.as_fd(), buffer, self.max_fds);
+        if received.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset) {
+            // It left without having read everything, which is told once, and first: what it said last lies behind that.
+            received = socket::recv(self.socket.as_fd(), buffer, self.max_fds);
+        }
+        match received {
             Ok(packet) if packet.len == 0 => Received::HungUp,
             // Nothing else is asked of them before: the file may lie in a file system that does not answer.
             Ok(packet) if packet.fds.iter().any(|fd| !memfd::is_memory(fd.as_fd())) => Received::Foreign(packet.fds),
             Ok(packet) if packet.truncated || packet.lost_fds => Received::Garbled,
             Ok(packet) => {
                 self.fds = packet.fds;
-                postcard::from_bytes(&buffer[..packet.len]).map_or(Received::Garbled, Received::Request)
+                Request::from_packet(&buffer[..packet.len])
+                    .map_or(Received::Garbled, |(request, once)| Received::Request(request, once))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Received::Nothing,
             Err(_) => Received::HungUp,

@@ -119,7 +119,7 @@ impl Estate {
         };
         let (mut state, mut removed) = (State::default(), Vec::new());
         for event in &events {
-            if let Event::TopicRemoved { topic } = event {
+            if let Event::TopicRemoved { topic } = event.plain() {
                 removed.extend(state.topic(*topic).cloned());
             }
             state.apply(event);
@@ -202,8 +202,10 @@ impl Estate {
                 }
             }
         }
-        for &incarnation in self.state.participants().keys() {
-            match store.remove(&participant_name(incarnation)) {
+        for (&incarnation, participant) in self.state.participants() {
+            let pidfd = store.remove(&participant_name(incarnation));
+            // Who was not recognized has not been let in, and will come as a newcomer.
+            match pidfd.filter(|_| participant.birth.is_some()) {
                 Some(pidfd) => drop(self.pidfds.insert(incarnation, pidfd)),
                 None => losses.extend(self.state.leave(incarnation)),
             }
@@ -419,7 +421,7 @@ impl Estate {
     }
 
     /// Lets a process in.
-    pub(crate) fn admit(&mut self, pid: u32, user: User, pidfd: OwnedFd) -> Result<u64, Refusal> {
+    pub(crate) fn admit(&mut self, pid: u32, user: User, token: u64, pidfd: OwnedFd) -> Result<u64, Refusal> {
         let plan = self.state.join(&self.limits, pid, user.uid, user.gids)?;
         let Reply::Welcome { incarnation } = plan.reply else { return Err(broken("a join without a welcome")) };
         let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
@@ -427,13 +429,21 @@ impl Estate {
             link.store(&participant_name(incarnation), pidfd.as_fd())?;
         }
         self.pidfds.insert(incarnation, pidfd);
-        let recognized = Event::Recognized { incarnation, birth };
+        let recognized = Event::Recognized { incarnation, birth, token };
         if let Err(refusal) = self.carry_out_all(plan.events.into_iter().chain([recognized]).collect()) {
             self.pidfds.remove(&incarnation);
             self.forget(participant_name(incarnation));
             return Err(refusal);
         }
         Ok(incarnation)
+    }
+
+    /// Whom a process without a number was let in as, where the answer to its Hello was lost. Whether it is the same process is
+    /// for [`Self::readmit`] to say.
+    pub(crate) fn known_as(&self, peer: Peer, token: u64) -> Option<u64> {
+        let mut all = self.state.participants().iter();
+        all.find(|(_, known)| known.token == token && (known.pid, known.uid) == (peer.pid, peer.uid))
+            .map(|(who, _)| *who)
     }
 
     /// Notes the address space in which a participant has its handles, unless it is known.
@@ -487,12 +497,18 @@ impl Estate {
         self.carry_out_all(self.state.leave(incarnation))
     }
 
-    /// Grants a participant's request, or declines it. `None`: the bus is to be stopped.
-    pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
+    /// Grants a participant's request, or declines it. `None`: the bus is to be stopped. `once`: the number under which it is granted
+    /// once, or 0.
+    pub(crate) fn request_once(
+        &mut self,
+        incarnation: u64,
+        request: &Request,
+        once: u64,
+    ) -> Result<Option<Granted>, Refusal> {
         if matches!(request, Request::Stop) {
             self.check_host(incarnation)?;
         }
-        let Plan { events, reply } = self.state.request(&self.limits, FOOTPRINT, incarnation, request)?;
+        let Plan { events, reply } = self.state.request_once(&self.limits, FOOTPRINT, incarnation, once, request)?;
         self.carry_out_all(events)?;
         let opened = match reply {
             Reply::Stop => return Ok(None),
@@ -507,6 +523,11 @@ impl Estate {
             self.carry_out(Event::Closed { handle })?;
         }
         granted.map(Some)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
+        self.request_once(incarnation, request, 0)
     }
 
     /// Whether a participant may do what concerns the whole bus.
@@ -538,19 +559,20 @@ impl Estate {
         }
     }
 
-    fn carry_out(&mut self, event: Event) -> Result<(), Refusal> {
-        self.prepare(&event)?;
-        self.log(&event)?;
+    fn carry_out(&mut self, logged: Event) -> Result<(), Refusal> {
+        let event = logged.plain();
+        self.prepare(event)?;
+        self.log(&logged)?;
         // Who is about to lose the topic or participant is known only before the event is applied.
-        let (given_up, groups) = (self.names_given_up(&event), self.groups_concerned(&event));
-        self.state.apply(&event);
-        let acted = self.act(&event);
+        let (given_up, groups) = (self.names_given_up(event), self.groups_concerned(event));
+        self.state.apply(&logged);
+        let acted = self.act(event);
         self.follow_groups(groups);
         let recorded = match event {
             Event::TopicCreated { info: TopicInfo { id: topic, .. }, .. }
             | Event::ArenaAdded { topic, .. }
-            | Event::GroupCreated { topic, .. } => self.record_segments(topic),
-            Event::WildcardOpened { wildcard, .. } => self.record_notice(wildcard),
+            | Event::GroupCreated { topic, .. } => self.record_segments(*topic),
+            Event::WildcardOpened { wildcard, .. } => self.record_notice(*wildcard),
             _ => Ok(()),
         };
         // Last: as long as the keeper has them a successor can act in our place.

@@ -346,7 +346,7 @@ impl Server {
         let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
         if !client.is_congested() {
             match client.receive(&mut self.buffer) {
-                Received::Request(request) => self.serve_request(id, request)?,
+                Received::Request(request, once) => self.serve_request(id, request, once)?,
                 Received::HungUp => return self.hang_up(id),
                 Received::Garbled => self.expel(id),
                 Received::Foreign(fds) => self.bar(id, fds),
@@ -490,10 +490,12 @@ impl Server {
 
 /// Requests.
 impl Server {
-    fn serve_request(&mut self, id: u64, request: Request) -> io::Result<()> {
+    fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         match (client.incarnation, request) {
-            (None, Request::Hello { protocol, incarnation, holds }) => self.hello(id, protocol, incarnation, &holds),
+            (None, Request::Hello { protocol, token, incarnation, holds }) => {
+                self.hello(id, protocol, token, incarnation, &holds)
+            }
             (Some(_), Request::Present { info, names }) => {
                 self.hear_too_late(id, &info, names);
                 Ok(())
@@ -510,11 +512,18 @@ impl Server {
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
             (Some(incarnation), Request::Report) => self.report(id, incarnation),
-            (Some(incarnation), request) => self.grant(id, incarnation, &request),
+            (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
         }
     }
 
-    fn hello(&mut self, id: u64, protocol: u32, incarnation: Option<u64>, holds: &[HandleRef]) -> io::Result<()> {
+    fn hello(
+        &mut self,
+        id: u64,
+        protocol: u32,
+        token: u64,
+        incarnation: Option<u64>,
+        holds: &[HandleRef],
+    ) -> io::Result<()> {
         if protocol != PROTOCOL_VERSION {
             // Tells the client our version; it does not get any further.
             self.send(id, &self.estate.welcome(0), Vec::new())?;
@@ -541,7 +550,11 @@ impl Server {
         }
         let space = space.ok().filter(|_| !hung_up);
         let admitted = match watched {
-            Ok(pidfd) => self.let_in((peer, user), pidfd, space, incarnation, holds)?,
+            Ok(pidfd) => {
+                // Whom a predecessor of ours had let in, and could not tell.
+                let incarnation = incarnation.or_else(|| self.estate.known_as(peer, token));
+                self.let_in((peer, user), token, pidfd, space, incarnation, holds)?
+            }
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -590,6 +603,7 @@ impl Server {
     fn let_in(
         &mut self,
         (peer, user): (Peer, User),
+        name: u64,
         pidfd: OwnedFd,
         space: Option<OwnedFd>,
         incarnation: Option<u64>,
@@ -604,7 +618,7 @@ impl Server {
             }
             return Ok(readmitted.map(|()| incarnation));
         }
-        let admitted = self.estate.admit(peer.pid, user, pidfd);
+        let admitted = self.estate.admit(peer.pid, user, name, pidfd);
         if let Ok(incarnation) = admitted
             && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
         {
@@ -634,8 +648,8 @@ impl Server {
         self.queue(id, |_| queued)
     }
 
-    fn grant(&mut self, id: u64, incarnation: u64, request: &Request) -> io::Result<()> {
-        let granted = self.estate.request(incarnation, request);
+    fn grant(&mut self, id: u64, incarnation: u64, request: &Request, once: u64) -> io::Result<()> {
+        let granted = self.estate.request_once(incarnation, request, once);
         self.announce()?;
         self.spread_news()?;
         let (answer, fds): Granted = match granted {

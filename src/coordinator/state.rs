@@ -51,7 +51,11 @@ pub(crate) enum Event {
     /// A process connected.
     Joined { incarnation: u64, pid: u32, uid: u32, gids: Vec<u32> },
     /// Which process a participant is, beside its number: proof of its death for a coordinator that has no descriptor of it.
-    Recognized { incarnation: u64, birth: Birth },
+    /// Its `token` is what it has called itself in its Hello.
+    Recognized { incarnation: u64, birth: Birth, token: u64 },
+    /// What a participant asked for under a number, and the event that grants it; without one, it was the last that was granted
+    /// (part of a compacted registry).
+    Once { incarnation: u64, number: u64, event: Option<Box<Event>> },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry). It goes with its `owner`.
@@ -121,6 +125,16 @@ pub(crate) enum Event {
     Ending,
 }
 
+impl Event {
+    /// What happens, whoever asked for it.
+    pub(crate) fn plain(&self) -> &Event {
+        match self {
+            Event::Once { event: Some(event), .. } => event,
+            event => event,
+        }
+    }
+}
+
 /// What granting a request takes: events to carry out in order, then the reply to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -154,6 +168,10 @@ pub(crate) struct Participant {
     pub(crate) gids: Vec<u32>,
     /// Absent only until it is let in.
     pub(crate) birth: Option<Birth>,
+    /// What it calls itself.
+    pub(crate) token: u64,
+    /// The last of its numbered requests that was granted.
+    last_once: u64,
     pub(crate) handles: BTreeSet<HandleRef>,
 }
 
@@ -291,13 +309,19 @@ impl State {
             Event::Allowed { users } => self.allowed.clone_from(users),
             Event::Joined { incarnation, pid, uid, gids } => {
                 let (pid, uid, gids) = (*pid, *uid, gids.clone());
-                let participant = Participant { pid, uid, gids, birth: None, handles: BTreeSet::new() };
+                let (birth, token, last_once, handles) = (None, 0, 0, BTreeSet::new());
+                let participant = Participant { pid, uid, gids, birth, token, last_once, handles };
                 self.participants.insert(*incarnation, participant);
                 self.next_incarnation = self.next_incarnation.max(incarnation + 1);
             }
-            Event::Recognized { incarnation, birth } => {
+            Event::Recognized { incarnation, birth, token } => {
+                let Some(participant) = self.participants.get_mut(incarnation) else { return };
+                (participant.birth, participant.token) = (Some(*birth), *token);
+            }
+            Event::Once { incarnation, number, event } => {
+                event.iter().for_each(|event| self.apply(event));
                 let participant = self.participants.get_mut(incarnation);
-                participant.into_iter().for_each(|participant| participant.birth = Some(*birth));
+                participant.into_iter().for_each(|participant| participant.last_once = *number);
             }
             Event::Left { incarnation } => {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
@@ -397,7 +421,9 @@ impl State {
         events.extend((!self.allowed.is_empty()).then(|| Event::Allowed { users: self.allowed.clone() }));
         for (&incarnation, p) in &self.participants {
             events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid, gids: p.gids.clone() });
-            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth }));
+            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth, token: p.token }));
+            let (number, event) = (p.last_once, None);
+            events.extend((number > 0).then_some(Event::Once { incarnation, number, event }));
         }
         self.snapshot_wildcards(&mut events);
         for entry in self.topics.values() {
@@ -658,6 +684,34 @@ impl State {
             }
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
+    }
+
+    /// The same for one that is to be granted once: the registry says so together with its first event, so that whoever has the one has
+    /// the other. `number` 0: it is granted as often as it is asked for.
+    pub(crate) fn request_once(
+        &self,
+        limits: &Limits,
+        footprint: Footprint,
+        incarnation: u64,
+        number: u64,
+        request: &Request,
+    ) -> Result<Plan, Refusal> {
+        let granted = match request {
+            _ if number == 0 => return self.request(limits, footprint, incarnation, request),
+            Request::CreateTopic { .. } | Request::CreateGroup { .. } => Reply::Created { existed: false },
+            Request::RemoveTopic { .. } | Request::RemoveGroup { .. } | Request::RewindGroup { .. } => Reply::Done,
+            _ => return Err(Refusal::Protocol { problem: "numbered what is not done once".to_owned() }),
+        };
+        let last_once = self.participants.get(&incarnation).map_or(0, |participant| participant.last_once);
+        if number <= last_once {
+            return Ok(Plan { events: Vec::new(), reply: granted });
+        }
+        let mut plan = self.request(limits, footprint, incarnation, request)?;
+        if let Some(first) = plan.events.first_mut() {
+            let event = Some(Box::new(first.clone()));
+            *first = Event::Once { incarnation, number, event };
+        }
+        Ok(plan)
     }
 }
 
