@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
 use nix::sys::signal::{Signal, kill};
-use shmbus::{Bus, Envelope, Full, Mode, Sequence, Start, Topic, WildcardError};
+use shmbus::{Bus, Envelope, Full, Mode, RecvError, Sequence, Start, Topic, WildcardError};
 
 /// Topics whose memory is garbled, of each kind.
 const TOPICS: u64 = 12;
@@ -110,6 +110,34 @@ fn a_garbled_topic_harms_nobody_else() {
             assert_eq!(scene.server("coordinator"), coordinator, "{mode} {n}: the coordinator died");
         }
     }
+}
+
+/// A garbled message is its readers' affair: whoever begins elsewhere does not meet it, and whoever begins at it is told.
+#[test]
+fn one_garbled_message_keeps_nobody_from_joining() {
+    let scene = Scene::new("joining");
+    let bus = scene.open();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("one.garbled")).messages(64).bytes(4096);
+    let mut publisher = bus.publisher(topic.clone()).unwrap();
+    publisher.publish_batch([&b"first"[..], b"second"]).unwrap();
+    (2..6u8).for_each(|number| assert_eq!(publisher.publish(&[number]).unwrap().get(), number.into()));
+    let log = segment(&scene, "one.garbled:log");
+    for garbled in [0, 2] {
+        let (entry, mut word) = (BODY + RING + 8 * garbled, [0; 8]);
+        log.read_exact_at(&mut word, entry).unwrap();
+        log.write_all_at(&(u64::from_le_bytes(word) ^ 1 << 4).to_le_bytes(), entry).unwrap();
+    }
+    let open = |start| bus.subscriber(topic.clone()).start(start).open().unwrap();
+    for start in [Start::Oldest, Start::Sequence(Sequence::new(1)), Start::Sequence(Sequence::new(3)), Start::Last(3)] {
+        let outcome = open(start).try_recv().map(|message| message.map(|m| m.as_bytes().to_vec()));
+        assert!(matches!(outcome, Err(RecvError::Corrupt(_))), "{start:?}: {outcome:?}");
+    }
+    for (start, expected) in [(Start::Sequence(Sequence::new(2)), 2), (Start::Last(2), 4), (Start::Last(1), 5)] {
+        let mut subscriber = open(start);
+        let message = subscriber.try_recv().unwrap().unwrap();
+        assert_eq!((message.sequence().get(), message.as_bytes()), (expected, &[expected as u8][..]), "{start:?}");
+    }
+    assert_eq!(bus.topic("one.garbled").unwrap().oldest_sequence, 0);
 }
 
 /// A topic that dropped out because it was garbled has been read in part: a new coordinator does not begin it again.

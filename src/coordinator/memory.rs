@@ -17,11 +17,14 @@ use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Gate, Stop, still_retained};
 use crate::ring::log::{MAX_PLACE, Place, TopicState, find_place};
-use crate::ring::many::{ManyLog, Record};
+use crate::ring::many::{EntryWord, ManyLog, Record};
 use crate::ring::spsc::Channel;
 use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
 use crate::topic::Mode;
+
+/// Garbled records in a row that a search for a start steps over.
+const MAX_UNSOUND: u32 = 1024;
 
 /// A topic's segments as the coordinator holds them: every descriptor, all mapped read-write.
 pub(crate) struct TopicMemory {
@@ -470,28 +473,40 @@ impl TopicMemory {
         Ok((position <= tail).then_some(Place { position, sequence: position }))
     }
 
-    /// Position and sequence of the batch at `position`, from its record.
+    /// Position and sequence of the batch at `position`, from its record, or from the next one that has any to say: a fence has
+    /// none, and a garbled one tells nothing. Its reader is to meet it: who reads from there on is told.
     fn place_at(&self, position: u64) -> Option<Place> {
-        let Parts::Log { segments, arenas, .. } = &self.parts else { return None };
+        let Parts::Log { segments, .. } = &self.parts else { return None };
         let log: ManyLog = segments.many(&self.info);
-        // A fence has no record to say its sequence; it takes one, and so does each behind it.
-        let (fence, position) = (position, log.past_fences(position));
-        let back = |place: Place| {
-            let sequence = place.sequence.checked_sub(place.position - fence)?;
-            Some(Place { position: fence, sequence })
+        let (mut at, mut between, mut unsound) = (position, 0, 0);
+        let sequence = loop {
+            let Some(word) = log.committed(at) else {
+                break log.tail_from(None).filter(|tail| tail.position == at)?.sequence;
+            };
+            if !word.is_fence() {
+                match self.first_sequence(at, word) {
+                    Some(sequence) => break sequence,
+                    None if unsound == MAX_UNSOUND => return None,
+                    None => unsound += 1,
+                }
+            }
+            between += word.count();
+            at += 1;
+            if at - position > self.info.geometry.slots {
+                return None;
+            }
         };
-        let Some(word) = log.committed(position) else {
-            return log.tail_from(None).filter(|tail| tail.position == position).and_then(back);
-        };
-        // Committed since it was looked at.
-        if word.is_fence() {
-            return None;
-        }
+        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
+        let sequence = sequence.checked_sub(between).filter(|_| still_retained(&segments.header(), position))?;
+        Some(Place { position, sequence })
+    }
+
+    /// What the record of a committed entry says; `None` where it is another's, or none.
+    fn first_sequence(&self, position: u64, word: EntryWord) -> Option<u64> {
+        let Parts::Log { arenas, .. } = &self.parts else { return None };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
-        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
-        let sound = record.position == position && still_retained(&segments.header(), fence);
-        sound.then_some(Place { position, sequence: record.first_sequence }).and_then(back)
+        (record.position == position).then_some(record.first_sequence)
     }
 
     /// Takes a cursor out of force and wakes publishers that it held, or died over waking. Idempotent. `from_oldest`: its reader began with the
