@@ -26,10 +26,10 @@ const TRADERS: u32 = 65500;
 /// Not a test: what the tests' other processes do, as other users. It hears what to do and says what came of it.
 #[test]
 fn role() {
-    let Some((_, user)) = common::role() else { return };
+    let Some((role, user)) = common::role() else { return };
     let mut numbers = user.split(' ').map(|number| number.parse().unwrap());
     become_user(numbers.next().unwrap(), &numbers.collect::<Vec<u32>>());
-    let bus = match Bus::options().spawn(false).open() {
+    let bus = match Bus::options().spawn(role == "spawner").open() {
         Ok(bus) => bus,
         Err(error) => return say(&error.to_string()),
     };
@@ -112,6 +112,16 @@ fn obey(
         "stop" => bus.clone().stop()?,
         "report" => {
             return Ok(bus.report()?.participants.iter().all(|p| p.uid == Uid::effective().as_raw()).to_string());
+        }
+        "serve" => {
+            let bus = std::env::var("SHMBUS_BUS").unwrap();
+            let options = shmbus::coordinator::ServeOptions { bus, ..Default::default() };
+            return Ok(shmbus::coordinator::serve(options).unwrap_err().to_string());
+        }
+        "squat" => {
+            let [directory, bus] = ["SHMBUS_DIR", "SHMBUS_BUS"].map(|name| std::env::var(name).unwrap());
+            let mut lock = OpenOptions::new();
+            kept.push(Box::new(lock.create_new(true).write(true).open(format!("{directory}/{bus}.lock"))?));
         }
         "segments" => return Ok(before.len().to_string()),
         other => panic!("no order {other}"),
@@ -399,8 +409,42 @@ fn a_bus_is_closed_to_others_unless_it_is_told_otherwise() {
     assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
     let error = bus.topic("missing").unwrap_err();
     assert!(matches!(error, OpenError::Refused(Refusal::UnknownTopic { .. })), "{error}");
-    // Where others can write no bus is looked for.
-    fs::set_permissions(scene.directory(), Permissions::from_mode(0o770)).unwrap();
+    // Where everybody can write no bus is looked for.
+    fs::set_permissions(scene.directory(), Permissions::from_mode(0o777)).unwrap();
     let error = scene.options().open().unwrap_err().to_string();
-    assert!(error.contains("writable by others") && error.contains("0750"), "{error}");
+    assert!(error.contains("writable by everybody") && error.contains("0770"), "{error}");
+    for mode in [0o1777, 0o770, 0o775] {
+        fs::set_permissions(scene.directory(), Permissions::from_mode(mode)).unwrap();
+        scene.options().open().unwrap();
+    }
+    // Nor where a user has put a directory.
+    let foreign = scene.directory().join("foreign");
+    fs::create_dir(&foreign).unwrap();
+    std::os::unix::fs::chown(&foreign, Some(BOB), None).unwrap();
+    let error = Bus::options().directory(foreign).open().unwrap_err().to_string();
+    assert!(error.contains(&format!("belongs to user {BOB}")), "{error}");
+}
+
+/// `/run/shmbus` with mode 0770 and a group: its members use the bus, and cannot put themselves in its server's place.
+#[test]
+fn a_groups_directory_is_served_by_its_owner_alone() {
+    let Some(shared) = Shared::new("group", &format!("@{TRADERS}")) else { return };
+    let directory = shared.scene.directory();
+    std::os::unix::fs::chown(directory, None, Some(TRADERS)).unwrap();
+    fs::set_permissions(directory, Permissions::from_mode(0o770)).unwrap();
+    let bus = shared.create("news", &Access::new().allow(Right::Publish, Who::Group(TRADERS)));
+    let mut alice = shared.user(ALICE, &[TRADERS]);
+    assert_eq!(ask(&mut alice, "publish news"), "0");
+    assert!(ask(&mut alice, "serve").contains("belongs to user 0"));
+    bus.stop().unwrap();
+    await_that("its end", || shared.scene.servers(None).is_empty());
+    // She may write there, and the bus is not hers to start.
+    let mut bob = shared.scene.start_program(&shared.program, "spawner", &format!("{BOB} {TRADERS}"));
+    let said = bob.line();
+    assert!(said.contains("no coordinator serves"), "{said}");
+    // What she leaves there under its names is seen.
+    assert_eq!(ask(&mut alice, "squat"), "done");
+    let served = shared.scene.shmbus(&["serve"]).output().unwrap();
+    let said = String::from_utf8(served.stderr).unwrap();
+    assert!(said.contains(&format!("belongs to user {ALICE}")), "{said}");
 }

@@ -34,7 +34,7 @@ const START_AGAIN: Duration = Duration::from_millis(250);
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
     // In another user's directory only he can.
-    let spawn = spawn && place.is_writable();
+    let spawn = spawn && place.may_serve();
     let mut starter = Starter::new(place.clone());
     let later = || spawn.then(|| Starter::new(place.clone()));
     // A coordinator may let us in and die before it says so: its successor knows us by this.
