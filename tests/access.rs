@@ -15,7 +15,7 @@ use common::{LIMIT, Process, Scene, await_that, hear, say};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Uid;
+use nix::unistd::{Pid, Uid};
 use shmbus::{Access, Bus, OpenError, Refusal, Right, Start, Topic, TopicOptions, Who};
 
 /// Two users that no file of this machine belongs to.
@@ -80,6 +80,11 @@ fn obey(
         "again" => {
             let subscriber = kept.last_mut().unwrap().downcast_mut::<shmbus::Subscriber<[u8]>>().unwrap();
             return Ok(String::from_utf8(subscriber.recv_timeout(LIMIT)?.to_vec())?);
+        }
+        "idle" => {
+            let subscriber = kept.last_mut().unwrap().downcast_mut::<shmbus::Subscriber<[u8]>>().unwrap();
+            let found = subscriber.try_recv()?.map(|message| message.to_vec());
+            return Ok(found.map_or("nothing".to_owned(), |found| String::from_utf8_lossy(&found).into_owned()));
         }
         "consume" => {
             let mut consumer = bus.consumer(raw(topic), "g").open()?;
@@ -395,6 +400,41 @@ fn the_lists_outlive_the_coordinator() {
     let mut stranger = shared.scene.start_program(&shared.program, "user", &ALICE.to_string());
     let said = stranger.line();
     assert!(said.contains(&format!("serve --allow {ALICE}")), "{said}");
+}
+
+/// Where a subscriber with a cursor of his own stands is seen, whoever serves.
+#[test]
+fn a_cursor_of_ones_own_outlives_coordinators() {
+    let Some(shared) = Shared::new("own", "*") else { return };
+    let bus = shared.create("news", &Access::new().allow(Right::Subscribe, Who::User(BOB)));
+    let mut publisher = bus.publisher(raw("news")).unwrap();
+    publisher.publish(b"0").unwrap();
+    let mut bob = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut bob, "watch news"), "0");
+    let stands_at = |wanted: u64| {
+        let status = bus.topic("news").unwrap();
+        status.subscribers.iter().map(|subscriber| subscriber.sequence).collect::<Vec<_>>() == [wanted]
+    };
+    for (round, keeper_too) in [(1, false), (2, true)] {
+        await_that("his place", || ask(&mut bob, "idle") == "nothing" && stands_at(round));
+        let report = bus.report().unwrap();
+        let coordinator = report.coordinator_pid;
+        let pids = [Some(coordinator), report.keeper_pid.filter(|_| keeper_too)];
+        let pids: Vec<Pid> = pids.into_iter().flatten().map(|pid| Pid::from_raw(pid as i32)).collect();
+        pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+        pids.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+        await_that("the next", || bus.report().is_ok_and(|report| report.coordinator_pid != coordinator));
+        assert!(stands_at(round), "keeper {keeper_too}: {:?}", bus.topic("news").unwrap().subscribers);
+        publisher.publish(round.to_string().as_bytes()).unwrap();
+        assert_eq!(ask(&mut bob, "again"), round.to_string());
+    }
+    // A place that is given back is the next one's.
+    await_that("his place", || ask(&mut bob, "idle") == "nothing" && stands_at(3));
+    drop(bob);
+    await_that("his end", || bus.topic("news").unwrap().subscribers.is_empty());
+    let mut next = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut next, "watch news"), "0");
+    await_that("the next one's place", || ask(&mut next, "idle") == "nothing" && stands_at(3));
 }
 
 #[test]

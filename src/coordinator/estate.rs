@@ -22,7 +22,7 @@ use crate::coordinator::connection::Push;
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
-use crate::coordinator::memory::{Joined, TopicMemory};
+use crate::coordinator::memory::{Joined, TopicMemory, own_cursors_name};
 use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
@@ -224,13 +224,16 @@ impl Estate {
         losses
     }
 
-    /// Cursors that one subscriber has for itself hold nobody, so they are not kept for a successor: it shows where those who have
-    /// them began.
+    /// Cursors that one subscriber has for itself hold nobody. Where they are lost to all but it, or garbled by it, others stand in for
+    /// them, which show where it began.
     fn renew_own_cursors(&mut self) {
         for (topic, entry) in self.state.topics() {
             let Some(memory) = self.memories.get_mut(topic) else { continue };
             for (&cursor, subscriber) in entry.subscribers.iter().filter(|(_, subscriber)| subscriber.own.is_some()) {
-                let renewed = memory.add_own_cursors(cursor);
+                if memory.has_own_cursors(cursor) {
+                    continue;
+                }
+                let renewed = memory.add_own_cursors(cursor, true);
                 let joined = renewed
                     .and_then(|()| memory.join(cursor, subscriber.incarnation, StartAt::Oldest, subscriber.droppable));
                 if let Err(error) = joined {
@@ -571,7 +574,8 @@ impl Estate {
         let recorded = match event {
             Event::TopicCreated { info: TopicInfo { id: topic, .. }, .. }
             | Event::ArenaAdded { topic, .. }
-            | Event::GroupCreated { topic, .. } => self.record_segments(*topic),
+            | Event::GroupCreated { topic, .. }
+            | Event::SubscriberOpened { topic, own: Some(_), .. } => self.record_segments(*topic),
             Event::WildcardOpened { wildcard, .. } => self.record_notice(*wildcard),
             _ => Ok(()),
         };
@@ -596,7 +600,8 @@ impl Estate {
             Event::GroupRetired { topic, group } => self.fence_group(*topic, *group)?,
             Event::SubscriberOpened { topic, cursor, own: Some(_), .. } => {
                 let memory = self.memories.get_mut(topic).ok_or_else(|| broken("a subscriber without a topic"))?;
-                memory.add_own_cursors(*cursor)?;
+                memory.add_own_cursors(*cursor, false)?;
+                self.store_segment(*topic, &own_cursors_name(*cursor))?;
             }
             // What is there under its number is what a subscriber that was never logged has left.
             Event::SubscriberOpened { topic, cursor, .. } => {
@@ -698,11 +703,21 @@ impl Estate {
             Event::Left { incarnation } => {
                 let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == *incarnation);
                 let notices = wildcards.map(|(wildcard, _)| notice_name(*wildcard));
-                notices.chain([participant_name(*incarnation), space_name(*incarnation)]).collect()
+                let handles = self.state.handles_of(*incarnation);
+                let own: Vec<String> = handles.into_iter().filter_map(|handle| self.own_cursors(handle)).collect();
+                notices.chain(own).chain([participant_name(*incarnation), space_name(*incarnation)]).collect()
             }
             Event::Closed { handle: HandleRef::Wildcard { wildcard } } => vec![notice_name(*wildcard)],
+            Event::Closed { handle } => self.own_cursors(*handle).into_iter().collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// The keeper's name of the cursors that a subscriber has for itself.
+    fn own_cursors(&self, handle: HandleRef) -> Option<String> {
+        let HandleRef::Subscriber { topic, cursor } = handle else { return None };
+        let subscriber = self.state.topic(topic)?.subscribers.get(&cursor)?;
+        subscriber.own.map(|_| segment_name(topic, &own_cursors_name(cursor)))
     }
 
     fn prepare_arena(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
@@ -713,12 +728,17 @@ impl Estate {
         if !memory.has_arena(slot) {
             memory.add_arena(&entry.info, slot)?;
         }
-        let name = format!("arena-{slot}");
-        let Some(segment) = memory.segments().into_iter().find(|segment| segment.name == name) else {
-            return Err(broken("a new arena without a segment"));
+        self.store_segment(topic, &format!("arena-{slot}"))
+    }
+
+    /// Has the keeper keep a new segment.
+    fn store_segment(&mut self, topic: u64, name: &str) -> Result<(), Refusal> {
+        let segments = self.memories.get(&topic).map(TopicMemory::segments).unwrap_or_default();
+        let Some(segment) = segments.into_iter().find(|segment| segment.name == name) else {
+            return Err(broken("a new segment that is not there"));
         };
         match &mut self.link {
-            Some(link) => link.store(&segment_name(topic, &name), segment.fd),
+            Some(link) => link.store(&segment_name(topic, name), segment.fd),
             None => Ok(()),
         }
     }
@@ -1005,7 +1025,9 @@ fn segments_of(entry: &TopicEntry, store: &mut BTreeMap<String, OwnedFd>) -> Vec
 /// What the segments of a topic may be called.
 fn segment_parts(entry: &TopicEntry) -> Vec<String> {
     let fixed = ["log", "cursors", "channel"].map(str::to_owned);
-    fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}"))).collect()
+    let own = entry.subscribers.iter().filter(|(_, subscriber)| subscriber.own.is_some());
+    let own = own.map(|(cursor, _)| own_cursors_name(*cursor));
+    fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}"))).chain(own).collect()
 }
 
 fn system(context: &str, error: &std::io::Error) -> Refusal {

@@ -23,6 +23,9 @@ use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
 use crate::topic::Mode;
 
+/// How the names of subscribers' own cursors begin.
+const OWN_CURSORS: &str = "own-";
+
 /// Garbled records in a row that a search for a start steps over.
 const MAX_UNSOUND: u32 = 1024;
 
@@ -40,6 +43,8 @@ pub(crate) struct TopicMemory {
 struct OwnCursors {
     segments: LogSegments,
     fd: OwnedFd,
+    /// Its subscriber uses another one, which nobody has: this one stands for it, and is not kept for anybody.
+    stands_in: bool,
 }
 
 enum Parts {
@@ -52,7 +57,7 @@ struct ArenaPart {
     arena: Arena,
 }
 
-/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0",
+/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0", "own-5",
 /// "channel".
 pub(crate) struct StoredSegment<'a> {
     pub(crate) name: String,
@@ -116,7 +121,12 @@ impl TopicMemory {
     /// Takes over segments that an earlier coordinator created; checks every header against `info`.
     pub(crate) fn adopt(info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
         let (mut log, mut cursors, mut channel, mut arenas) = (None, None, None, Vec::new());
+        let mut own = Vec::new();
         for (name, fd) in stored {
+            if let Some(cursor) = name.strip_prefix(OWN_CURSORS).and_then(|number| number.parse().ok()) {
+                own.push((cursor, fd));
+                continue;
+            }
             match name.as_str() {
                 "log" => log = Some((attach(info, &fd, &info.log())?, fd)),
                 "cursors" => cursors = Some((attach(info, &fd, &info.cursors())?, fd)),
@@ -137,7 +147,9 @@ impl TopicMemory {
             (None, None, Some((segment, fd))) => Parts::Channel { segment, fd },
             _ => return Err(corrupt(info, "some of its segments are missing".into())),
         };
-        Ok(TopicMemory::new(info, parts))
+        let mut memory = TopicMemory::new(info, parts);
+        own.into_iter().for_each(|(cursor, fd)| memory.adopt_own_cursors(cursor, fd));
+        Ok(memory)
     }
 
     fn new(info: &TopicInfo, parts: Parts) -> TopicMemory {
@@ -162,6 +174,8 @@ impl TopicMemory {
             }
         };
         all.extend(self.stored_ledgers());
+        let own = self.own.iter().filter(|(_, own)| !own.stands_in);
+        all.extend(own.map(|(cursor, own)| StoredSegment { name: own_cursors_name(*cursor), fd: own.fd.as_fd() }));
         all
     }
 
@@ -182,8 +196,8 @@ impl TopicMemory {
         Ok(())
     }
 
-    /// Creates the segment of a subscriber's own cursor.
-    pub(crate) fn add_own_cursors(&mut self, cursor: u32) -> Result<(), Refusal> {
+    /// Creates the segment of a subscriber's own cursor, or one that stands in for one that is lost.
+    pub(crate) fn add_own_cursors(&mut self, cursor: u32, stands_in: bool) -> Result<(), Refusal> {
         let Parts::Log { segments, .. } = &self.parts else {
             return Err(corrupt(&self.info, "a channel has no cursors".into()));
         };
@@ -192,8 +206,22 @@ impl TopicMemory {
         let segments = LogSegments { log: segments.log.clone(), cursors };
         segments.cursor_lines(&self.info).iter().for_each(|line| line.format());
         segments.cursors.publish(&promise);
-        self.own.insert(cursor, OwnCursors { segments, fd });
+        self.own.insert(cursor, OwnCursors { segments, fd, stands_in });
         Ok(())
+    }
+
+    /// Takes over the segment of a subscriber's own cursor, if it is what it should be: its subscriber may have garbled it.
+    fn adopt_own_cursors(&mut self, cursor: u32, fd: OwnedFd) {
+        let Parts::Log { segments, .. } = &self.parts else { return };
+        if let Ok(cursors) = attach(&self.info, &fd, &self.info.cursors()) {
+            let segments = LogSegments { log: segments.log.clone(), cursors };
+            self.own.insert(cursor, OwnCursors { segments, fd, stands_in: false });
+        }
+    }
+
+    /// Whether there is the segment of a subscriber's own cursor.
+    pub(crate) fn has_own_cursors(&self, cursor: u32) -> bool {
+        self.own.contains_key(&cursor)
     }
 
     /// Gives up the segment of a cursor that is nobody's any more.
@@ -607,6 +635,11 @@ fn wake(bell: &Doorbell) {
     if !bell.is_quiet() {
         bell.ring();
     }
+}
+
+/// The name of a subscriber's own cursors among its topic's segments.
+pub(crate) fn own_cursors_name(cursor: u32) -> String {
+    format!("{OWN_CURSORS}{cursor}")
 }
 
 fn put_arena(arenas: &mut Vec<Option<ArenaPart>>, slot: u32, part: ArenaPart) {

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::{Access, Right, Who};
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
+use crate::coordinator::memory::own_cursors_name;
 use crate::coordinator::names;
 use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
@@ -489,6 +490,11 @@ impl State {
             HandleRef::Subscriber { topic, cursor } => {
                 let removed = self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor));
                 removed.iter().for_each(|subscriber| self.count_own_cursors(subscriber, false));
+                if removed.is_some_and(|subscriber| subscriber.own.is_some())
+                    && let Some(entry) = self.topics.get_mut(&topic)
+                {
+                    entry.inodes.remove(&own_cursors_name(cursor));
+                }
                 removed.map(|subscriber| subscriber.incarnation)
             }
             HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
