@@ -228,6 +228,42 @@ fn open_wildcard(keeper: &mut Keeper, estate: &mut Estate) -> u64 {
     us
 }
 
+/// A topic whose publishers have garbled it keeps nobody from the others.
+#[test]
+fn a_wildcard_misses_what_cannot_be_joined() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = *estate.state().participants().keys().next().unwrap();
+    let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+    let request =
+        Request::CreateTopic { topic: "sound".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    estate.request(us, &request).unwrap();
+    keeper.listen();
+    // No place leads to the tail any more: checkpoints, and the coordinator's own (ARCHITECTURE.md §3.2).
+    let log = std::fs::File::from(keeper.store[&segment_name(0, "log")].try_clone().unwrap());
+    for (at, len) in [(4096 + 512, 64 * 64), (4096 + 16_896, 64)] {
+        std::os::unix::fs::FileExt::write_all_at(&log, &vec![0xff; len], at).unwrap();
+    }
+    assert_eq!(open_wildcard(&mut keeper, &mut estate), us);
+    let entry = &estate.state().wildcards()[&1];
+    let missed: Vec<u64> = entry.missed.iter().map(|missed| missed.topic).collect();
+    assert_eq!(missed, [0]);
+    assert_eq!(estate.state().cursors_of_wildcard(1).len(), 1);
+    let news: Vec<Answer> =
+        estate.take_news().into_iter().map(|news| estate.wildcard_topic(news).unwrap().unwrap().0).collect();
+    let of = |answer: &Answer| match answer {
+        Answer::WildcardMissed { topic, why, .. } => format!("{topic}: {why}"),
+        Answer::WildcardTopic { info, .. } => info.name.clone(),
+        other => panic!("{other:?}"),
+    };
+    let news: Vec<String> = news.iter().map(of).collect();
+    assert!(news[0].starts_with("t: ") && news[0].contains("corrupt") && news[1] == "sound", "{news:?}");
+    // A successor tells whoever has not heard of it.
+    drop(estate);
+    let estate = keeper.restart();
+    let (news, wildcards) = estate.news_for(us, &[HandleRef::Wildcard { wildcard: 1 }]);
+    assert_eq!((news.len(), wildcards.len()), (2, 1));
+}
+
 /// Whoever asks for the topic again finds it there, and publishes: the cursor must be in force before that.
 #[test]
 fn a_creation_that_was_cut_short_is_finished_for_its_wildcards() {
