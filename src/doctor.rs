@@ -307,7 +307,9 @@ fn process(pid: u32) -> String {
     format!("(process {pid}){stopped}")
 }
 
-fn is_stopped(pid: u32) -> bool {
+/// Whether the process with this number is stopped (SIGSTOP, Ctrl-Z): it keeps what it holds, and does nothing with it. True at
+/// some moment during the call; `false` where nobody can tell.
+pub fn is_stopped(pid: u32) -> bool {
     pid != 0 && probe::state(pid) == Some('T')
 }
 

@@ -227,6 +227,23 @@ pub enum Refusal {
         /// What works without another right.
         mend: String,
     },
+    /// A topic of this name would get what fails in somebody else's group.
+    #[error(
+        "topic {topic:?} is where group {group:?} of topic {origin:?} sends its dead letters, which user {uid} may not have: \
+         choose another name, or user {owner} or root lets him consume there (`create {origin} --allow consume={uid}`)"
+    )]
+    OthersLetters {
+        /// The topic that was to be created.
+        topic: String,
+        /// The topic whose messages go there.
+        origin: String,
+        /// By way of this group.
+        group: String,
+        /// Who asked.
+        uid: u32,
+        /// Who created the origin.
+        owner: u32,
+    },
     /// The bus does not let this user in.
     #[error("user {uid} may not use this bus; user {host}, who runs it, lets him in with `shmbus serve --allow {uid}`")]
     NotAllowed {
@@ -767,6 +784,15 @@ pub enum WildcardError {
         topic: String,
         /// What is wrong.
         source: AttachError,
+    },
+    /// A topic that the pattern stands for is none of the subscription's: there was no room for it, in the topic, in what this
+    /// process or user may have, or in the coordinator. Its messages are missed. The subscription goes on without it.
+    #[error("topic {topic:?} is missed: {why}")]
+    Missed {
+        /// The topic.
+        topic: String,
+        /// What there was no room in.
+        why: Refusal,
     },
     /// New topics were announced, and the coordinator that has them cannot be reached any more; or the handle was used in a
     /// forked child ([`ConnectError::Forked`]).

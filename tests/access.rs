@@ -15,7 +15,7 @@ use common::{LIMIT, Process, Scene, await_that, hear, say};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Uid;
+use nix::unistd::{Pid, Uid};
 use shmbus::{Access, Bus, OpenError, Refusal, Right, Start, Topic, TopicOptions, Who};
 
 /// Two users that no file of this machine belongs to.
@@ -26,10 +26,10 @@ const TRADERS: u32 = 65500;
 /// Not a test: what the tests' other processes do, as other users. It hears what to do and says what came of it.
 #[test]
 fn role() {
-    let Some((_, user)) = common::role() else { return };
+    let Some((role, user)) = common::role() else { return };
     let mut numbers = user.split(' ').map(|number| number.parse().unwrap());
     become_user(numbers.next().unwrap(), &numbers.collect::<Vec<u32>>());
-    let bus = match Bus::options().spawn(false).open() {
+    let bus = match Bus::options().spawn(role == "spawner").open() {
         Ok(bus) => bus,
         Err(error) => return say(&error.to_string()),
     };
@@ -81,6 +81,11 @@ fn obey(
             let subscriber = kept.last_mut().unwrap().downcast_mut::<shmbus::Subscriber<[u8]>>().unwrap();
             return Ok(String::from_utf8(subscriber.recv_timeout(LIMIT)?.to_vec())?);
         }
+        "idle" => {
+            let subscriber = kept.last_mut().unwrap().downcast_mut::<shmbus::Subscriber<[u8]>>().unwrap();
+            let found = subscriber.try_recv()?.map(|message| message.to_vec());
+            return Ok(found.map_or("nothing".to_owned(), |found| String::from_utf8_lossy(&found).into_owned()));
+        }
         "consume" => {
             let mut consumer = bus.consumer(raw(topic), "g").open()?;
             consumer.recv_timeout(LIMIT)?.ack()?;
@@ -112,6 +117,16 @@ fn obey(
         "stop" => bus.clone().stop()?,
         "report" => {
             return Ok(bus.report()?.participants.iter().all(|p| p.uid == Uid::effective().as_raw()).to_string());
+        }
+        "serve" => {
+            let bus = std::env::var("SHMBUS_BUS").unwrap();
+            let options = shmbus::coordinator::ServeOptions { bus, ..Default::default() };
+            return Ok(shmbus::coordinator::serve(options).unwrap_err().to_string());
+        }
+        "squat" => {
+            let [directory, bus] = ["SHMBUS_DIR", "SHMBUS_BUS"].map(|name| std::env::var(name).unwrap());
+            let mut lock = OpenOptions::new();
+            kept.push(Box::new(lock.create_new(true).write(true).open(format!("{directory}/{bus}.lock"))?));
         }
         "segments" => return Ok(before.len().to_string()),
         other => panic!("no order {other}"),
@@ -308,6 +323,29 @@ fn publishing_and_consuming_are_rights_of_their_own() {
     refused(&mut stranger, "consume jobs", Right::Consume, BOB);
 }
 
+/// The name that a group's dead letters go to can be guessed, and names are for who comes first.
+#[test]
+fn dead_letters_go_to_nobody_who_may_not_consume() {
+    let Some(shared) = Shared::new("letters", "*") else { return };
+    let bus = shared.create("jobs", &Access::new());
+    bus.publisher(raw("jobs")).unwrap().publish(b"secret").unwrap();
+    let mut bob = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut bob, "create dlq.jobs.g"), "done");
+    let create_group = || bus.create_group("jobs", "g", &shmbus::GroupOptions::new(), Start::Oldest, false);
+    let said = create_group().unwrap_err().to_string();
+    assert!(said.contains(&format!("is user {BOB}'s")) && said.contains("remove it"), "{said}");
+    bus.remove_topic("dlq.jobs.g", true).unwrap();
+    create_group().unwrap();
+    for order in ["create dlq.jobs.g", "publish dlq.jobs.g"] {
+        let said = ask(&mut bob, order);
+        assert!(said.contains("dead letters") && said.contains(&format!("--allow consume={BOB}")), "{said}");
+    }
+    let mut consumer = bus.consumer(raw("jobs"), "g").open().unwrap();
+    consumer.recv_timeout(LIMIT).unwrap().reject("no good").unwrap();
+    assert_eq!(bus.topic("dlq.jobs.g").unwrap().owner, 0);
+    assert_eq!(ask(&mut bob, "topics"), "");
+}
+
 #[test]
 fn wildcards_skip_what_their_owner_may_not_read() {
     let Some(shared) = Shared::new("wildcards", "*") else { return };
@@ -364,6 +402,41 @@ fn the_lists_outlive_the_coordinator() {
     assert!(said.contains(&format!("serve --allow {ALICE}")), "{said}");
 }
 
+/// Where a subscriber with a cursor of his own stands is seen, whoever serves.
+#[test]
+fn a_cursor_of_ones_own_outlives_coordinators() {
+    let Some(shared) = Shared::new("own", "*") else { return };
+    let bus = shared.create("news", &Access::new().allow(Right::Subscribe, Who::User(BOB)));
+    let mut publisher = bus.publisher(raw("news")).unwrap();
+    publisher.publish(b"0").unwrap();
+    let mut bob = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut bob, "watch news"), "0");
+    let stands_at = |wanted: u64| {
+        let status = bus.topic("news").unwrap();
+        status.subscribers.iter().map(|subscriber| subscriber.sequence).collect::<Vec<_>>() == [wanted]
+    };
+    for (round, keeper_too) in [(1, false), (2, true)] {
+        await_that("his place", || ask(&mut bob, "idle") == "nothing" && stands_at(round));
+        let report = bus.report().unwrap();
+        let coordinator = report.coordinator_pid;
+        let pids = [Some(coordinator), report.keeper_pid.filter(|_| keeper_too)];
+        let pids: Vec<Pid> = pids.into_iter().flatten().map(|pid| Pid::from_raw(pid as i32)).collect();
+        pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+        pids.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+        await_that("the next", || bus.report().is_ok_and(|report| report.coordinator_pid != coordinator));
+        assert!(stands_at(round), "keeper {keeper_too}: {:?}", bus.topic("news").unwrap().subscribers);
+        publisher.publish(round.to_string().as_bytes()).unwrap();
+        assert_eq!(ask(&mut bob, "again"), round.to_string());
+    }
+    // A place that is given back is the next one's.
+    await_that("his place", || ask(&mut bob, "idle") == "nothing" && stands_at(3));
+    drop(bob);
+    await_that("his end", || bus.topic("news").unwrap().subscribers.is_empty());
+    let mut next = shared.user(BOB, &[]);
+    assert_eq!(ask(&mut next, "watch news"), "0");
+    await_that("the next one's place", || ask(&mut next, "idle") == "nothing" && stands_at(3));
+}
+
 #[test]
 fn a_bus_is_closed_to_others_unless_it_is_told_otherwise() {
     if !Uid::effective().is_root() {
@@ -376,8 +449,42 @@ fn a_bus_is_closed_to_others_unless_it_is_told_otherwise() {
     assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
     let error = bus.topic("missing").unwrap_err();
     assert!(matches!(error, OpenError::Refused(Refusal::UnknownTopic { .. })), "{error}");
-    // Where others can write no bus is looked for.
-    fs::set_permissions(scene.directory(), Permissions::from_mode(0o770)).unwrap();
+    // Where everybody can write no bus is looked for.
+    fs::set_permissions(scene.directory(), Permissions::from_mode(0o777)).unwrap();
     let error = scene.options().open().unwrap_err().to_string();
-    assert!(error.contains("writable by others") && error.contains("0750"), "{error}");
+    assert!(error.contains("writable by everybody") && error.contains("0770"), "{error}");
+    for mode in [0o1777, 0o770, 0o775] {
+        fs::set_permissions(scene.directory(), Permissions::from_mode(mode)).unwrap();
+        scene.options().open().unwrap();
+    }
+    // Nor where a user has put a directory.
+    let foreign = scene.directory().join("foreign");
+    fs::create_dir(&foreign).unwrap();
+    std::os::unix::fs::chown(&foreign, Some(BOB), None).unwrap();
+    let error = Bus::options().directory(foreign).open().unwrap_err().to_string();
+    assert!(error.contains(&format!("belongs to user {BOB}")), "{error}");
+}
+
+/// `/run/shmbus` with mode 0770 and a group: its members use the bus, and cannot put themselves in its server's place.
+#[test]
+fn a_groups_directory_is_served_by_its_owner_alone() {
+    let Some(shared) = Shared::new("group", &format!("@{TRADERS}")) else { return };
+    let directory = shared.scene.directory();
+    std::os::unix::fs::chown(directory, None, Some(TRADERS)).unwrap();
+    fs::set_permissions(directory, Permissions::from_mode(0o770)).unwrap();
+    let bus = shared.create("news", &Access::new().allow(Right::Publish, Who::Group(TRADERS)));
+    let mut alice = shared.user(ALICE, &[TRADERS]);
+    assert_eq!(ask(&mut alice, "publish news"), "0");
+    assert!(ask(&mut alice, "serve").contains("belongs to user 0"));
+    bus.stop().unwrap();
+    await_that("its end", || shared.scene.servers(None).is_empty());
+    // She may write there, and the bus is not hers to start.
+    let mut bob = shared.scene.start_program(&shared.program, "spawner", &format!("{BOB} {TRADERS}"));
+    let said = bob.line();
+    assert!(said.contains("no coordinator serves"), "{said}");
+    // What she leaves there under its names is seen.
+    assert_eq!(ask(&mut alice, "squat"), "done");
+    let served = shared.scene.shmbus(&["serve"]).output().unwrap();
+    let said = String::from_utf8(served.stderr).unwrap();
+    assert!(said.contains(&format!("belongs to user {ALICE}")), "{said}");
 }

@@ -21,6 +21,11 @@ fn role() {
     let bus = Bus::open_default().unwrap();
     let _holder: Box<dyn Any> = match role.as_str() {
         "subscribe" => Box::new(bus.subscriber(topic()).start(Start::Oldest).open().unwrap()),
+        "publish" => {
+            let mut publisher = bus.publisher(topic()).unwrap();
+            (0..4).for_each(|_| assert!(publisher.publish(b"x").is_ok()));
+            Box::new(publisher)
+        }
         "consume" => {
             let mut consumer = bus.consumer(topic(), "g").open().unwrap();
             let leases = [consumer.recv().unwrap().keep(), consumer.recv().unwrap().keep()];
@@ -126,6 +131,47 @@ fn a_group_that_holds_a_full_ring_is_named_with_its_consumer() {
     assert!(text(&findings[2]).2.contains(&format!("(process {pid}), which is stopped, holds the oldest lease")));
 }
 
+/// Who is stopped is seen in `show`, beside what he holds: his slot, his place, his leases.
+#[test]
+fn show_tells_who_is_stopped() {
+    let scene = Scene::new("show");
+    let bus = scene.open();
+    let create = |topic: &Topic<[u8]>| bus.create(topic).unwrap();
+    create(&topic());
+    let options = GroupOptions::new().lease(Duration::from_secs(3600));
+    bus.create_group(topic().name(), "g", &options, Start::Oldest, false).unwrap();
+    let mut holders = ["subscribe", "publish", "consume"].map(|role| scene.start(role, ""));
+    holders.iter_mut().for_each(|holder| holder.expect("holding"));
+    let show = |arguments: &[&str]| {
+        let output = scene.shmbus(&[&["show", topic().name()], arguments].concat()).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let parts = ["/subscribers/0", "/publishers/0", "/groups/0/consumers/0", "/groups/0/oldest_lease"];
+    let all_are = |stopped: bool| {
+        let seen: Value = serde_json::from_str(&show(&["--json"])).unwrap();
+        let is = |part: &&str| seen.pointer(&format!("{part}/stopped")) == Some(&Value::Bool(stopped));
+        parts.iter().all(is).then_some(seen)
+    };
+    assert!(all_are(false).is_some() && !show(&[]).contains("(stopped)"), "{}", show(&["--json"]));
+    holders.iter().for_each(|holder| holder.signal(Signal::SIGSTOP));
+    await_that("the stops", || all_are(true).is_some());
+    let seen = all_are(true).unwrap();
+    for (part, holder) in parts.iter().zip([&holders[0], &holders[1], &holders[2], &holders[2]]) {
+        assert_eq!(seen.pointer(&format!("{part}/pid")), Some(&Value::from(holder.pid().as_raw())), "{part}");
+    }
+    let held = ["/subscribers/0/lag", "/publishers/0/slot", "/groups/0/consumers/0/in_flight"];
+    let held = held.map(|part| seen.pointer(part).and_then(Value::as_u64).unwrap());
+    assert_eq!(held, [4, 0, 2]);
+    let text = show(&[]);
+    for (line, holder) in [("SUBSCRIBER", &holders[0]), ("PUBLISHER", &holders[1]), ("CONSUMER OF", &holders[2])] {
+        let row = text.lines().skip_while(|row| !row.starts_with(line)).nth(1).unwrap();
+        assert!(row.contains(&format!("{} (stopped)", holder.pid())), "{row}");
+    }
+    assert!(text.contains(&format!("process {} (stopped) (sequence 0, attempt 1)", holders[2].pid())), "{text}");
+    holders.iter().for_each(|holder| holder.signal(Signal::SIGCONT));
+    await_that("them to go on", || all_are(false).is_some());
+}
+
 #[test]
 fn a_stopped_server_is_named_and_not_waited_for() {
     let scene = Scene::new("stopped");
@@ -160,5 +206,5 @@ fn what_the_dead_left_and_an_open_directory_are_told() {
     let (_, findings) = examine(&scene);
     let (severity, subject, finding, mend) = text(&findings[0]);
     assert_eq!((severity, subject), ("error", "socket directory"));
-    assert!(finding.contains("writable by others") && mend.contains("0700"), "{finding}; {mend}");
+    assert!(finding.contains("writable by everybody") && mend.contains("0700"), "{finding}; {mend}");
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
 use nix::sys::signal::{Signal, kill};
-use shmbus::{Bus, Envelope, Full, Mode, Sequence, Start, Topic, WildcardError};
+use shmbus::{Bus, Envelope, Full, Mode, RecvError, Sequence, Start, Topic, WildcardError};
 
 /// Topics whose memory is garbled, of each kind.
 const TOPICS: u64 = 12;
@@ -109,6 +109,38 @@ fn a_garbled_topic_harms_nobody_else() {
             bus.remove_topic(topic.name(), true).unwrap();
             assert_eq!(scene.server("coordinator"), coordinator, "{mode} {n}: the coordinator died");
         }
+    }
+}
+
+/// A garbled message is its readers' affair: whoever begins elsewhere does not meet it, and whoever begins at it is told.
+#[test]
+fn one_garbled_message_keeps_nobody_from_joining() {
+    let scene = Scene::new("joining");
+    let bus = scene.open();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("one.garbled")).messages(64).bytes(4096);
+    let mut publisher = bus.publisher(topic.clone()).unwrap();
+    publisher.publish(&[0]).unwrap();
+    publisher.publish_batch([&[1][..], &[2]]).unwrap();
+    (3..7u8).for_each(|number| assert_eq!(publisher.publish(&[number]).unwrap().get(), number.into()));
+    let log = segment(&scene, "one.garbled:log");
+    // The batch, and message 4: their records' places.
+    for garbled in [1, 3] {
+        let (entry, mut word) = (BODY + RING + 8 * garbled, [0; 8]);
+        log.read_exact_at(&mut word, entry).unwrap();
+        log.write_all_at(&(u64::from_le_bytes(word) ^ 1 << 4).to_le_bytes(), entry).unwrap();
+    }
+    let open = |start| bus.subscriber(topic.clone()).start(start).open().unwrap();
+    for (asked, begins) in [(1, 1), (2, 1), (4, 4)] {
+        let mut subscriber = open(Start::Sequence(Sequence::new(asked)));
+        assert_eq!(bus.topic("one.garbled").unwrap().subscribers[0].sequence, begins);
+        let outcome = subscriber.try_recv().map(|message| message.map(|m| m.as_bytes().to_vec()));
+        assert!(matches!(outcome, Err(RecvError::Corrupt(_))), "{asked}: {outcome:?}");
+    }
+    let sound = [(Start::Oldest, 0), (Start::Sequence(Sequence::new(3)), 3), (Start::Last(2), 5), (Start::Last(1), 6)];
+    for (start, expected) in sound {
+        let mut subscriber = open(start);
+        let message = subscriber.try_recv().unwrap().unwrap();
+        assert_eq!((message.sequence().get(), message.as_bytes()), (expected, &[expected as u8][..]), "{start:?}");
     }
 }
 

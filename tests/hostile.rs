@@ -9,7 +9,7 @@ use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -509,10 +509,11 @@ impl Wire {
     }
 }
 
-/// The first packet of a connection: a Hello without past (coordinator/protocol.rs, in postcard).
-fn hello() -> [u8; 4] {
-    let version = 5;
-    [0, version, 0, 0]
+/// The first packet of a connection: a Hello without past (coordinator/protocol.rs, in postcard), under a token of its own.
+fn hello() -> [u8; 6] {
+    static TOKENS: AtomicU8 = AtomicU8::new(0);
+    let version = 6;
+    [0, version, 0x80 | TOKENS.fetch_add(1, Ordering::Relaxed), 1 + (std::process::id() % 100) as u8, 0, 0]
 }
 
 /// A request to subscribe to a topic of raw messages from the latest on.
@@ -612,7 +613,7 @@ fn noise(seed: &str) {
                 0 => {}
                 1 => drop(wire.send(&vec![0xff; 100_000 + random.below(60_000) as usize], &[])),
                 2 => drop(wire.send(&hello(), &vec![null.as_raw_fd(); 1 + random.below(250) as usize])),
-                3 => drop(wire.send(&hello()[..random.below(4) as usize], &[])),
+                3 => drop(wire.send(&hello()[..random.below(6) as usize], &[])),
                 kind => {
                     let _ = wire.send(&hello(), &[]);
                     for _ in 0..2000 {

@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, say};
-use nix::sys::signal::Signal;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
 use shmbus::{
     Bus, Full, GoneReason, NameError, OpenError, Publisher, Refusal, Start, Topic, TopicOptions, Wait, WildcardError,
     WildcardSubscriber, wait_any,
@@ -41,6 +42,7 @@ fn role() {
         "creator" => create_and_publish(&arguments),
         "reader" => read(&arguments),
         "parked" => park(&arguments),
+        "short" => read_short_of_descriptors(&arguments),
         other => panic!("unknown role {other}"),
     }
 }
@@ -71,6 +73,20 @@ fn read(pattern: &str) {
     let _subscriber = open(&bus, pattern);
     say("open");
     hear();
+}
+
+/// Opens a wildcard subscription and takes all descriptors that the process may have besides.
+fn read_short_of_descriptors(pattern: &str) {
+    let bus = Bus::open_default().unwrap();
+    let mut subscriber = open(&bus, pattern);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, soft.min(256), hard).unwrap();
+    let mut taken: Vec<fs::File> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+    say("ready");
+    hear();
+    say(&subscriber.recv_timeout(LIMIT).map(drop).unwrap_err().to_string());
+    taken.clear();
+    say(&next(&mut subscriber).0);
 }
 
 /// Sleeps on a pattern, says what woke it.
@@ -283,13 +299,65 @@ fn a_dead_wildcard_reader_releases_everything() {
 fn limits_are_told() {
     let scene = Scene::new("limits");
     let bus = scene.open();
-    let _full: Vec<_> = (0..16).map(|_| open(&bus, "limit.*")).collect();
+    let mut full: Vec<_> = (0..16).map(|_| open(&bus, "limit.*")).collect();
     let refused = bus.wildcard::<[u8]>("limit.*").open().err().unwrap();
     assert!(matches!(refused, OpenError::Refused(Refusal::Limit { limit: 16, .. })), "{refused}");
     let options = TopicOptions { max_subscribers: 15, ..small("limit.a").options() };
-    let refused = bus.create_topic("limit.a", &options, false).err().unwrap();
-    assert!(matches!(refused, OpenError::Refused(Refusal::Limit { limit: 15, .. })), "{refused}");
-    assert!(bus.topic("limit.a").is_err(), "half a topic was left");
+    assert!(!bus.create_topic("limit.a", &options, false).unwrap());
+    assert_eq!(subscribers(&bus, "limit.a"), 15);
+    let missed = full.iter_mut().filter_map(|wildcard| match wildcard.try_recv() {
+        Ok(message) => message.map(|message| panic!("{:?}", message.topic())),
+        Err(WildcardError::Missed { topic, why }) => Some((topic, why)),
+        Err(error) => panic!("{error}"),
+    });
+    let missed: Vec<_> = missed.collect();
+    assert!(matches!(&missed[..], [(topic, Refusal::Limit { limit: 15, .. })] if topic == "limit.a"), "{missed:?}");
+    assert!(full.iter_mut().all(|wildcard| wildcard.try_recv().unwrap().is_none()), "it is told once");
+    publish(&bus, "limit.a", 1);
+    publish(&bus, "limit.b", 1);
+    let with_b = full.iter_mut().filter(|wildcard| wildcard.topics().any(|topic| topic == "limit.b")).count();
+    let read: usize =
+        full.iter_mut().map(|wildcard| std::iter::from_fn(|| wildcard.try_recv().unwrap().map(drop)).count()).sum();
+    assert_eq!((read, with_b), (15 + 16, 0), "the others go on");
+}
+
+/// Who finds no place on a topic of others has the others all the same.
+#[test]
+fn a_full_topic_does_not_keep_a_wildcard_from_the_rest() {
+    let scene = Scene::new("full");
+    let bus = scene.open();
+    let options = TopicOptions { max_subscribers: 1, ..small("full.a").options() };
+    bus.create_topic("full.a", &options, false).unwrap();
+    publish(&bus, "full.b", 1);
+    let _taken = bus.subscriber(small("full.a")).open().unwrap();
+    let mut wildcard = bus.wildcard::<[u8]>("full.*").start(Start::Oldest).open().unwrap();
+    match wildcard.try_recv() {
+        Err(WildcardError::Missed { topic, why: Refusal::Limit { limit: 1, .. } }) => assert_eq!(topic, "full.a"),
+        other => panic!("{:?}", other.map(drop)),
+    }
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().topic(), "full.b");
+    // A successor of the coordinator does not tell it again.
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    await_that("the next", || bus.topic("full.b").is_ok());
+    publish(&bus, "full.c", 1);
+    assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().topic(), "full.c");
+}
+
+/// The subscription's owner has no room for one more handle; the topic's creator is not concerned.
+#[test]
+fn a_wildcard_at_its_limit_misses_a_topic_and_is_told() {
+    let scene = Scene::new("short");
+    let bus = scene.open();
+    let mut short = scene.start("short", "short.>");
+    short.expect("ready");
+    let mut publisher = bus.publisher(small("short.of.descriptors")).unwrap();
+    publisher.publish(b"first").unwrap();
+    short.tell("look");
+    let said = short.line();
+    assert!(said.contains("short.of.descriptors") && said.contains("missed") && said.contains("ulimit"), "{said}");
+    await_that("the place it could not take", || subscribers(&bus, "short.of.descriptors") == 0);
+    publish(&bus, "short.no.more", 1);
+    short.expect("short.no.more");
 }
 
 #[test]

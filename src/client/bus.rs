@@ -136,7 +136,7 @@ impl Bus {
         ephemeral: bool,
     ) -> Result<bool, OpenError> {
         let (topic, options) = (name.to_owned(), options.clone());
-        match self.control.request(&Request::CreateTopic { topic, options, access, exist_ok, ephemeral })?.0 {
+        match self.control.request_once(&Request::CreateTopic { topic, options, access, exist_ok, ephemeral })?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
         }
@@ -144,7 +144,7 @@ impl Bus {
 
     /// Removes a topic and its messages; `force` also while it is in use.
     pub fn remove_topic(&self, name: &str, force: bool) -> Result<(), OpenError> {
-        self.done(&Request::RemoveTopic { topic: name.to_owned(), force })
+        self.done_once(&Request::RemoveTopic { topic: name.to_owned(), force })
     }
 
     /// Gives up every message of a topic that no subscriber holds; what stayed and who holds it is in the answer.
@@ -225,7 +225,14 @@ impl Bus {
         &self.control
     }
 
-    pub(crate) fn done(&self, request: &Request) -> Result<(), OpenError> {
+    pub(crate) fn done_once(&self, request: &Request) -> Result<(), OpenError> {
+        match self.control.request_once(request)?.0 {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn done(&self, request: &Request) -> Result<(), OpenError> {
         match self.control.request(request)?.0 {
             Answer::Done => Ok(()),
             other => Err(unexpected(&other)),

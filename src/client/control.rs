@@ -55,8 +55,8 @@ pub(crate) struct Control {
     place: Place,
     /// The process it belongs to; a forked child must leave it alone.
     home: Home,
-    /// Held for a whole request: one at a time.
-    turn: Mutex<()>,
+    /// Held for a whole request: one at a time. The number of the last that was to be done once.
+    turn: Mutex<u64>,
     line: Arc<Line>,
 }
 
@@ -82,6 +82,8 @@ struct Hold<'a> {
 
 struct Inner {
     place: Place,
+    /// What we call ourselves.
+    token: u64,
     /// `None` while the connection is broken.
     socket: Option<Arc<OwnedFd>>,
     /// How many connections there have been.
@@ -127,10 +129,11 @@ enum End {
 }
 
 impl Control {
-    /// Says Hello over a new connection and waits to be welcomed. `starter`: what starts a coordinator later on, when there is
+    /// Says Hello over a new connection and waits to be welcomed, by the same `token` until it is. `starter`: what starts a coordinator later on, when there is
     /// none any more.
     pub(crate) fn introduce(
         place: Place,
+        token: u64,
         socket: OwnedFd,
         starter: Option<Starter>,
         deadline: Instant,
@@ -138,7 +141,7 @@ impl Control {
         check_peer(&place, &socket).map_err(IntroduceError::Failed)?;
         let home = Home::here()
             .map_err(|source| IntroduceError::Failed(ConnectError::io("cannot mark this process", source)))?;
-        let mut inner = Inner::new(place.clone());
+        let mut inner = Inner::new(place.clone(), token);
         // A coordinator that hangs up before it has welcomed us is leaving.
         inner.say_hello(socket).map_err(|_| IntroduceError::Leaving)?;
         while !inner.welcomed {
@@ -156,7 +159,7 @@ impl Control {
         }
         let (starter, inner) = (starter.map(Mutex::new), Mutex::new(inner));
         let line = Arc::new(Line { starter, inner, given_up: Mutex::default() });
-        Ok(Control { place, home, turn: Mutex::new(()), line })
+        Ok(Control { place, home, turn: Mutex::new(0), line })
     }
 
     /// The process that opened the bus, and so whatever is opened on it.
@@ -177,8 +180,21 @@ impl Control {
     /// successor is asked.
     pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
-        let turn = lock(&self.turn);
-        let answer = self.exchange(request, Instant::now() + PATIENCE);
+        self.ask(lock(&self.turn), request, 0)
+    }
+
+    /// The same for what is to be done once: a successor of the coordinator that had done it says so, and does not find that it has
+    /// been done already.
+    pub(crate) fn request_once(&self, request: &Request) -> Result<Granted, OpenError> {
+        self.check_process()?;
+        let mut turn = lock(&self.turn);
+        *turn += 1;
+        let once = *turn;
+        self.ask(turn, request, once)
+    }
+
+    fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
+        let answer = self.exchange(request, once, Instant::now() + PATIENCE);
         drop(turn);
         match answer? {
             (Answer::Refused(refusal), _) => Err(refusal.into()),
@@ -193,7 +209,7 @@ impl Control {
         }
         self.line.try_hold().is_some_and(|mut inner| {
             inner.receive_all();
-            inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, false), Ok(true))
+            inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, 0, false), Ok(true))
         })
     }
 
@@ -210,7 +226,7 @@ impl Control {
         // Packets come in order: what was sent to us before an answer is here with it. So a garbled entry, for whose arena one
         // would wait in vain, costs no more than a question.
         if let Ok(turn) = self.turn.try_lock() {
-            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, deadline);
+            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, 0, deadline);
             drop(turn);
             if asked.is_ok() {
                 return self.announced_arena(topic, slot);
@@ -271,7 +287,7 @@ impl Control {
     }
 
     /// Asks and waits for the answer until `deadline`. The caller has the turn.
-    fn exchange(&self, request: &Request, deadline: Instant) -> Result<Granted, ConnectError> {
+    fn exchange(&self, request: &Request, once: u64, deadline: Instant) -> Result<Granted, ConnectError> {
         let mut sent_on = None;
         loop {
             let mut inner = self.line.hold();
@@ -283,7 +299,7 @@ impl Control {
             }
             inner.connect()?;
             let absent = inner.absent;
-            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, true)? {
+            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, once, true)? {
                 sent_on = Some(inner.generation);
             }
             if Instant::now() >= deadline {
@@ -419,9 +435,10 @@ impl Drop for Control {
 }
 
 impl Inner {
-    fn new(place: Place) -> Inner {
+    fn new(place: Place, token: u64) -> Inner {
         Inner {
             place,
+            token,
             socket: None,
             generation: 0,
             welcomed: false,
@@ -519,6 +536,7 @@ impl Inner {
         self.generation += 1;
         let hello = Request::Hello {
             protocol: PROTOCOL_VERSION,
+            token: self.token,
             incarnation: self.identity.map(|identity| identity.incarnation),
             holds: self.holds.iter().copied().collect(),
         };
@@ -529,9 +547,9 @@ impl Inner {
     }
 
     /// Sends a request; false when it does not fit now or the connection broke.
-    fn send(&mut self, request: &Request, waited_for: bool) -> Result<bool, ConnectError> {
+    fn send(&mut self, request: &Request, once: u64, waited_for: bool) -> Result<bool, ConnectError> {
         let Some(socket) = &self.socket else { return Ok(false) };
-        let bytes = postcard::to_stdvec(request).map_err(|error| ConnectError::Garbled(error.to_string()))?;
+        let bytes = request.to_packet(once).map_err(|error| ConnectError::Garbled(error.to_string()))?;
         if bytes.len() > MAX_PACKET_BYTES {
             let problem = format!("the request has {} bytes, at most {MAX_PACKET_BYTES} are possible", bytes.len());
             return Err(ConnectError::Garbled(problem));
@@ -585,7 +603,7 @@ impl Inner {
     }
 
     fn say_goodbye(&mut self) -> bool {
-        self.send(&Request::Goodbye, false).is_ok_and(|sent| sent)
+        self.send(&Request::Goodbye, 0, false).is_ok_and(|sent| sent)
     }
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
@@ -621,7 +639,7 @@ impl Inner {
             return;
         }
         let handles = std::mem::take(&mut self.unsent);
-        match self.send(&Request::Close { handles: handles.clone() }, false) {
+        match self.send(&Request::Close { handles: handles.clone() }, 0, false) {
             Ok(true) => {}
             _ if self.socket.is_some() => self.unsent = handles,
             _ => {}
@@ -665,6 +683,11 @@ impl Inner {
                         self.holdings.opened(&answer, &fds);
                     }
                     self.pushed.add(wildcard, told, subscriber, (answer, fds));
+                }
+            }
+            Answer::WildcardMissed { wildcard, told, .. } => {
+                if self.pushed.is_awaited(&self.holds, wildcard) {
+                    self.pushed.miss(wildcard, told, answer);
                 }
             }
             Answer::WildcardTold { wildcard, told } => self.pushed.set_told(wildcard, told),
@@ -793,11 +816,11 @@ mod tests {
     fn connected(directory: &std::path::Path, held: HandleRef) -> (Control, OwnedFd) {
         let place = Place::find("control", Some(directory)).unwrap();
         let (ours, theirs) = socket::pair().unwrap();
-        let mut inner = Inner::new(place.clone());
+        let mut inner = Inner::new(place.clone(), 1);
         (inner.socket, inner.welcomed) = (Some(Arc::new(ours)), true);
         inner.holds.insert(held);
         let line = Arc::new(Line { starter: None, inner: Mutex::new(inner), given_up: Mutex::default() });
-        (Control { place, home: Home::here().unwrap(), turn: Mutex::new(()), line }, theirs)
+        (Control { place, home: Home::here().unwrap(), turn: Mutex::new(0), line }, theirs)
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 
-use crate::coordinator::memory::ledger_name;
+use crate::coordinator::memory::{ledger_name, own_cursors_name};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, TopicInfo};
 use crate::os::process;
 
@@ -45,10 +45,11 @@ impl Holdings {
     /// A handle was opened: keeps what came with it. A descriptor that cannot be duplicated, or would be one too many, is
     /// not kept, and its topic would be lost.
     pub(crate) fn opened(&mut self, answer: &Answer, fds: &[OwnedFd]) {
-        let (info, segments, group) = match answer {
-            Answer::PublisherOpened { info, segments, .. }
-            | Answer::SubscriberOpened { info, segments, .. }
-            | Answer::WildcardTopic { info, segments, .. } => (info, segments, 0),
+        let (info, segments, number) = match answer {
+            Answer::PublisherOpened { info, segments, .. } => (info, segments, 0),
+            // Of cursors of its own.
+            Answer::SubscriberOpened { info, segments, cursor, .. }
+            | Answer::WildcardTopic { info, segments, cursor, .. } => (info, segments, *cursor),
             Answer::ConsumerOpened { info, segments, group, .. } => (info, segments, group.id),
             Answer::WildcardOpened { wildcard } => {
                 let copy = fds.first().and_then(|fd| fd.try_clone().ok());
@@ -59,9 +60,7 @@ impl Holdings {
         let new = || Holding { info: info.clone(), handles: 0, segments: HashMap::new() };
         self.topics.entry(info.id).or_insert_with(new).handles += 1;
         for (segment, fd) in segments.iter().zip(fds) {
-            if let Some(name) = name_of(*segment, group) {
-                self.keep(info.id, name, fd);
-            }
+            self.keep(info.id, name_of(*segment, number), fd);
         }
     }
 
@@ -85,6 +84,12 @@ impl Holdings {
         let Some(topic) = handle.topic() else { return };
         let Some(holding) = self.topics.get_mut(&topic) else { return };
         holding.handles -= 1;
+        // The next subscriber under this number has another one.
+        if let HandleRef::Subscriber { cursor, .. } = handle
+            && holding.segments.remove(&own_cursors_name(cursor)).is_some()
+        {
+            self.kept -= 1;
+        }
         if holding.handles == 0 {
             self.kept -= holding.segments.len();
             self.topics.remove(&topic);
@@ -124,16 +129,16 @@ impl Holdings {
     }
 }
 
-/// `None`: nobody but its owner needs it.
-fn name_of(segment: SegmentRef, group: u32) -> Option<String> {
-    Some(match segment {
+/// What the keeper calls it. `number`: of the group, or of the cursor.
+fn name_of(segment: SegmentRef, number: u32) -> String {
+    match segment {
         SegmentRef::Log => "log".to_owned(),
         SegmentRef::Cursors => "cursors".to_owned(),
         SegmentRef::Arena(slot) => arena_name(slot),
         SegmentRef::Channel => "channel".to_owned(),
-        SegmentRef::Ledger => ledger_name(group),
-        SegmentRef::OwnCursors => return None,
-    })
+        SegmentRef::Ledger => ledger_name(number),
+        SegmentRef::OwnCursors => own_cursors_name(number),
+    }
 }
 
 /// The name of a publisher slot's arena among its topic's segments.

@@ -12,6 +12,7 @@ use nix::unistd::{AccessFlags, access};
 
 use crate::client::control::{Control, IntroduceError};
 use crate::coordinator::directory::Place;
+use crate::coordinator::random_u64;
 use crate::coordinator::roles;
 use crate::coordinator::server::Server;
 use crate::error::ConnectError;
@@ -33,12 +34,14 @@ const START_AGAIN: Duration = Duration::from_millis(250);
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
     // In another user's directory only he can.
-    let spawn = spawn && place.is_writable();
+    let spawn = spawn && place.may_serve();
     let mut starter = Starter::new(place.clone());
     let later = || spawn.then(|| Starter::new(place.clone()));
+    // A coordinator may let us in and die before it says so: its successor knows us by this.
+    let token = random_u64();
     loop {
         match socket::connect(place.socket()) {
-            Ok(socket) => match Control::introduce(place.clone(), socket, later(), deadline) {
+            Ok(socket) => match Control::introduce(place.clone(), token, socket, later(), deadline) {
                 Ok(control) => return Ok(control),
                 Err(IntroduceError::Leaving) => {}
                 Err(IntroduceError::Failed(error)) => return Err(error),

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::client::control::Granted;
-use crate::coordinator::protocol::HandleRef;
+use crate::coordinator::protocol::{Answer, HandleRef};
 
 /// Pushed topics by wildcard subscription.
 #[derive(Default)]
@@ -33,6 +33,15 @@ impl Pushed {
         subscription.told = subscription.told.max(told);
         subscription.waiting.push_back(granted);
         subscription.subscribers.push(subscriber);
+    }
+
+    /// A topic does not come. Who comes back is told again of what it knows.
+    pub(super) fn miss(&mut self, wildcard: u64, told: u64, answer: Answer) {
+        let subscription = self.by_wildcard.entry(wildcard).or_default();
+        if told > subscription.told {
+            subscription.told = told;
+            subscription.waiting.push_back((answer, Vec::new()));
+        }
     }
 
     /// Everything up to the `told`-th topic has come.

@@ -1,5 +1,6 @@
 //! [`WildcardSubscriber`]: many topics read as one, each in its own order.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -13,7 +14,7 @@ use crate::client::message::{Message, OwnedMessage};
 use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::{Start, SubscriberCore};
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
-use crate::error::{AttachError, GoneReason, OpenError, RecvError, WildcardError};
+use crate::error::{AttachError, ConnectError, GoneReason, OpenError, RecvError, Refusal, WildcardError};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::Place;
 use crate::ring::notice::Notice;
@@ -47,8 +48,8 @@ pub(super) struct WildcardCore {
     notice: Shared<Notice>,
     /// How many topics have come.
     told: u64,
-    /// What a glance met and a receive must tell.
-    trouble: Option<WildcardError>,
+    /// What is wrong with topics that came, or did not: each is told by a receive.
+    troubles: VecDeque<WildcardError>,
     /// Messages that had expired, of topics that are gone.
     expired: u64,
     /// Changes with `topics`.
@@ -131,8 +132,8 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
     /// Opens it. When this returns, the cursors on all matching topics are in force.
     ///
     /// # Errors
-    /// The pattern is none, or a limit is reached: 16 wildcard subscribers a process, the topics' subscribers; see
-    /// [`OpenError`].
+    /// The pattern is none, or a limit is reached: 16 wildcard subscribers a process, its handles, its user's segments; see
+    /// [`OpenError`]. What is wrong with single topics the first receives say ([`WildcardError::Missed`]).
     pub fn open(self) -> Result<WildcardSubscriber<T>, OpenError> {
         let control = self.bus.control();
         let (start, droppable) = (self.start.at(), self.droppable);
@@ -149,7 +150,7 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
             found: 0,
             notice,
             told: 0,
-            trouble: None,
+            troubles: VecDeque::new(),
             expired: 0,
             generation: 0,
             pattern: self.pattern,
@@ -159,10 +160,9 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
             control: control.clone(),
             _held,
         };
-        // Those that existed have come before the answer.
-        if let Err(WildcardError::Attach { source, .. }) = core.take_new_topics() {
-            return Err(OpenError::Attach(source));
-        }
+        // Those that existed have come before the answer. What is wrong with one of them the first receive says; being cut off,
+        // too.
+        let _ = core.take_new_topics();
         Ok(WildcardSubscriber { core, payload: PhantomData })
     }
 }
@@ -178,27 +178,37 @@ enum News {
 impl WildcardCore {
     /// Takes the topics that came since, if any were announced.
     #[inline]
-    fn look_for_topics(&mut self) -> Result<News, WildcardError> {
+    fn look_for_topics(&mut self) -> Result<News, ConnectError> {
         if self.notice.opened() == self.told { Ok(News::AllHere) } else { self.take_new_topics() }
     }
 
     #[cold]
-    fn take_new_topics(&mut self) -> Result<News, WildcardError> {
+    fn take_new_topics(&mut self) -> Result<News, ConnectError> {
         let announced = self.notice.opened();
         let (granted, told) = self.control.wildcard_topics(self.wildcard, announced)?;
         // What goes wrong with one of them is that one's affair: the others are taken all the same.
-        let mut outcome = Ok(());
         for granted in granted {
-            outcome = outcome.and(self.add(granted));
+            if let Err(trouble) = self.add(granted) {
+                self.troubles.push_back(trouble);
+            }
         }
         self.told = told.min(announced).max(self.told);
-        outcome?;
         Ok(if told >= announced { News::AllHere } else { News::OnTheirWay })
     }
 
     fn add(&mut self, (answer, fds): Granted) -> Result<(), WildcardError> {
+        if let Answer::WildcardMissed { topic, why, .. } = answer {
+            return Err(WildcardError::Missed { topic, why });
+        }
         let Answer::WildcardTopic { info, cursor, position, sequence, segments, .. } = answer else { return Ok(()) };
         let (name, handle) = (info.name.clone(), HandleRef::Subscriber { topic: info.id, cursor });
+        if fds.len() < segments.len() {
+            // Given back, it holds nobody.
+            self.control.release(handle);
+            let context = format!("taking {} descriptors", segments.len());
+            let problem = "this process has as many open files as it may (ulimit -n)".to_owned();
+            return Err(WildcardError::Missed { topic: name, why: Refusal::System { context, problem } });
+        }
         let place = Place { position, sequence };
         let segments = segments.into_iter().zip(fds).collect();
         let opened = SubscriberCore::of_wildcard(info, self.control.clone(), cursor, place, self.droppable, segments);
@@ -220,16 +230,15 @@ impl WildcardCore {
         if let Err(forked) = self.control.check_process() {
             return Look::Found(Err(forked.into()));
         }
-        if let Some(trouble) = self.trouble.take() {
-            return Look::Found(Err(trouble));
-        }
         let before = self.generation;
         // Without its coordinator the subscription goes on with the topics it has, and says so when they have nothing.
         let (news, cut_off) = match self.look_for_topics() {
             Ok(news) => (news, None),
-            Err(error @ WildcardError::Connect(_)) => (News::OnTheirWay, Some(error)),
-            Err(error) => return Look::Found(Err(error)),
+            Err(error) => (News::OnTheirWay, Some(error.into())),
         };
+        if let Some(trouble) = self.troubles.pop_front() {
+            return Look::Found(Err(trouble));
+        }
         let mut unvisited = self.topics.len();
         while unvisited > 0 {
             unvisited -= 1;
@@ -307,15 +316,12 @@ impl WildcardCore {
         let news = self.look_for_topics();
         let ready = |member: &mut Member| member.core.is_ready();
         match news {
-            _ if self.notice.has_ended() || self.topics.iter_mut().any(ready) => Look::Found(()),
+            _ if self.notice.has_ended() || !self.troubles.is_empty() => Look::Found(()),
+            _ if self.topics.iter_mut().any(ready) => Look::Found(()),
             Ok(News::AllHere) if self.is_rung() => Look::Nothing,
             Ok(_) => Look::Within(wait::MOMENT),
-            // Being cut off is found again by the receive, what is wrong with a topic is not.
-            Err(WildcardError::Connect(_)) => Look::Found(()),
-            Err(error) => {
-                self.trouble = Some(error);
-                Look::Found(())
-            }
+            // It is found again by the receive.
+            Err(_) => Look::Found(()),
         }
     }
 }
@@ -350,10 +356,12 @@ impl Arrivals {
 
     /// Takes what has come; it is held until [`Self::release`]. While the coordinator is away, that is nothing.
     pub(crate) fn take(&mut self) -> Result<(), AttachError> {
-        match self.0.look_for_topics() {
-            Err(WildcardError::Attach { source, .. }) => Err(source),
+        let _ = self.0.look_for_topics();
+        // A topic that the subscription has no room for is found all the same, only not held until then.
+        self.0.troubles.drain(..).try_for_each(|trouble| match trouble {
+            WildcardError::Attach { source, .. } => Err(source),
             _ => Ok(()),
-        }
+        })
     }
 
     /// Lets go of the topics that were taken.

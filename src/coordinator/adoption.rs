@@ -52,6 +52,13 @@ const WINDOW: Duration = Duration::from_secs(2);
 /// Connections that may wait while we gather. Whoever is turned away tries again.
 const MAX_CONNECTIONS: usize = 2048;
 
+/// Connections of one user beyond those that his participants have: of newcomers, who wait until we serve.
+const MAX_NEWCOMERS: usize = 16;
+
+/// Connections accepted, and packets of one connection looked at, before the others have their turn and the clock is looked at.
+const ACCEPTS_PER_ROUND: usize = 64;
+const PACKETS_PER_ROUND: usize = 64;
+
 /// The registry of a bus whose processes died and of which somebody is left. Only with the lock. `stay`: what the bus is
 /// to be from now on, where it was not already; `allow`: whom it lets in from now on, if anybody is named.
 pub(crate) fn left_behind(place: &Place, stay: bool, allow: &[Who]) -> Option<OwnedFd> {
@@ -252,14 +259,24 @@ impl Gathering<'_> {
         let mut buffer = vec![0; MAX_PACKET_BYTES];
         while self.waits_for_somebody() && Instant::now() < deadline {
             self.wait(listener, &presenters, deadline)?;
-            while let Ok(socket) = socket::accept(listener) {
-                presenters.extend(Presenter::new(socket, &self.state).filter(|_| presenters.len() < MAX_CONNECTIONS));
+            for _ in 0..ACCEPTS_PER_ROUND {
+                let Ok(socket) = socket::accept(listener) else { break };
+                let presenter = Presenter::new(socket, &self.state);
+                presenters.extend(presenter.filter(|presenter| self.has_room(presenter, &presenters)));
             }
             // Whoever breaks the rules, or is refused, is not listened to any longer.
             presenters.retain_mut(|presenter| self.listen_to(presenter, &mut buffer));
             self.expected.retain(|_, pidfd| !pidfd::is_dead(pidfd.as_fd()).unwrap_or(false));
         }
         Ok(presenters)
+    }
+
+    /// Whether one more may wait: of one user as many as come back, and a few.
+    fn has_room(&self, newcomer: &Presenter, presenters: &[Presenter]) -> bool {
+        let uid = newcomer.connection.peer.uid;
+        let of_user = presenters.iter().filter(|presenter| presenter.connection.peer.uid == uid).count();
+        let known = self.state.participants().values().filter(|participant| participant.uid == uid).count();
+        presenters.len() < MAX_CONNECTIONS && of_user < known + MAX_NEWCOMERS
     }
 
     fn waits_for_somebody(&self) -> bool {
@@ -277,12 +294,17 @@ impl Gathering<'_> {
         }
     }
 
-    /// Takes everything that a connection has sent; whether to go on with it.
+    /// Takes what a connection has sent; whether to go on with it.
     fn listen_to(&mut self, presenter: &mut Presenter, buffer: &mut [u8]) -> bool {
-        loop {
+        for _ in 0..PACKETS_PER_ROUND {
             let request = match presenter.connection.receive(buffer) {
-                Received::Request(request) => request,
+                Received::Request(request, _) => request,
                 Received::Nothing => return true,
+                Received::Foreign(fds) => {
+                    memfd::close_elsewhere(fds);
+                    presenter.incarnation.map(|incarnation| self.expected.remove(&incarnation));
+                    return false;
+                }
                 Received::HungUp | Received::Garbled => {
                     // Who leaves does not come back.
                     let left = presenter.incarnation.filter(|incarnation| self.leaving.contains(incarnation));
@@ -291,7 +313,7 @@ impl Gathering<'_> {
                 }
             };
             let heard = match (presenter.incarnation, request) {
-                (None, Request::Hello { protocol, incarnation, holds: _ }) => {
+                (None, Request::Hello { protocol, incarnation, .. }) => {
                     self.hear_hello(presenter, protocol, incarnation)
                 }
                 (Some(_), Request::Present { info, names }) => {
@@ -322,6 +344,7 @@ impl Gathering<'_> {
                 return false;
             }
         }
+        true
     }
 
     /// Somebody is there. A participant is asked for what it may hold; everybody else waits until we serve.

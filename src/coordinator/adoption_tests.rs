@@ -20,7 +20,12 @@ impl Wreck {
         let path = directory.path().join("b.registry");
         let mut estate = Estate::found(7, Some(&path)).unwrap();
         let us = estate
-            .admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd::open(std::process::id()).unwrap())
+            .admit(
+                std::process::id(),
+                User { uid: 1000, gids: vec![1000] },
+                1,
+                pidfd::open(std::process::id()).unwrap(),
+            )
             .unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let create =
@@ -117,4 +122,56 @@ fn a_segment_with_another_header_is_no_topic() {
     });
     let adopted = crate::coordinator::memory::TopicMemory::adopt(&info, segments.into());
     assert!(matches!(adopted, Err(Refusal::Corrupt { .. })));
+}
+
+/// A connection of a user, as gathering sees it, and its other end.
+fn presenter(uid: u32) -> (OwnedFd, Presenter) {
+    let (theirs, ours) = socket::pair().unwrap();
+    (theirs, Presenter { connection: Connection::new(ours, socket::Peer { pid: 1, uid }), incarnation: None })
+}
+
+#[test]
+fn who_says_much_leaves_time_for_others() {
+    let mut wreck = Wreck::new();
+    let mut gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
+    let (theirs, mut flood) = presenter(1000);
+    flood.incarnation = Some(1);
+    let packet = postcard::to_stdvec(&Request::AllPresented).unwrap();
+    let sent = std::iter::from_fn(|| socket::send(theirs.as_fd(), &packet, &[]).ok()).count();
+    assert!(sent > PACKETS_PER_ROUND);
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    assert!(gathering.listen_to(&mut flood, &mut buffer));
+    assert!(matches!(flood.connection.receive(&mut buffer), Received::Request(..)), "the rest waits for its turn");
+}
+
+#[test]
+fn a_users_newcomers_do_not_keep_participants_out() {
+    let mut wreck = Wreck::new();
+    let gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
+    let strangers: Vec<(OwnedFd, Presenter)> = (0..MAX_NEWCOMERS).map(|_| presenter(7)).collect();
+    let (ends, strangers): (Vec<OwnedFd>, Vec<Presenter>) = strangers.into_iter().unzip();
+    assert!(!gathering.has_room(&presenter(7).1, &strangers));
+    assert!(gathering.has_room(&presenter(1000).1, &strangers));
+    let known: Vec<Presenter> = (0..MAX_NEWCOMERS).map(|_| presenter(1000).1).collect();
+    assert!(gathering.has_room(&presenter(1000).1, &known), "the participant's own");
+    drop(ends);
+}
+
+/// A file system may take as long as it likes to say what a file is, or to close it.
+#[test]
+fn only_memory_is_looked_at() {
+    let mut wreck = Wreck::new();
+    let mut gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let info = gathering.state.topic(0).unwrap().info.clone();
+    let packet = postcard::to_stdvec(&Request::Present { info, names: vec!["log".to_owned()] }).unwrap();
+    let file = std::fs::File::open("/proc/self/stat").unwrap();
+    let (theirs, mut forger) = presenter(7);
+    forger.incarnation = Some(1);
+    forger.connection.accept_fds();
+    socket::send(theirs.as_fd(), &packet, &[file.as_fd()]).unwrap();
+    assert!(matches!(forger.connection.receive(&mut buffer), Received::Foreign(fds) if fds.len() == 1));
+    socket::send(theirs.as_fd(), &packet, &[file.as_fd()]).unwrap();
+    assert!(!gathering.listen_to(&mut forger, &mut buffer), "it is heard no longer");
+    assert!(gathering.store.is_empty());
 }

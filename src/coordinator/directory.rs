@@ -5,9 +5,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{AccessFlags, Uid, access};
@@ -19,8 +19,12 @@ use crate::topic::check_name;
 /// Environment variable that names the socket directory.
 pub(crate) const DIRECTORY_VARIABLE: &str = "SHMBUS_DIR";
 
-/// Mode bits that let others put their own files there.
+/// Mode bits that let others put their own files there: everybody, or a group that was chosen for it.
+const WRITABLE_BY_ALL: u32 = 0o002;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// With this mode bit they cannot take away or replace what is not theirs.
+const STICKY: u32 = 0o1000;
 
 /// The names of one bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,14 +69,33 @@ impl Place {
         uid == 0 || uid == Uid::effective().as_raw() || uid == self.owner
     }
 
-    /// Whether this process could serve the bus.
-    pub(crate) fn is_writable(&self) -> bool {
-        access(&self.directory, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    /// Whether this process could serve the bus, and be trusted by those who look for it here.
+    pub(crate) fn may_serve(&self) -> bool {
+        let us = Uid::effective().as_raw();
+        (us == self.owner || us == 0) && access(&self.directory, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    }
+
+    /// Refuses to serve where nobody would believe us. Who may write the directory, as one of its group, may not yet serve there.
+    pub(crate) fn check_serves(&self) -> Result<(), ConnectError> {
+        let us = Uid::effective().as_raw();
+        if us == self.owner || us == 0 {
+            return Ok(());
+        }
+        let problem =
+            format!("belongs to user {}, whom clients trust to serve here, and root; this is user {us}", self.owner);
+        Err(refused(&self.directory, &problem, "have its owner serve, chown it, or set SHMBUS_DIR to another place"))
     }
 
     /// Lets everybody who can search the directory connect, or the owner alone: who it is the coordinator asks the kernel.
     pub(crate) fn open_socket(&self, to_others: bool) -> io::Result<()> {
-        fs::set_permissions(&self.socket, Permissions::from_mode(if to_others { 0o666 } else { 0o600 }))
+        // Not by its name: in a directory that others may write it may be a link by now.
+        let mut options = OpenOptions::new();
+        let socket = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(&self.socket)?;
+        if !socket.metadata()?.file_type().is_socket() {
+            return Err(io::Error::other(format!("{} is no socket", self.socket.display())));
+        }
+        let itself = format!("/proc/self/fd/{}", socket.as_raw_fd());
+        fs::set_permissions(itself, Permissions::from_mode(if to_others { 0o666 } else { 0o600 }))
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -117,6 +140,11 @@ impl Place {
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
             options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
             let file = options.open(&self.lock).map_err(|source| self.io(&self.lock, "cannot open", source))?;
+            let owner = file.metadata().map_err(|source| self.io(&self.lock, "cannot look at", source))?.uid();
+            if !self.trusts(owner) {
+                let problem = format!("belongs to user {owner}, who does not serve here");
+                return Err(refused(&self.lock, &problem, "remove it, and ask him why he has put it there"));
+            }
             if !lock::try_exclusive(file.as_fd()).map_err(|source| self.io(&self.lock, "cannot lock", source))? {
                 return Ok(None);
             }
@@ -197,7 +225,9 @@ fn usual_directory(bus: Option<&str>) -> PathBuf {
     let system = Path::new("/run/shmbus");
     let socket = bus.map(|bus| system.join(format!("{bus}.sock")));
     let can_connect = || socket.as_ref().is_some_and(|socket| access(socket.as_path(), AccessFlags::W_OK).is_ok());
-    let can_serve = access(system, AccessFlags::W_OK | AccessFlags::X_OK).is_ok();
+    let us = Uid::effective().as_raw();
+    let is_ours = || us == 0 || fs::symlink_metadata(system).is_ok_and(|found| found.uid() == us);
+    let can_serve = access(system, AccessFlags::W_OK | AccessFlags::X_OK).is_ok() && is_ours();
     if (can_serve || can_connect()) && check(system).is_ok() {
         return system.to_owned();
     }
@@ -216,8 +246,9 @@ fn create_and_check(directory: &Path) -> Result<u32, ConnectError> {
     check(directory)
 }
 
-/// Refuses a directory in which somebody else could put a socket for us to connect to; its owner. Ours and root's will do, and
-/// another user's where root alone can have put it: a service's, say, in `/run`.
+/// Refuses a directory that is not what it should be; its owner. Ours and root's will do, and another user's where root alone can
+/// have put it: a service's, say, in `/run`. A group may write there, if so configured: what it puts there nobody speaks to
+/// ([`Place::trusts`]), though it can take names away. Everybody may, where the sticky bit keeps them from that.
 fn check(directory: &Path) -> Result<u32, ConnectError> {
     let found = fs::symlink_metadata(directory)
         .map_err(|error| ConnectError::io(format!("cannot look at {}", directory.display()), error))?;
@@ -229,9 +260,11 @@ fn check(directory: &Path) -> Result<u32, ConnectError> {
         let problem = format!("belongs to user {}, expected {us} or root", found.uid());
         return Err(refused(directory, &problem, "set SHMBUS_DIR to a directory of your own"));
     }
-    if found.mode() & WRITABLE_BY_OTHERS != 0 {
-        let problem = format!("is writable by others (mode {:04o})", found.mode() & 0o7777);
-        let mend = "make it 0700, or 0755 or 0750 for several users, or set SHMBUS_DIR to another place";
+    if found.mode() & WRITABLE_BY_ALL != 0 && found.mode() & STICKY == 0 {
+        let problem =
+            format!("is writable by everybody (mode {:04o}), who could take its names away", found.mode() & 0o7777);
+        let mend =
+            "make it 0700, for several users 0755, or 0750 or 0770 with a group, or set SHMBUS_DIR to another place";
         return Err(refused(directory, &problem, mend));
     }
     Ok(found.uid())

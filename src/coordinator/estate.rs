@@ -18,19 +18,22 @@ use std::time::Duration;
 
 use nix::unistd::Uid;
 
+use crate::coordinator::connection::Push;
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::{Limits, MAX_PAGE_NAMES};
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
-use crate::coordinator::memory::{Joined, TopicMemory};
+use crate::coordinator::memory::{Joined, TopicMemory, own_cursors_name};
 use crate::coordinator::notices::{Notices, notice_name};
 use crate::coordinator::protocol::{
     Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Purged, Request, SegmentRef, StartAt,
     SubscriberStatus, TopicInfo, TopicStatus,
 };
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry, RegistryError};
-use crate::coordinator::state::{Event, Footprint, GroupEntry, Plan, Reply, State, SubscriberEntry, TopicEntry};
+use crate::coordinator::state::{
+    Event, Footprint, GroupEntry, Plan, Reply, State, SubscriberEntry, TopicEntry, missed_event,
+};
 use crate::error::Refusal;
-use crate::os::socket::User;
+use crate::os::socket::{Peer, User};
 use crate::os::{address_space, pidfd};
 use crate::ring::log::TopicState;
 use crate::topic::Mode;
@@ -78,15 +81,21 @@ pub(crate) struct Estate {
     news: Vec<News>,
 }
 
-/// A subscriber that was opened for a wildcard subscription.
+/// A topic that came for a wildcard subscription.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct News {
     pub(crate) incarnation: u64,
     pub(crate) wildcard: u64,
     /// How many the subscription has had, with this one; 0 where the owner learns that in another way.
     pub(crate) told: u64,
-    topic: u64,
-    cursor: u32,
+    what: NewsOf,
+}
+
+/// What became of a topic for a wildcard subscription.
+#[derive(Clone, Copy, Debug)]
+enum NewsOf {
+    Cursor { topic: u64, cursor: u32 },
+    Missed,
 }
 
 impl Estate {
@@ -112,7 +121,7 @@ impl Estate {
         };
         let (mut state, mut removed) = (State::default(), Vec::new());
         for event in &events {
-            if let Event::TopicRemoved { topic } = event {
+            if let Event::TopicRemoved { topic } = event.plain() {
                 removed.extend(state.topic(*topic).cloned());
             }
             state.apply(event);
@@ -196,8 +205,10 @@ impl Estate {
                 }
             }
         }
-        for &incarnation in self.state.participants().keys() {
-            match store.remove(&participant_name(incarnation)) {
+        for (&incarnation, participant) in self.state.participants() {
+            let pidfd = store.remove(&participant_name(incarnation));
+            // Who was not recognized has not been let in, and will come as a newcomer.
+            match pidfd.filter(|_| participant.birth.is_some()) {
                 Some(pidfd) => drop(self.pidfds.insert(incarnation, pidfd)),
                 None => losses.extend(self.state.leave(incarnation)),
             }
@@ -216,13 +227,16 @@ impl Estate {
         losses
     }
 
-    /// Cursors that one subscriber has for itself hold nobody, so they are not kept for a successor: it shows where those who have
-    /// them began.
+    /// Cursors that one subscriber has for itself hold nobody. Where they are lost to all but it, or garbled by it, others stand in for
+    /// them, which show where it began.
     fn renew_own_cursors(&mut self) {
         for (topic, entry) in self.state.topics() {
             let Some(memory) = self.memories.get_mut(topic) else { continue };
             for (&cursor, subscriber) in entry.subscribers.iter().filter(|(_, subscriber)| subscriber.own.is_some()) {
-                let renewed = memory.add_own_cursors(cursor);
+                if memory.has_own_cursors(cursor) {
+                    continue;
+                }
+                let renewed = memory.add_own_cursors(cursor, true);
                 let joined = renewed
                     .and_then(|()| memory.join(cursor, subscriber.incarnation, StartAt::Oldest, subscriber.droppable));
                 if let Err(error) = joined {
@@ -315,8 +329,7 @@ impl Estate {
     fn repair_wildcards(&mut self) {
         for (wildcard, topic) in self.state.missing_cursors() {
             let event = self.state.cursor_for(wildcard, topic, FOOTPRINT);
-            let opened = event.map_or(Err(broken("no cursor is free for a wildcard")), |event| self.carry_out(event));
-            if let Err(error) = opened {
+            if let Err(error) = event.map_or(Ok(()), |event| self.carry_out_for_others(event)) {
                 eprintln!("shmbus coordinator: topic {topic} is not in wildcard subscription {wildcard}: {error}");
             }
         }
@@ -355,20 +368,55 @@ impl Estate {
             let (wildcard, HandleRef::Subscriber { topic, cursor }) = (self.state.wildcard_of(handle)?, handle) else {
                 return None;
             };
-            Some(News { incarnation, wildcard, told: 0, topic, cursor })
+            Some(News { incarnation, wildcard, told: 0, what: NewsOf::Cursor { topic, cursor } })
         });
         let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == incarnation);
-        (news.collect(), wildcards.map(|(wildcard, entry)| (*wildcard, entry.opened)).collect())
+        let mine = wildcards.clone();
+        let missed = mine.flat_map(|(&wildcard, entry)| {
+            let of = move |told| News { incarnation, wildcard, told, what: NewsOf::Missed };
+            entry.missed.iter().map(move |missed| of(missed.number))
+        });
+        (news.chain(missed).collect(), wildcards.map(|(wildcard, entry)| (*wildcard, entry.opened)).collect())
+    }
+
+    /// What a push says now, when it is its turn; `None` where its topic has gone meanwhile. Fails for want of descriptors.
+    pub(crate) fn resolve(&self, push: Push) -> Result<Option<Granted>, Refusal> {
+        match push {
+            Push::Arena { topic, slot } => match self.memory(topic) {
+                Ok(memory) if memory.has_arena(slot) => {
+                    Ok(Some((Answer::ArenaAdded { topic, slot }, vec![memory.arena_fd(slot)?])))
+                }
+                _ => Ok(None),
+            },
+            Push::Wildcard(news) => self.wildcard_topic(news),
+        }
     }
 
     /// A wildcard subscription's new subscriber, for its owner. Its cursor is where it was put in force: nobody reads yet.
-    pub(crate) fn wildcard_topic(&self, news: News) -> Result<Granted, Refusal> {
-        let News { wildcard, told, topic, cursor, .. } = news;
-        let memory = self.memory(topic)?;
-        let place = memory.cursor_place(cursor).ok_or_else(|| broken("a wildcard's cursor is not in force"))?;
+    fn wildcard_topic(&self, news: News) -> Result<Option<Granted>, Refusal> {
+        let News { wildcard, told, what, .. } = news;
+        let NewsOf::Cursor { topic, cursor } = what else { return Ok(Some((self.missed(wildcard, told), Vec::new()))) };
+        let memory = self.memory(topic).ok();
+        let found = memory.and_then(|memory| Some((memory, memory.cursor_place(cursor)?)));
+        let subscriber = HandleRef::Subscriber { topic, cursor };
+        let Some((memory, place)) = found.filter(|_| self.state.wildcard_of(subscriber) == Some(wildcard)) else {
+            return Ok(Some((Answer::WildcardTold { wildcard, told }, Vec::new())));
+        };
         let (segments, fds) = memory.subscriber_fds(cursor)?.into_iter().unzip();
         let (info, position, sequence) = (self.entry(topic)?.info.clone(), place.position, place.sequence);
-        Ok((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds))
+        Ok(Some((Answer::WildcardTopic { wildcard, told, info, cursor, position, sequence, segments }, fds)))
+    }
+
+    /// What a wildcard subscription has missed, by its number.
+    fn missed(&self, wildcard: u64, told: u64) -> Answer {
+        let entry = self.state.wildcards().get(&wildcard);
+        match entry.and_then(|entry| entry.missed.iter().find(|missed| missed.number == told)) {
+            Some(missed) => {
+                Answer::WildcardMissed { wildcard, told, topic: missed.name.clone(), why: missed.why.clone() }
+            }
+            // It has missed so many since that the last of them have to stand for all.
+            None => Answer::WildcardTold { wildcard, told },
+        }
     }
 
     /// Wakes a wildcard subscription's owner, after it has been sent what there is.
@@ -378,13 +426,8 @@ impl Estate {
         }
     }
 
-    /// An arena's descriptor for readers.
-    pub(crate) fn arena_fd(&self, topic: u64, slot: u32) -> Result<OwnedFd, Refusal> {
-        self.memory(topic)?.arena_fd(slot)
-    }
-
     /// Lets a process in.
-    pub(crate) fn admit(&mut self, pid: u32, user: User, pidfd: OwnedFd) -> Result<u64, Refusal> {
+    pub(crate) fn admit(&mut self, pid: u32, user: User, token: u64, pidfd: OwnedFd) -> Result<u64, Refusal> {
         let plan = self.state.join(&self.limits, pid, user.uid, user.gids)?;
         let Reply::Welcome { incarnation } = plan.reply else { return Err(broken("a join without a welcome")) };
         let birth = pidfd::birth(pid, pidfd.as_fd()).map_err(|error| system("looking at a process", &error))?;
@@ -392,13 +435,21 @@ impl Estate {
             link.store(&participant_name(incarnation), pidfd.as_fd())?;
         }
         self.pidfds.insert(incarnation, pidfd);
-        let recognized = Event::Recognized { incarnation, birth };
+        let recognized = Event::Recognized { incarnation, birth, token };
         if let Err(refusal) = self.carry_out_all(plan.events.into_iter().chain([recognized]).collect()) {
             self.pidfds.remove(&incarnation);
             self.forget(participant_name(incarnation));
             return Err(refusal);
         }
         Ok(incarnation)
+    }
+
+    /// Whom a process without a number was let in as, where the answer to its Hello was lost. Whether it is the same process is
+    /// for [`Self::readmit`] to say.
+    pub(crate) fn known_as(&self, peer: Peer, token: u64) -> Option<u64> {
+        let mut all = self.state.participants().iter();
+        all.find(|(_, known)| known.token == token && (known.pid, known.uid) == (peer.pid, peer.uid))
+            .map(|(who, _)| *who)
     }
 
     /// Notes the address space in which a participant has its handles, unless it is known.
@@ -424,7 +475,7 @@ impl Estate {
     pub(crate) fn readmit(
         &mut self,
         incarnation: u64,
-        pid: u32,
+        peer: Peer,
         pidfd: BorrowedFd<'_>,
         holds: &[HandleRef],
     ) -> Result<(), Refusal> {
@@ -434,7 +485,10 @@ impl Estate {
         let lives = !pidfd::is_dead(registered.as_fd()).map_err(|error| system("looking at a process", &error))?;
         let same =
             pidfd::may_be_same(registered.as_fd(), pidfd).map_err(|error| system("comparing processes", &error))?;
-        if !(lives && same && participant.pid == pid) || self.is_past(incarnation) {
+        // Who has become another user keeps what it joined as, if it is still the same program: where nobody can tell, it may
+        // be anybody's that was executed since.
+        let same_program = participant.uid == peer.uid || self.spaces.contains_key(&incarnation);
+        if !(lives && same && participant.pid == peer.pid && same_program) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         let plan = self.state.rejoin(incarnation, holds)?;
@@ -449,12 +503,18 @@ impl Estate {
         self.carry_out_all(self.state.leave(incarnation))
     }
 
-    /// Grants a participant's request, or declines it. `None`: the bus is to be stopped.
-    pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
+    /// Grants a participant's request, or declines it. `None`: the bus is to be stopped. `once`: the number under which it is granted
+    /// once, or 0.
+    pub(crate) fn request_once(
+        &mut self,
+        incarnation: u64,
+        request: &Request,
+        once: u64,
+    ) -> Result<Option<Granted>, Refusal> {
         if matches!(request, Request::Stop) {
             self.check_host(incarnation)?;
         }
-        let Plan { events, reply } = self.state.request(&self.limits, FOOTPRINT, incarnation, request)?;
+        let Plan { events, reply } = self.state.request_once(&self.limits, FOOTPRINT, incarnation, once, request)?;
         self.carry_out_all(events)?;
         let opened = match reply {
             Reply::Stop => return Ok(None),
@@ -471,6 +531,11 @@ impl Estate {
         granted.map(Some)
     }
 
+    #[cfg(test)]
+    pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
+        self.request_once(incarnation, request, 0)
+    }
+
     /// Whether a participant may do what concerns the whole bus.
     fn check_host(&self, incarnation: u64) -> Result<(), Refusal> {
         let (uid, host) = (self.state.participant(incarnation).map(|who| who.uid), Uid::effective().as_raw());
@@ -481,22 +546,40 @@ impl Estate {
     }
 
     fn carry_out_all(&mut self, events: Vec<Event>) -> Result<(), Refusal> {
-        events.into_iter().try_for_each(|event| self.carry_out(event))
+        events.into_iter().try_for_each(|event| self.carry_out_for_others(event))
     }
 
-    fn carry_out(&mut self, event: Event) -> Result<(), Refusal> {
-        self.prepare(&event)?;
-        self.log(&event)?;
+    /// A wildcard subscription that cannot have a topic, for want of a descriptor say, misses it and is told so: whoever
+    /// creates a topic has nothing to do with that, nor have the subscription's other topics.
+    fn carry_out_for_others(&mut self, event: Event) -> Result<(), Refusal> {
+        let concerned = match &event {
+            Event::SubscriberOpened { topic, wildcard: Some(wildcard), .. } => Some((*topic, *wildcard)),
+            _ => None,
+        };
+        match (self.carry_out(event), concerned) {
+            (Err(why), Some((topic, wildcard))) => {
+                let info = self.entry(topic)?.info.clone();
+                self.carry_out(missed_event(wildcard, &info, why))
+            }
+            (outcome, _) => outcome,
+        }
+    }
+
+    fn carry_out(&mut self, logged: Event) -> Result<(), Refusal> {
+        let event = logged.plain();
+        self.prepare(event)?;
+        self.log(&logged)?;
         // Who is about to lose the topic or participant is known only before the event is applied.
-        let (given_up, groups) = (self.names_given_up(&event), self.groups_concerned(&event));
-        self.state.apply(&event);
-        let acted = self.act(&event);
+        let (given_up, groups) = (self.names_given_up(event), self.groups_concerned(event));
+        self.state.apply(&logged);
+        let acted = self.act(event);
         self.follow_groups(groups);
         let recorded = match event {
             Event::TopicCreated { info: TopicInfo { id: topic, .. }, .. }
             | Event::ArenaAdded { topic, .. }
-            | Event::GroupCreated { topic, .. } => self.record_segments(topic),
-            Event::WildcardOpened { wildcard, .. } => self.record_notice(wildcard),
+            | Event::GroupCreated { topic, .. }
+            | Event::SubscriberOpened { topic, own: Some(_), .. } => self.record_segments(*topic),
+            Event::WildcardOpened { wildcard, .. } => self.record_notice(*wildcard),
             _ => Ok(()),
         };
         // Last: as long as the keeper has them a successor can act in our place.
@@ -520,7 +603,8 @@ impl Estate {
             Event::GroupRetired { topic, group } => self.fence_group(*topic, *group)?,
             Event::SubscriberOpened { topic, cursor, own: Some(_), .. } => {
                 let memory = self.memories.get_mut(topic).ok_or_else(|| broken("a subscriber without a topic"))?;
-                memory.add_own_cursors(*cursor)?;
+                memory.add_own_cursors(*cursor, false)?;
+                self.store_segment(*topic, &own_cursors_name(*cursor))?;
             }
             // What is there under its number is what a subscriber that was never logged has left.
             Event::SubscriberOpened { topic, cursor, .. } => {
@@ -559,7 +643,10 @@ impl Estate {
             Event::SubscriberOpened { topic, cursor, incarnation, start, droppable, wildcard, .. } => {
                 match self.memory(*topic)?.join(*cursor, *incarnation, *start, *droppable) {
                     Ok(joined) => match wildcard {
-                        Some(wildcard) => self.add_news(*incarnation, *wildcard, *topic, *cursor),
+                        Some(wildcard) => {
+                            let what = NewsOf::Cursor { topic: *topic, cursor: *cursor };
+                            self.add_news(*incarnation, *wildcard, what);
+                        }
                         None => self.joined = Some(joined),
                     },
                     Err(refusal) => {
@@ -567,6 +654,11 @@ impl Estate {
                         self.carry_out(Event::Closed { handle })?;
                         return Err(refusal);
                     }
+                }
+            }
+            Event::WildcardMissed { wildcard, .. } => {
+                if let Some(incarnation) = self.state.wildcards().get(wildcard).map(|entry| entry.incarnation) {
+                    self.add_news(incarnation, *wildcard, NewsOf::Missed);
                 }
             }
             Event::ArenaAdded { topic, slot, .. } => self.announcements.push((*topic, *slot)),
@@ -590,9 +682,9 @@ impl Estate {
         Ok(())
     }
 
-    fn add_news(&mut self, incarnation: u64, wildcard: u64, topic: u64, cursor: u32) {
+    fn add_news(&mut self, incarnation: u64, wildcard: u64, what: NewsOf) {
         let told = self.state.wildcards().get(&wildcard).map_or(0, |entry| entry.opened);
-        self.news.push(News { incarnation, wildcard, told, topic, cursor });
+        self.news.push(News { incarnation, wildcard, told, what });
     }
 
     fn give_up_notices(&mut self) {
@@ -614,11 +706,21 @@ impl Estate {
             Event::Left { incarnation } => {
                 let wildcards = self.state.wildcards().iter().filter(|(_, entry)| entry.incarnation == *incarnation);
                 let notices = wildcards.map(|(wildcard, _)| notice_name(*wildcard));
-                notices.chain([participant_name(*incarnation), space_name(*incarnation)]).collect()
+                let handles = self.state.handles_of(*incarnation);
+                let own: Vec<String> = handles.into_iter().filter_map(|handle| self.own_cursors(handle)).collect();
+                notices.chain(own).chain([participant_name(*incarnation), space_name(*incarnation)]).collect()
             }
             Event::Closed { handle: HandleRef::Wildcard { wildcard } } => vec![notice_name(*wildcard)],
+            Event::Closed { handle } => self.own_cursors(*handle).into_iter().collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// The keeper's name of the cursors that a subscriber has for itself.
+    fn own_cursors(&self, handle: HandleRef) -> Option<String> {
+        let HandleRef::Subscriber { topic, cursor } = handle else { return None };
+        let subscriber = self.state.topic(topic)?.subscribers.get(&cursor)?;
+        subscriber.own.map(|_| segment_name(topic, &own_cursors_name(cursor)))
     }
 
     fn prepare_arena(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
@@ -629,12 +731,17 @@ impl Estate {
         if !memory.has_arena(slot) {
             memory.add_arena(&entry.info, slot)?;
         }
-        let name = format!("arena-{slot}");
-        let Some(segment) = memory.segments().into_iter().find(|segment| segment.name == name) else {
-            return Err(broken("a new arena without a segment"));
+        self.store_segment(topic, &format!("arena-{slot}"))
+    }
+
+    /// Has the keeper keep a new segment.
+    fn store_segment(&mut self, topic: u64, name: &str) -> Result<(), Refusal> {
+        let segments = self.memories.get(&topic).map(TopicMemory::segments).unwrap_or_default();
+        let Some(segment) = segments.into_iter().find(|segment| segment.name == name) else {
+            return Err(broken("a new segment that is not there"));
         };
         match &mut self.link {
-            Some(link) => link.store(&segment_name(topic, &name), segment.fd),
+            Some(link) => link.store(&segment_name(topic, name), segment.fd),
             None => Ok(()),
         }
     }
@@ -921,7 +1028,9 @@ fn segments_of(entry: &TopicEntry, store: &mut BTreeMap<String, OwnedFd>) -> Vec
 /// What the segments of a topic may be called.
 fn segment_parts(entry: &TopicEntry) -> Vec<String> {
     let fixed = ["log", "cursors", "channel"].map(str::to_owned);
-    fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}"))).collect()
+    let own = entry.subscribers.iter().filter(|(_, subscriber)| subscriber.own.is_some());
+    let own = own.map(|(cursor, _)| own_cursors_name(*cursor));
+    fixed.into_iter().chain(entry.arenas.iter().map(|slot| format!("arena-{slot}"))).chain(own).collect()
 }
 
 fn system(context: &str, error: &std::io::Error) -> Refusal {

@@ -25,7 +25,7 @@ impl Keeper {
         let mut keeper = Keeper { store: BTreeMap::from([(link::REGISTRY.to_owned(), registry)]), socket };
         let mut estate = keeper.restart();
         let pidfd = pidfd::open(std::process::id()).unwrap();
-        let us = estate.admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd).unwrap();
+        let us = estate.admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, 1, pidfd).unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         estate
             .request(
@@ -178,6 +178,46 @@ fn an_end_is_remembered() {
     assert!(keeper.restart().state().ending);
 }
 
+/// Whoever asks again after a coordinator's death is told what came of it, not that it has been done.
+#[test]
+fn what_is_to_be_done_once_is_answered_as_it_was() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = *estate.state().participants().keys().next().unwrap();
+    let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+    let create =
+        Request::CreateTopic { topic: "new".to_owned(), options, access: None, exist_ok: false, ephemeral: true };
+    let remove = Request::RemoveTopic { topic: "new".to_owned(), force: false };
+    let created = |answer| matches!(answer, Ok(Some((Answer::Created { existed: false }, _))));
+    for (request, number) in [(&create, 1), (&remove, 2), (&create, 3)] {
+        let first = estate.request_once(us, request, number).unwrap().unwrap().0;
+        keeper.listen();
+        drop(estate);
+        estate = keeper.restart();
+        let again = estate.request_once(us, request, number).unwrap().unwrap().0;
+        assert_eq!(postcard::to_stdvec(&again), postcard::to_stdvec(&first));
+        let snapshot = estate.state().snapshot();
+        estate.registry.compact(&snapshot).unwrap();
+    }
+    assert!(created(estate.request_once(us, &create, 3)));
+    assert!(matches!(estate.request_once(us, &create, 4), Err(Refusal::AlreadyExists { .. })));
+    assert!(matches!(estate.request(us, &create), Err(Refusal::AlreadyExists { .. })));
+    assert!(matches!(estate.request_once(us, &Request::Report, 5), Err(Refusal::Protocol { .. })));
+}
+
+/// Nobody has been let in of whom the registry does not say who he is: he comes again.
+#[test]
+fn who_was_not_let_in_is_forgotten() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let pidfd = pidfd::open(std::process::id()).unwrap();
+    estate.link.as_mut().unwrap().store(&participant_name(2), pidfd.as_fd()).unwrap();
+    estate.carry_out(Event::Joined { incarnation: 2, pid: std::process::id(), uid: 1000, gids: Vec::new() }).unwrap();
+    assert_eq!(estate.state().participants().len(), 2);
+    keeper.listen();
+    drop(estate);
+    let estate = keeper.restart();
+    assert_eq!(estate.state().participants().len(), 1);
+}
+
 /// A wildcard subscription of `us`, with what it has.
 fn open_wildcard(keeper: &mut Keeper, estate: &mut Estate) -> u64 {
     let us = *estate.state().participants().keys().next().unwrap();
@@ -186,6 +226,42 @@ fn open_wildcard(keeper: &mut Keeper, estate: &mut Estate) -> u64 {
     estate.request(us, &request).unwrap();
     keeper.listen();
     us
+}
+
+/// A topic whose publishers have garbled it keeps nobody from the others.
+#[test]
+fn a_wildcard_misses_what_cannot_be_joined() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = *estate.state().participants().keys().next().unwrap();
+    let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+    let request =
+        Request::CreateTopic { topic: "sound".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    estate.request(us, &request).unwrap();
+    keeper.listen();
+    // No place leads to the tail any more: checkpoints, and the coordinator's own (ARCHITECTURE.md §3.2).
+    let log = std::fs::File::from(keeper.store[&segment_name(0, "log")].try_clone().unwrap());
+    for (at, len) in [(4096 + 512, 64 * 64), (4096 + 16_896, 64)] {
+        std::os::unix::fs::FileExt::write_all_at(&log, &vec![0xff; len], at).unwrap();
+    }
+    assert_eq!(open_wildcard(&mut keeper, &mut estate), us);
+    let entry = &estate.state().wildcards()[&1];
+    let missed: Vec<u64> = entry.missed.iter().map(|missed| missed.topic).collect();
+    assert_eq!(missed, [0]);
+    assert_eq!(estate.state().cursors_of_wildcard(1).len(), 1);
+    let news: Vec<Answer> =
+        estate.take_news().into_iter().map(|news| estate.wildcard_topic(news).unwrap().unwrap().0).collect();
+    let of = |answer: &Answer| match answer {
+        Answer::WildcardMissed { topic, why, .. } => format!("{topic}: {why}"),
+        Answer::WildcardTopic { info, .. } => info.name.clone(),
+        other => panic!("{other:?}"),
+    };
+    let news: Vec<String> = news.iter().map(of).collect();
+    assert!(news[0].starts_with("t: ") && news[0].contains("corrupt") && news[1] == "sound", "{news:?}");
+    // A successor tells whoever has not heard of it.
+    drop(estate);
+    let estate = keeper.restart();
+    let (news, wildcards) = estate.news_for(us, &[HandleRef::Wildcard { wildcard: 1 }]);
+    assert_eq!((news.len(), wildcards.len()), (2, 1));
 }
 
 /// Whoever asks for the topic again finds it there, and publishes: the cursor must be in force before that.

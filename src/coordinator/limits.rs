@@ -46,6 +46,8 @@ pub(crate) struct Limits {
     pub(crate) user_topics: usize,
     /// Segments of one user: each is a descriptor of the coordinator and one of the keeper.
     pub(crate) user_segments: usize,
+    /// Descriptors that wait in the coordinator for processes of one user to read.
+    pub(crate) user_queued_fds: usize,
     /// Publishers, subscribers and consumers of one process.
     pub(crate) handles: usize,
     /// Wildcard subscriptions of one process. Their subscribers count as handles.
@@ -62,6 +64,7 @@ impl Default for Limits {
             topics: 16_384,
             user_topics: 16_000,
             user_segments: usize::MAX,
+            user_queued_fds: usize::MAX,
             handles: 16_384,
             wildcards: 16,
             budget_bytes: u64::MAX,
@@ -75,9 +78,35 @@ impl Limits {
     pub(crate) fn from_environment(reserved_bytes: u64) -> Limits {
         let given = std::env::var(BUDGET_VARIABLE).ok().and_then(|text| text.trim().parse().ok());
         let half = || memory_size::available_bytes().saturating_add(reserved_bytes) / 2;
-        // What is left is for connections and pidfds.
-        let descriptors = process::descriptor_limit();
-        let user_segments = usize::try_from(descriptors - descriptors / 4).unwrap_or(usize::MAX);
-        Limits { budget_bytes: given.unwrap_or_else(half), user_segments, ..Limits::default() }
+        let budget_bytes = given.unwrap_or_else(half);
+        Limits { budget_bytes, ..Limits::default().within(process::descriptor_limit()) }
+    }
+
+    /// What one user may have of `descriptors`, so that he leaves some to others: five eighths for segments, less than a quarter for
+    /// processes, each of which takes up to four (two connections, its pidfd and its address space), and a little for what his
+    /// processes do not read.
+    fn within(self, descriptors: u64) -> Limits {
+        let count = |descriptors: u64| usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let participants = self.participants.min(count(descriptors / 16).max(8));
+        let user_participants = self.user_participants.min(participants - (participants / 42).max(1));
+        let (user_segments, user_queued_fds) = (count(descriptors / 8 * 5), count(descriptors / 16));
+        Limits { participants, user_participants, user_segments, user_queued_fds, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_user_leaves_descriptors_to_others() {
+        for descriptors in [256, 1024, 4096, 20_000, 1 << 19] {
+            let limits = Limits::default().within(descriptors);
+            let taken = limits.user_segments + 4 * limits.user_participants + limits.user_queued_fds;
+            assert!((taken as u64) < descriptors, "{descriptors}: {limits:?}");
+            assert!(limits.user_participants < limits.participants);
+        }
+        let many = Limits::default().within(1 << 19);
+        assert_eq!((many.participants, many.user_participants), (1024, 1000));
     }
 }

@@ -19,11 +19,17 @@ use crate::ring::cursor::Cursor;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::{Gate, Stop, still_retained};
 use crate::ring::log::{MAX_PLACE, Place, TopicState, find_place};
-use crate::ring::many::{ManyLog, Record};
+use crate::ring::many::{EntryWord, ManyLog, Record};
 use crate::ring::spsc::Channel;
 use crate::shm::segment::{Access, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
 use crate::topic::Mode;
+
+/// How the names of subscribers' own cursors begin.
+const OWN_CURSORS: &str = "own-";
+
+/// Garbled records in a row that a search for a start steps over.
+const MAX_UNSOUND: u32 = 1024;
 
 /// A topic's segments as the coordinator holds them: every descriptor, all mapped read-write.
 pub(crate) struct TopicMemory {
@@ -39,6 +45,8 @@ pub(crate) struct TopicMemory {
 struct OwnCursors {
     segments: LogSegments,
     fd: OwnedFd,
+    /// Its subscriber uses another one, which nobody has: this one stands for it, and is not kept for anybody.
+    stands_in: bool,
 }
 
 enum Parts {
@@ -51,7 +59,7 @@ struct ArenaPart {
     arena: Arena,
 }
 
-/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0",
+/// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0", "own-5",
 /// "channel".
 pub(crate) struct StoredSegment<'a> {
     pub(crate) name: String,
@@ -115,7 +123,12 @@ impl TopicMemory {
     /// Takes over segments that an earlier coordinator created; checks every header against `info`.
     pub(crate) fn adopt(info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
         let (mut log, mut cursors, mut channel, mut arenas) = (None, None, None, Vec::new());
+        let mut own = Vec::new();
         for (name, fd) in stored {
+            if let Some(cursor) = name.strip_prefix(OWN_CURSORS).and_then(|number| number.parse().ok()) {
+                own.push((cursor, fd));
+                continue;
+            }
             match name.as_str() {
                 "log" => log = Some((attach(info, &fd, &info.log())?, fd)),
                 "cursors" => cursors = Some((attach(info, &fd, &info.cursors())?, fd)),
@@ -136,7 +149,9 @@ impl TopicMemory {
             (None, None, Some((segment, fd))) => Parts::Channel { segment, fd },
             _ => return Err(corrupt(info, "some of its segments are missing".into())),
         };
-        Ok(TopicMemory::new(info, parts))
+        let mut memory = TopicMemory::new(info, parts);
+        own.into_iter().for_each(|(cursor, fd)| memory.adopt_own_cursors(cursor, fd));
+        Ok(memory)
     }
 
     fn new(info: &TopicInfo, parts: Parts) -> TopicMemory {
@@ -161,6 +176,8 @@ impl TopicMemory {
             }
         };
         all.extend(self.stored_ledgers());
+        let own = self.own.iter().filter(|(_, own)| !own.stands_in);
+        all.extend(own.map(|(cursor, own)| StoredSegment { name: own_cursors_name(*cursor), fd: own.fd.as_fd() }));
         all
     }
 
@@ -181,8 +198,8 @@ impl TopicMemory {
         Ok(())
     }
 
-    /// Creates the segment of a subscriber's own cursor.
-    pub(crate) fn add_own_cursors(&mut self, cursor: u32) -> Result<(), Refusal> {
+    /// Creates the segment of a subscriber's own cursor, or one that stands in for one that is lost.
+    pub(crate) fn add_own_cursors(&mut self, cursor: u32, stands_in: bool) -> Result<(), Refusal> {
         let Parts::Log { segments, .. } = &self.parts else {
             return Err(corrupt(&self.info, "a channel has no cursors".into()));
         };
@@ -191,8 +208,22 @@ impl TopicMemory {
         let segments = LogSegments { log: segments.log.clone(), cursors };
         segments.cursor_lines(&self.info).iter().for_each(|line| line.format());
         segments.cursors.publish(&promise);
-        self.own.insert(cursor, OwnCursors { segments, fd });
+        self.own.insert(cursor, OwnCursors { segments, fd, stands_in });
         Ok(())
+    }
+
+    /// Takes over the segment of a subscriber's own cursor, if it is what it should be: its subscriber may have garbled it.
+    fn adopt_own_cursors(&mut self, cursor: u32, fd: OwnedFd) {
+        let Parts::Log { segments, .. } = &self.parts else { return };
+        if let Ok(cursors) = attach(&self.info, &fd, &self.info.cursors()) {
+            let segments = LogSegments { log: segments.log.clone(), cursors };
+            self.own.insert(cursor, OwnCursors { segments, fd, stands_in: false });
+        }
+    }
+
+    /// Whether there is the segment of a subscriber's own cursor.
+    pub(crate) fn has_own_cursors(&self, cursor: u32) -> bool {
+        self.own.contains_key(&cursor)
     }
 
     /// Gives up the segment of a cursor that is nobody's any more.
@@ -472,28 +503,40 @@ impl TopicMemory {
         Ok((position <= tail).then_some(Place { position, sequence: position }))
     }
 
-    /// Position and sequence of the batch at `position`, from its record.
+    /// Position and sequence of the batch at `position`, from its record, or from the next one that has any to say: a fence has
+    /// none, and a garbled one tells nothing. Its reader is to meet it: who reads from there on is told.
     fn place_at(&self, position: u64) -> Option<Place> {
-        let Parts::Log { segments, arenas, .. } = &self.parts else { return None };
+        let Parts::Log { segments, .. } = &self.parts else { return None };
         let log: ManyLog = segments.many(&self.info);
-        // A fence has no record to say its sequence; it takes one, and so does each behind it.
-        let (fence, position) = (position, log.past_fences(position));
-        let back = |place: Place| {
-            let sequence = place.sequence.checked_sub(place.position - fence)?;
-            Some(Place { position: fence, sequence })
+        let (mut at, mut between, mut unsound) = (position, 0, 0);
+        let sequence = loop {
+            let Some(word) = log.committed(at) else {
+                break log.tail_from(None).filter(|tail| tail.position == at)?.sequence;
+            };
+            if !word.is_fence() {
+                match self.first_sequence(at, word) {
+                    Some(sequence) => break sequence,
+                    None if unsound == MAX_UNSOUND => return None,
+                    None => unsound += 1,
+                }
+            }
+            between += word.count();
+            at += 1;
+            if at - position > self.info.geometry.slots {
+                return None;
+            }
         };
-        let Some(word) = log.committed(position) else {
-            return log.tail_from(None).filter(|tail| tail.position == position).and_then(back);
-        };
-        // Committed since it was looked at.
-        if word.is_fence() {
-            return None;
-        }
+        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
+        let sequence = sequence.checked_sub(between).filter(|_| still_retained(&segments.header(), position))?;
+        Some(Place { position, sequence })
+    }
+
+    /// What the record of a committed entry says; `None` where it is another's, or none.
+    fn first_sequence(&self, position: u64, word: EntryWord) -> Option<u64> {
+        let Parts::Log { arenas, .. } = &self.parts else { return None };
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let record = Record::read(&arenas.get(slot as usize)?.as_ref()?.arena, offset)?;
-        // Overwritten while it was copied, it may tell the position of one message and the sequence of another.
-        let sound = record.position == position && still_retained(&segments.header(), fence);
-        sound.then_some(Place { position, sequence: record.first_sequence }).and_then(back)
+        (record.position == position).then_some(record.first_sequence)
     }
 
     /// Takes a cursor out of force and wakes publishers that it held, or died over waking. Idempotent. `from_oldest`: its reader began with the
@@ -594,6 +637,11 @@ fn wake(bell: &Doorbell) {
     if !bell.is_quiet() {
         bell.ring();
     }
+}
+
+/// The name of a subscriber's own cursors among its topic's segments.
+pub(crate) fn own_cursors_name(cursor: u32) -> String {
+    format!("{OWN_CURSORS}{cursor}")
 }
 
 fn put_arena(arenas: &mut Vec<Option<ArenaPart>>, slot: u32, part: ArenaPart) {

@@ -1,8 +1,9 @@
 //! The control protocol: what clients and the coordinator say to each other over the Unix seqpacket socket.
 //!
 //! One packet is one [`Request`] or one [`Answer`], encoded with postcard; descriptors ride along as SCM_RIGHTS in the
-//! order the answer's [`SegmentRef`]s give. A client has at most one request open at a time, so answers need no
-//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`] and [`Answer::WildcardTold`] may come at any time, before the
+//! order the answer's [`SegmentRef`]s give. A request may be followed by a number, greater than any before it: then it is done once,
+//! however often it is said, and answered as it was. A client has at most one request open at a time, so answers need no
+//! number; [`Answer::ArenaAdded`], [`Answer::WildcardTopic`], [`Answer::WildcardMissed`] and [`Answer::WildcardTold`] may come at any time, before the
 //! answer that is waited for.
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 5;
+pub(crate) const PROTOCOL_VERSION: u32 = 6;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -27,8 +28,9 @@ pub(crate) const MAX_PACKET_FDS: usize = 128;
 pub(crate) enum Request {
     /// First packet of a connection. A returning participant names its incarnation and what it still holds;
     /// handles it does not name are released, but for the cursors of a wildcard subscription that it names: those it is
-    /// told of again.
-    Hello { protocol: u32, incarnation: Option<u64>, holds: Vec<HandleRef> },
+    /// told of again. A newcomer is known by its `token`, a number that it has chosen at random: where the answer to its Hello was lost
+    /// it says it again, and is the same.
+    Hello { protocol: u32, token: u64, incarnation: Option<u64>, holds: Vec<HandleRef> },
     /// Creates a topic. With `exist_ok` an existing topic with the same options is fine. An `ephemeral` one is removed when
     /// the participant that created it leaves or dies. `access`: who else may use it; `None`: nobody, or of one that exists
     /// whoever may.
@@ -74,6 +76,23 @@ pub(crate) enum Request {
     /// more. A connection that ends without it says nothing: only proof of death, or of an address space that is gone,
     /// releases what its process holds.
     Goodbye,
+}
+
+impl Request {
+    /// Its packet. `once`: the number under which it is done once; 0: it is done as often as it is said.
+    pub(crate) fn to_packet(&self, once: u64) -> postcard::Result<Vec<u8>> {
+        let mut bytes = postcard::to_stdvec(self)?;
+        if once > 0 {
+            bytes.extend(postcard::to_stdvec(&once)?);
+        }
+        Ok(bytes)
+    }
+
+    /// What a packet says, and its number.
+    pub(crate) fn from_packet(bytes: &[u8]) -> postcard::Result<(Request, u64)> {
+        let (request, rest) = postcard::take_from_bytes(bytes)?;
+        Ok((request, if rest.is_empty() { 0 } else { postcard::from_bytes(rest)? }))
+    }
 }
 
 /// Who a publisher is, across processes and restarts: the numbers it gives its messages go on.
@@ -244,6 +263,8 @@ pub(crate) enum Answer {
         sequence: u64,
         segments: Vec<SegmentRef>,
     },
+    /// Unasked, to a wildcard subscription's owner: what would have been the `told`-th topic of the subscription is none of them.
+    WildcardMissed { wildcard: u64, told: u64, topic: String, why: Refusal },
     /// Unasked, to a participant that came back: of its wildcard subscription's topics it has the first `told` now.
     WildcardTold { wildcard: u64, told: u64 },
 }

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use crate::coordinator::protocol::PROTOCOL_VERSION;
 use crate::coordinator::state::Event;
 use crate::os::memfd;
 use crate::shm::layout::LAYOUT_VERSION;
@@ -213,6 +214,9 @@ fn reserved_file(path: &Path, len: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Of the layout, and of the events, which change with the protocol.
+const VERSION: u32 = LAYOUT_VERSION << 16 | PROTOCOL_VERSION;
+
 /// Identifies the time since the machine was started.
 fn boot() -> io::Result<u64> {
     let id = fs::read("/proc/sys/kernel/random/boot_id")?;
@@ -222,7 +226,7 @@ fn boot() -> io::Result<u64> {
 /// The segment header from `layout` on (ARCHITECTURE.md §3.1).
 fn header(len: u64, bus: u64) -> [u8; 24] {
     let mut bytes = [0; 24];
-    bytes[..4].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
+    bytes[..4].copy_from_slice(&VERSION.to_le_bytes());
     bytes[4..8].copy_from_slice(&KIND.to_le_bytes());
     bytes[8..16].copy_from_slice(&len.to_le_bytes());
     bytes[16..].copy_from_slice(&bus.to_le_bytes());
@@ -230,8 +234,8 @@ fn header(len: u64, bus: u64) -> [u8; 24] {
 }
 
 fn check_header(file: &File, len: u64) -> Result<(), RegistryError> {
-    let versions = u64::from(LAYOUT_VERSION) | u64::from(KIND) << 32;
-    for (field, offset, expected) in [("magic", 0, MAGIC), ("layout and kind", 8, versions), ("len_bytes", 16, len)] {
+    let versions = u64::from(VERSION) | u64::from(KIND) << 32;
+    for (field, offset, expected) in [("magic", 0, MAGIC), ("version and kind", 8, versions), ("len_bytes", 16, len)] {
         let found = get(file, offset)?;
         if found != expected {
             return Err(RegistryError::Field { field, found, expected });

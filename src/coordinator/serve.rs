@@ -33,6 +33,7 @@ pub struct ServeOptions {
 /// SIGTERM and SIGINT end the bus in good order. Call it before the process has other threads.
 pub fn serve(options: ServeOptions) -> Result<(), ConnectError> {
     let place = Place::find(&options.bus, options.directory.as_deref())?;
+    place.check_serves()?;
     if options.spawned {
         let started = roles::start_detached(&place);
         return started.map(drop).map_err(|source| ConnectError::io("cannot start the bus", source));

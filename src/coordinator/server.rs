@@ -1,7 +1,7 @@
 //! The coordinator's loop: it sleeps in epoll until a client asks, a process dies or the keeper speaks. One request a
 //! client and round, and no wait for any of them, so nobody delays the others.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +14,7 @@ use nix::unistd::Uid;
 
 use crate::coordinator::adoption;
 use crate::coordinator::burial::Burial;
-use crate::coordinator::connection::{Broken, Connection, Received};
+use crate::coordinator::connection::{Broken, Connection, Push, Received};
 use crate::coordinator::directory::Place;
 use crate::coordinator::estate::{Estate, Granted};
 use crate::coordinator::limits::{LINGER, RENEW_DUE};
@@ -23,6 +23,7 @@ use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL
 use crate::coordinator::roles::{self, Role};
 use crate::error::Refusal;
 use crate::os::address_space;
+use crate::os::memfd;
 use crate::os::socket::{self, Peer, User};
 
 /// A bus that nobody has found yet waits longer than one that was left.
@@ -41,6 +42,9 @@ const EXPIRY_LOOK: Duration = Duration::from_millis(500);
 /// come back or stay for good.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(30);
+
+/// When to try again to send what could not be sent for want of descriptors.
+const SHORT_RETRY: Duration = Duration::from_millis(20);
 
 /// Connections of users whom the bus does not let in, which wait to be told so.
 const MAX_STRANGERS: usize = 16;
@@ -73,6 +77,8 @@ pub(crate) struct Server {
     /// Which connection a participant has; those without one wait for it to come back.
     connected: HashMap<u64, u64>,
     next_client: u64,
+    /// Users of whom some process presented what is no segment.
+    barred: HashSet<u32>,
     /// Given up for a moment when there is no descriptor left to accept, and thus refuse, a connection with.
     spare: Option<File>,
     /// When the bus goes away, unless somebody comes.
@@ -88,6 +94,8 @@ pub(crate) struct Server {
     burial: Burial,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
+    /// When to try again what could not be sent for want of descriptors.
+    retry_at: Option<Instant>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -156,6 +164,7 @@ impl Server {
             clients: HashMap::new(),
             connected: HashMap::new(),
             next_client: 0,
+            barred: HashSet::new(),
             spare: spare(),
             leave_at: Some(Instant::now() + FIRST_LINGER),
             renew_at: Instant::now(),
@@ -164,6 +173,7 @@ impl Server {
             expiry_at: None,
             burial: Burial::default(),
             look: None,
+            retry_at: None,
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
@@ -219,6 +229,7 @@ impl Server {
         let look_at = self.look.map(|(at, _)| at);
         let sometimes =
             self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
+        let sometimes = sometimes.chain(self.retry_at);
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -262,6 +273,9 @@ impl Server {
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_the_short()?;
         }
         if let Some((_, waited)) = self.look.filter(|(at, _)| *at <= now) {
             self.look_after_the_lost(waited)?;
@@ -343,16 +357,17 @@ impl Server {
 
     fn serve_client(&mut self, id: u64, flags: EpollFlags) -> io::Result<()> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
-        if client.flush().is_err() {
+        if client.flush(&|push| self.estate.resolve(push)).is_err() {
             self.expel(id);
             return Ok(());
         }
         let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
         if !client.is_congested() {
             match client.receive(&mut self.buffer) {
-                Received::Request(request) => self.serve_request(id, request)?,
+                Received::Request(request, once) => self.serve_request(id, request, once)?,
                 Received::HungUp => return self.hang_up(id),
                 Received::Garbled => self.expel(id),
+                Received::Foreign(fds) => self.bar(id, fds),
                 Received::Nothing => {}
             }
         } else if gone {
@@ -364,7 +379,15 @@ impl Server {
     /// A client that does not read is not listened to.
     fn update_interest(&mut self, id: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
-        let flags = if client.is_congested() { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+        let flags = match (client.is_short(), client.is_congested()) {
+            // It could be sent, if we had it: nobody tells us when we can.
+            (true, _) => EpollFlags::empty(),
+            (_, true) => EpollFlags::EPOLLOUT,
+            _ => EpollFlags::EPOLLIN,
+        };
+        if client.is_short() && self.retry_at.is_none() {
+            self.retry_at = Some(Instant::now() + SHORT_RETRY);
+        }
         Ok(self.epoll.modify(client, &mut EpollEvent::new(flags, token(KIND_CLIENT, id)))?)
     }
 
@@ -380,6 +403,16 @@ impl Server {
     /// We close the connection. What the process holds stays in force: it may come back, and if not, it will die.
     fn expel(&mut self, id: u64) {
         self.disconnect(id);
+    }
+
+    /// Somebody presented something else than memory. His user is not asked for descriptors again.
+    fn bar(&mut self, id: u64, fds: Vec<OwnedFd>) {
+        memfd::close_elsewhere(fds);
+        let Some(uid) = self.clients.get(&id).map(|client| client.peer.uid) else { return };
+        eprintln!("shmbus coordinator: a process of user {uid} presented something else than a segment");
+        self.barred.insert(uid);
+        self.clients.values_mut().filter(|client| client.peer.uid == uid).for_each(Connection::refuse_fds);
+        self.expel(id);
     }
 
     /// Forgets a connection; whose it was, if that participant has no other one now.
@@ -441,21 +474,46 @@ impl Server {
     }
 
     fn send(&mut self, id: u64, answer: &Answer, fds: Vec<OwnedFd>) -> io::Result<()> {
-        match self.clients.get_mut(&id).map(|client| client.send(answer, fds)) {
-            Some(Err(Broken)) => self.expel(id),
-            Some(Ok(())) => self.update_interest(id)?,
-            None => {}
+        self.queue(id, |client| client.answer(answer, fds))
+    }
+
+    /// Tells a client something unasked.
+    fn push(&mut self, id: u64, push: Push) -> io::Result<()> {
+        self.queue(id, |client| client.push(push))
+    }
+
+    fn queue(&mut self, id: u64, add: impl FnOnce(&mut Connection) -> Result<(), Broken>) -> io::Result<()> {
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        let sent = add(client).and_then(|()| client.flush(&|push| self.estate.resolve(push)));
+        let (uid, waits) = (client.peer.uid, client.queued_fds() > 0);
+        if sent.is_err() || waits && self.queued_fds_of(uid) > self.estate.limits().user_queued_fds {
+            self.expel(id);
+            return Ok(());
         }
-        Ok(())
+        self.update_interest(id)
+    }
+
+    /// Descriptors that wait for a user's processes to read.
+    fn queued_fds_of(&self, uid: u32) -> usize {
+        self.clients.values().filter(|client| client.peer.uid == uid).map(Connection::queued_fds).sum()
+    }
+
+    /// Tries again to send what could not be sent for want of descriptors.
+    fn retry_the_short(&mut self) -> io::Result<()> {
+        self.retry_at = None;
+        let short: Vec<u64> = self.clients.iter().filter(|(_, client)| client.is_short()).map(|(id, _)| *id).collect();
+        short.into_iter().try_for_each(|id| self.queue(id, |_| Ok(())))
     }
 }
 
 /// Requests.
 impl Server {
-    fn serve_request(&mut self, id: u64, request: Request) -> io::Result<()> {
+    fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         match (client.incarnation, request) {
-            (None, Request::Hello { protocol, incarnation, holds }) => self.hello(id, protocol, incarnation, &holds),
+            (None, Request::Hello { protocol, token, incarnation, holds }) => {
+                self.hello(id, protocol, token, incarnation, &holds)
+            }
             (Some(_), Request::Present { info, names }) => {
                 self.hear_too_late(id, &info, names);
                 Ok(())
@@ -472,11 +530,18 @@ impl Server {
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
             (Some(incarnation), Request::Report) => self.report(id, incarnation),
-            (Some(incarnation), request) => self.grant(id, incarnation, &request),
+            (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
         }
     }
 
-    fn hello(&mut self, id: u64, protocol: u32, incarnation: Option<u64>, holds: &[HandleRef]) -> io::Result<()> {
+    fn hello(
+        &mut self,
+        id: u64,
+        protocol: u32,
+        token: u64,
+        incarnation: Option<u64>,
+        holds: &[HandleRef],
+    ) -> io::Result<()> {
         if protocol != PROTOCOL_VERSION {
             // Tells the client our version; it does not get any further.
             self.send(id, &self.estate.welcome(0), Vec::new())?;
@@ -503,7 +568,11 @@ impl Server {
         }
         let space = space.ok().filter(|_| !hung_up);
         let admitted = match watched {
-            Ok(pidfd) => self.let_in((peer, user), pidfd, space, incarnation, holds)?,
+            Ok(pidfd) => {
+                // Whom a predecessor of ours had let in, and could not tell.
+                let incarnation = incarnation.or_else(|| self.estate.known_as(peer, token));
+                self.let_in((peer, user), token, pidfd, space, incarnation, holds)?
+            }
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -525,7 +594,8 @@ impl Server {
     fn ask_for_lost(&mut self, id: u64, incarnation: u64, holds: &[HandleRef]) -> io::Result<()> {
         let (topics, wildcards) = (self.estate.topics_to_end(holds), self.estate.notices_to_present(incarnation));
         let wanted = !topics.is_empty() || !wildcards.is_empty();
-        let Some(client) = self.clients.get_mut(&id).filter(|_| wanted) else { return Ok(()) };
+        let asked = |client: &&mut Connection| wanted && !self.barred.contains(&client.peer.uid);
+        let Some(client) = self.clients.get_mut(&id).filter(asked) else { return Ok(()) };
         client.accept_fds();
         self.send(id, &Answer::Present { topics, wildcards }, Vec::new())
     }
@@ -551,13 +621,14 @@ impl Server {
     fn let_in(
         &mut self,
         (peer, user): (Peer, User),
+        name: u64,
         pidfd: OwnedFd,
         space: Option<OwnedFd>,
         incarnation: Option<u64>,
         holds: &[HandleRef],
     ) -> io::Result<Result<u64, Refusal>> {
         if let Some(incarnation) = incarnation {
-            let readmitted = self.estate.readmit(incarnation, peer.pid, pidfd.as_fd(), holds);
+            let readmitted = self.estate.readmit(incarnation, peer, pidfd.as_fd(), holds);
             if readmitted.is_ok() {
                 // Its address space was known to coordinator and keeper alone; who can say Hello under this number has its
                 // handles where it runs now.
@@ -565,7 +636,7 @@ impl Server {
             }
             return Ok(readmitted.map(|()| incarnation));
         }
-        let admitted = self.estate.admit(peer.pid, user, pidfd);
+        let admitted = self.estate.admit(peer.pid, user, name, pidfd);
         if let Ok(incarnation) = admitted
             && let Some(pidfd) = self.estate.pidfds().get(&incarnation)
         {
@@ -585,30 +656,18 @@ impl Server {
         let (news, wildcards) = self.estate.news_for(incarnation, holds);
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
         client.incarnation = Some(incarnation);
-        let mut sent = client.send_unbounded(&welcome, Vec::new());
-        // Topics before their arenas: who does not know the topic has no use for an arena.
-        for (answer, fds) in news.into_iter().filter_map(|news| self.estate.wildcard_topic(news).ok()) {
-            sent = sent.and_then(|()| client.send_unbounded(&answer, fds));
-        }
+        let mut queued = client.answer(&welcome, Vec::new());
+        // Topics before their arenas: who does not know the topic has no use for an arena. And before the number of topics.
+        client.push_all(news.into_iter().map(Push::Wildcard));
         for (wildcard, told) in wildcards {
-            sent = sent.and_then(|()| client.send_unbounded(&Answer::WildcardTold { wildcard, told }, Vec::new()));
+            queued = queued.and_then(|()| client.answer_unbounded(&Answer::WildcardTold { wildcard, told }));
         }
-        for (topic, slot) in arenas {
-            if let Ok(fd) = self.estate.arena_fd(topic, slot) {
-                sent = sent.and_then(|()| client.send_unbounded(&Answer::ArenaAdded { topic, slot }, vec![fd]));
-            }
-        }
-        match sent {
-            Ok(()) => self.update_interest(id),
-            Err(Broken) => {
-                self.expel(id);
-                Ok(())
-            }
-        }
+        client.push_all(arenas.into_iter().map(|(topic, slot)| Push::Arena { topic, slot }));
+        self.queue(id, |_| queued)
     }
 
-    fn grant(&mut self, id: u64, incarnation: u64, request: &Request) -> io::Result<()> {
-        let granted = self.estate.request(incarnation, request);
+    fn grant(&mut self, id: u64, incarnation: u64, request: &Request, once: u64) -> io::Result<()> {
+        let granted = self.estate.request_once(incarnation, request, once);
         self.announce()?;
         self.spread_news()?;
         let (answer, fds): Granted = match granted {
@@ -628,10 +687,7 @@ impl Server {
         let news = self.estate.take_news();
         for news in &news {
             let Some(&id) = self.connected.get(&news.incarnation) else { continue };
-            match self.estate.wildcard_topic(*news) {
-                Ok((answer, fds)) => self.send(id, &answer, fds)?,
-                Err(_) => self.expel(id),
-            }
+            self.push(id, Push::Wildcard(*news))?;
         }
         let wildcards: BTreeSet<u64> = news.iter().map(|news| news.wildcard).collect();
         wildcards.into_iter().for_each(|wildcard| self.estate.tell(wildcard));
@@ -649,11 +705,7 @@ impl Server {
         for (topic, slot) in self.estate.take_announcements() {
             for reader in self.estate.state().readers_of(topic) {
                 let Some(&id) = self.connected.get(&reader) else { continue };
-                match self.estate.arena_fd(topic, slot) {
-                    Ok(fd) => self.send(id, &Answer::ArenaAdded { topic, slot }, vec![fd])?,
-                    // It asks for what it missed when it comes back.
-                    Err(_) => self.expel(id),
-                }
+                self.push(id, Push::Arena { topic, slot })?;
             }
         }
         Ok(())
@@ -718,7 +770,9 @@ impl Server {
     /// removed are no reason to stay: the next holder of the lock replaces them.
     fn leave(mut self) -> io::Result<()> {
         let removed = self.place.remove(self.lock.as_fd());
-        while let Ok(socket) = socket::accept(self.listener.as_fd()) {
+        // As many as can wait; whoever goes on knocking finds the door gone.
+        for _ in 0..socket::BACKLOG {
+            let Ok(socket) = socket::accept(self.listener.as_fd()) else { break };
             decline(&socket, Refusal::Leaving);
         }
         if let Some(link) = self.estate.replace_link(None) {

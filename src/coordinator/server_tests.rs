@@ -34,7 +34,8 @@ impl Stage {
 
     fn connect(&self) -> Control {
         let socket = socket::connect(self.place().socket()).unwrap();
-        Control::introduce(self.place(), socket, None, Instant::now() + DEADLINE).unwrap()
+        Control::introduce(self.place(), crate::coordinator::random_u64(), socket, None, Instant::now() + DEADLINE)
+            .unwrap()
     }
 
     /// A connection that says what a correct client never would.
@@ -84,7 +85,8 @@ fn say(socket: &OwnedFd, request: &Request) -> io::Result<()> {
 }
 
 fn hello() -> Request {
-    Request::Hello { protocol: PROTOCOL_VERSION, incarnation: None, holds: Vec::new() }
+    let token = crate::coordinator::random_u64();
+    Request::Hello { protocol: PROTOCOL_VERSION, token, incarnation: None, holds: Vec::new() }
 }
 
 fn hears_hang_up(socket: &OwnedFd) -> bool {
@@ -175,7 +177,7 @@ fn an_arena_that_comes_late_is_waited_for() {
         ];
         for answer in answers {
             readable(&connection.as_fd().try_clone_to_owned().unwrap());
-            assert!(matches!(connection.receive(&mut buffer), Received::Request(_)));
+            assert!(matches!(connection.receive(&mut buffer), Received::Request(..)));
             connection.send(&answer, Vec::new()).unwrap();
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -183,7 +185,7 @@ fn an_arena_that_comes_late_is_waited_for() {
         connection
     });
     let socket = socket::connect(place.socket()).unwrap();
-    let control = Control::introduce(place, socket, None, Instant::now() + DEADLINE).unwrap();
+    let control = Control::introduce(place, 1, socket, None, Instant::now() + DEADLINE).unwrap();
     open_subscriber(&control, "t").unwrap();
     assert!(control.arena(0, 1).is_some());
     slow_coordinator.join().unwrap();
@@ -223,7 +225,8 @@ fn a_participant_that_comes_back_keeps_its_handles() {
     wait_for("both", || open_subscriber(&observer, "dropped").is_ok());
     let kept = HandleRef::Publisher { topic: 0, slot: 0 };
     let second = stage.raw();
-    let back = Request::Hello { protocol: PROTOCOL_VERSION, incarnation: Some(incarnation), holds: vec![kept] };
+    let back =
+        Request::Hello { protocol: PROTOCOL_VERSION, token: 1, incarnation: Some(incarnation), holds: vec![kept] };
     say(&second, &back).unwrap();
     wait_for("the unnamed handle's release", || attached(&observer, "dropped").0 == 0);
     drop(first);
@@ -233,6 +236,7 @@ fn a_participant_that_comes_back_keeps_its_handles() {
     assert_eq!(attached(&observer, "kept").0, 1, "we live, and may publish yet");
     let third = stage.raw();
     say(&third, &back).unwrap();
+    // It goes without having read the welcome.
     say(&third, &Request::Goodbye).unwrap();
     drop(third);
     wait_for("the kept handle's release", || attached(&observer, "kept").0 == 0);
@@ -253,10 +257,11 @@ fn garbage_hurts_only_whoever_sends_it() {
     socket::send(fd, &postcard::to_stdvec(&hello()).unwrap(), &[fd]).unwrap();
     assert!(hears_hang_up(&with_descriptor));
     let stranger = stage.raw();
-    say(&stranger, &Request::Hello { protocol: PROTOCOL_VERSION, incarnation: Some(77), holds: vec![] }).unwrap();
+    say(&stranger, &Request::Hello { protocol: PROTOCOL_VERSION, token: 1, incarnation: Some(77), holds: vec![] })
+        .unwrap();
     assert!(hears_hang_up(&stranger));
     let old = stage.raw();
-    say(&old, &Request::Hello { protocol: PROTOCOL_VERSION + 1, incarnation: None, holds: vec![] }).unwrap();
+    say(&old, &Request::Hello { protocol: PROTOCOL_VERSION + 1, token: 1, incarnation: None, holds: vec![] }).unwrap();
     assert!(hears_hang_up(&old));
     open_publisher(&good, "t", Mode::Many).unwrap();
 }
@@ -307,7 +312,7 @@ fn child_that_holds_a_publisher() {
     let Some(directory) = std::env::var_os(CHILD_VARIABLE) else { return };
     let place = Place::find("test", Some(directory.as_ref())).unwrap();
     let socket = socket::connect(place.socket()).unwrap();
-    let control = Control::introduce(place, socket, None, Instant::now() + DEADLINE).unwrap();
+    let control = Control::introduce(place, 1, socket, None, Instant::now() + DEADLINE).unwrap();
     open_publisher(&control, "x", Mode::Exclusive).unwrap();
     std::thread::sleep(DEADLINE);
 }
@@ -335,3 +340,32 @@ fn a_dead_process_gives_its_place_up_and_a_stopped_one_keeps_it() {
 
 #[path = "server/group_tests.rs"]
 mod groups;
+
+/// A coordinator that lets somebody in and dies before it says so leaves no stranger behind: his next Hello is known by its
+/// token. Not so another's.
+#[test]
+fn a_hello_that_is_repeated_is_the_same_participants() {
+    let stage = Stage::set();
+    let watch = stage.connect();
+    let participants = || match watch.request(&Request::Report).unwrap().0 {
+        Answer::Report(report) => report.participants.len(),
+        other => panic!("{other:?}"),
+    };
+    let say_hello = |token| {
+        let socket = stage.raw();
+        let hello = Request::Hello { protocol: PROTOCOL_VERSION, token, incarnation: None, holds: Vec::new() };
+        say(&socket, &hello).unwrap();
+        let deadline = Some(Instant::now() + DEADLINE);
+        assert!(socket::wait(socket.as_fd(), nix::poll::PollFlags::POLLIN, deadline).unwrap());
+        let mut buffer = [0; 256];
+        let len = socket::recv(socket.as_fd(), &mut buffer, 0).unwrap().len;
+        match postcard::from_bytes(&buffer[..len]).unwrap() {
+            Answer::Welcome { incarnation, .. } => incarnation,
+            other => panic!("{other:?}"),
+        }
+    };
+    let first = say_hello(77);
+    assert_eq!((say_hello(77), participants()), (first, 2));
+    assert_ne!(say_hello(78), first);
+    assert_eq!(participants(), 3);
+}

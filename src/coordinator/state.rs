@@ -9,12 +9,13 @@ mod groups;
 mod limits;
 mod wildcards;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
 use crate::access::{Access, Right, Who};
 use crate::coordinator::limits::{Limits, MAX_STATUS_TOPICS};
+use crate::coordinator::memory::own_cursors_name;
 use crate::coordinator::names;
 use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, StartAt, TopicInfo};
@@ -26,7 +27,7 @@ use crate::os::pidfd::Birth;
 use crate::shm::layout::{Geometry, MAX_PUBLISHERS};
 use crate::topic::{Mode, Schema, TopicOptions, check_name};
 
-pub(crate) use wildcards::WildcardEntry;
+pub(crate) use wildcards::{WildcardEntry, missed_event};
 
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
 const TENANCIES: u64 = 256;
@@ -51,7 +52,11 @@ pub(crate) enum Event {
     /// A process connected.
     Joined { incarnation: u64, pid: u32, uid: u32, gids: Vec<u32> },
     /// Which process a participant is, beside its number: proof of its death for a coordinator that has no descriptor of it.
-    Recognized { incarnation: u64, birth: Birth },
+    /// Its `token` is what it has called itself in its Hello.
+    Recognized { incarnation: u64, birth: Birth, token: u64 },
+    /// What a participant asked for under a number, and the event that grants it; without one, it was the last that was granted
+    /// (part of a compacted registry).
+    Once { incarnation: u64, number: u64, event: Option<Box<Event>> },
     /// A process left or died; everything it held has been released.
     Left { incarnation: u64 },
     /// A topic exists. `publishers` of it have been there (0, but for a compacted registry). It goes with its `owner`.
@@ -108,6 +113,9 @@ pub(crate) enum Event {
         droppable: bool,
         opened: u64,
     },
+    /// A wildcard subscription does not get a topic that it stands for. Its `number` among the subscription's topics: the next,
+    /// or, of a compacted registry, the one that it had.
+    WildcardMissed { wildcard: u64, number: Option<u64>, topic: u64, name: String, why: Refusal },
     /// Inode number of a wildcard subscription's notice, as of a topic's segments.
     NoticeKnown { wildcard: u64, inode: u64 },
     /// A handle was given back.
@@ -116,6 +124,16 @@ pub(crate) enum Event {
     Stays,
     /// The bus ends: nothing is granted any more, and whoever reads this finishes it.
     Ending,
+}
+
+impl Event {
+    /// What happens, whoever asked for it.
+    pub(crate) fn plain(&self) -> &Event {
+        match self {
+            Event::Once { event: Some(event), .. } => event,
+            event => event,
+        }
+    }
 }
 
 /// What granting a request takes: events to carry out in order, then the reply to make.
@@ -151,6 +169,10 @@ pub(crate) struct Participant {
     pub(crate) gids: Vec<u32>,
     /// Absent only until it is let in.
     pub(crate) birth: Option<Birth>,
+    /// What it calls itself.
+    pub(crate) token: u64,
+    /// The last of its numbered requests that was granted.
+    last_once: u64,
     pub(crate) handles: BTreeSet<HandleRef>,
 }
 
@@ -288,13 +310,19 @@ impl State {
             Event::Allowed { users } => self.allowed.clone_from(users),
             Event::Joined { incarnation, pid, uid, gids } => {
                 let (pid, uid, gids) = (*pid, *uid, gids.clone());
-                let participant = Participant { pid, uid, gids, birth: None, handles: BTreeSet::new() };
+                let (birth, token, last_once, handles) = (None, 0, 0, BTreeSet::new());
+                let participant = Participant { pid, uid, gids, birth, token, last_once, handles };
                 self.participants.insert(*incarnation, participant);
                 self.next_incarnation = self.next_incarnation.max(incarnation + 1);
             }
-            Event::Recognized { incarnation, birth } => {
+            Event::Recognized { incarnation, birth, token } => {
+                let Some(participant) = self.participants.get_mut(incarnation) else { return };
+                (participant.birth, participant.token) = (Some(*birth), *token);
+            }
+            Event::Once { incarnation, number, event } => {
+                event.iter().for_each(|event| self.apply(event));
                 let participant = self.participants.get_mut(incarnation);
-                participant.into_iter().for_each(|participant| participant.birth = Some(*birth));
+                participant.into_iter().for_each(|participant| participant.last_once = *number);
             }
             Event::Left { incarnation } => {
                 self.handles_of(*incarnation).into_iter().for_each(|handle| self.close(handle));
@@ -369,8 +397,14 @@ impl State {
             Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened } => {
                 let (incarnation, start, droppable, opened) = (*incarnation, *start, *droppable, *opened);
                 let (pattern, schema) = (pattern.clone(), schema.clone());
-                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice: None };
+                let (notice, missed) = (None, VecDeque::new());
+                let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice, missed };
                 self.open_wildcard(*wildcard, entry);
+            }
+            Event::WildcardMissed { wildcard, number, topic, name, why } => {
+                if let Some(entry) = self.wildcards.get_mut(wildcard) {
+                    entry.miss(*number, *topic, name, why);
+                }
             }
             Event::NoticeKnown { wildcard, inode } => {
                 let entry = self.wildcards.get_mut(wildcard);
@@ -388,12 +422,15 @@ impl State {
         events.extend((!self.allowed.is_empty()).then(|| Event::Allowed { users: self.allowed.clone() }));
         for (&incarnation, p) in &self.participants {
             events.push(Event::Joined { incarnation, pid: p.pid, uid: p.uid, gids: p.gids.clone() });
-            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth }));
+            events.extend(p.birth.map(|birth| Event::Recognized { incarnation, birth, token: p.token }));
+            let (number, event) = (p.last_once, None);
+            events.extend((number > 0).then_some(Event::Once { incarnation, number, event }));
         }
         self.snapshot_wildcards(&mut events);
         for entry in self.topics.values() {
             entry.snapshot(&mut events);
         }
+        self.snapshot_missed(&mut events);
         events.push(Event::WildcardsGiven { wildcards: self.next_wildcard });
         events.push(Event::Given {
             participants: self.next_incarnation,
@@ -453,6 +490,11 @@ impl State {
             HandleRef::Subscriber { topic, cursor } => {
                 let removed = self.topics.get_mut(&topic).and_then(|t| t.subscribers.remove(&cursor));
                 removed.iter().for_each(|subscriber| self.count_own_cursors(subscriber, false));
+                if removed.is_some_and(|subscriber| subscriber.own.is_some())
+                    && let Some(entry) = self.topics.get_mut(&topic)
+                {
+                    entry.inodes.remove(&own_cursors_name(cursor));
+                }
                 removed.map(|subscriber| subscriber.incarnation)
             }
             HandleRef::Consumer { topic, group, consumer } => self.remove_consumer(topic, group, consumer),
@@ -649,6 +691,34 @@ impl State {
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),
         }
     }
+
+    /// The same for one that is to be granted once: the registry says so together with its first event, so that whoever has the one has
+    /// the other. `number` 0: it is granted as often as it is asked for.
+    pub(crate) fn request_once(
+        &self,
+        limits: &Limits,
+        footprint: Footprint,
+        incarnation: u64,
+        number: u64,
+        request: &Request,
+    ) -> Result<Plan, Refusal> {
+        let granted = match request {
+            _ if number == 0 => return self.request(limits, footprint, incarnation, request),
+            Request::CreateTopic { .. } | Request::CreateGroup { .. } => Reply::Created { existed: false },
+            Request::RemoveTopic { .. } | Request::RemoveGroup { .. } | Request::RewindGroup { .. } => Reply::Done,
+            _ => return Err(Refusal::Protocol { problem: "numbered what is not done once".to_owned() }),
+        };
+        let last_once = self.participants.get(&incarnation).map_or(0, |participant| participant.last_once);
+        if number <= last_once {
+            return Ok(Plan { events: Vec::new(), reply: granted });
+        }
+        let mut plan = self.request(limits, footprint, incarnation, request)?;
+        if let Some(first) = plan.events.first_mut() {
+            let event = Some(Box::new(first.clone()));
+            *first = Event::Once { incarnation, number, event };
+        }
+        Ok(plan)
+    }
 }
 
 impl Decider<'_> {
@@ -832,12 +902,8 @@ impl Decider<'_> {
                 mend,
             });
         }
-        let schema_name_len = options.schema.as_ref().map_or(0, |schema| schema.name.len());
-        if schema_name_len > MAX_SCHEMA_NAME_BYTES {
-            let problem =
-                format!("the type's name has {schema_name_len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed");
-            return Err(Refusal::Options { topic, problem });
-        }
+        check_schema_len(options.schema.as_ref())
+            .map_err(|problem| Refusal::Options { topic: topic.clone(), problem })?;
         let geometry = Geometry::from_options(options).map_err(|problem| Refusal::Options { topic, problem })?;
         let info = TopicInfo {
             id: self.state.next_topic,
@@ -850,10 +916,11 @@ impl Decider<'_> {
         let bytes = (self.footprint.topic)(&info);
         self.check_budget(name, self.uid, bytes)?;
         self.check_owned(self.uid, 1, limits::first_segments(options.mode))?;
+        self.check_letters(name)?;
         let access = access.cloned().or_else(|| self.access_of_dead_letters(name)).unwrap_or_default();
         access.check().map_err(|problem| Refusal::Options { topic: name.to_owned(), problem })?;
         let new = TopicEntry::new(&info, self.uid, &access, bytes, 0, kept, owner);
-        let cursors = self.wildcard_cursors(&new)?;
+        let cursors = self.wildcard_cursors(&new);
         let created =
             Event::TopicCreated { info: info.clone(), uid: self.uid, access, bytes, publishers: 0, kept, owner };
         Ok((info, [created].into_iter().chain(cursors).collect()))
@@ -925,6 +992,14 @@ fn check_schema(info: &TopicInfo, handle: Option<&Schema>) -> Result<(), Refusal
             found: handle.to_string(),
         }),
         _ => Ok(()),
+    }
+}
+
+/// What is kept in the registry is bounded.
+fn check_schema_len(schema: Option<&Schema>) -> Result<(), String> {
+    match schema.map_or(0, |schema| schema.name.len()) {
+        0..=MAX_SCHEMA_NAME_BYTES => Ok(()),
+        len => Err(format!("the type's name has {len} bytes; at most {MAX_SCHEMA_NAME_BYTES} are allowed")),
     }
 }
 

@@ -7,9 +7,10 @@ const LIMITS: Limits = Limits {
     topics: 4,
     user_topics: 4,
     user_segments: 100,
+    user_queued_fds: 100,
     handles: 100,
     wildcards: 2,
-    budget_bytes: 10_000,
+    budget_bytes: 100_000,
 };
 const FOOTPRINT: Footprint = Footprint { topic: |_| 1_000, cursors: |_| 50, arena: |_| 100, group: |_, _| 10 };
 
@@ -95,6 +96,120 @@ fn a_new_topic_comes_with_the_cursors_of_its_wildcards() {
     assert_eq!(closed.events.len(), 3, "its cursors go with it");
     assert_eq!(state.topic(1).unwrap().subscribers.len(), 1);
     assert_eq!(state.handles_of(a), []);
+}
+
+fn missed(plan: &Plan) -> Vec<(u64, String)> {
+    let of = |event: &Event| match event {
+        Event::WildcardMissed { wildcard, why, .. } => Some((*wildcard, why.to_string())),
+        _ => None,
+    };
+    plan.events.iter().filter_map(of).collect()
+}
+
+/// Whoever creates a topic does not suffer for those who cannot have it, and they are told.
+#[test]
+fn a_wildcard_without_room_misses_a_topic() {
+    let mut state = state();
+    let (a, b, uid) = (join(&mut state), join(&mut state), 1000);
+    for _ in 0..2 {
+        ask(&mut state, b, wildcard(">")).unwrap();
+    }
+    let created = ask(&mut state, a, create("one", TopicOptions { max_subscribers: 1, ..mode(Mode::Many) })).unwrap();
+    assert_eq!(cursors(&created), [(0, 0, b, StartAt::Oldest)]);
+    assert!(matches!(&missed(&created)[..], [(2, why)] if why.contains("more wildcard subscriptions")), "{created:?}");
+    // Two handles more, for three that it would take: the subscriptions, one cursor, and two of the next topic.
+    let limits = Limits { handles: 4, ..LIMITS };
+    let plan = state.request(&limits, FOOTPRINT, a, &create("two", TopicOptions::default())).unwrap();
+    assert_eq!((cursors(&plan).len(), missed(&plan).len()), (1, 1));
+    plan.events.iter().for_each(|event| state.apply(event));
+    assert_eq!((state.wildcards()[&1].opened, state.wildcards()[&2].opened), (2, 2));
+    // A third of his finds the first topic full, and has the second.
+    let opened = ask(&mut state, a, wildcard("*")).unwrap();
+    assert_eq!((cursors(&opened).len(), missed(&opened).len()), (1, 1));
+    let mut again = State::default();
+    state.snapshot().iter().for_each(|event| again.apply(event));
+    assert_eq!(again, state);
+    assert_eq!(state.missing_cursors(), [], "what was missed stays so");
+    assert_eq!(state.owned[&uid].segments, 3 + 3 + 3, "two topics, and the notices");
+}
+
+/// A subscription of another user takes what is his, not what is the creator's or nobody's.
+#[test]
+fn cursors_of_ones_own_are_within_ones_budget() {
+    let mut state = state();
+    let (a, open) = (join(&mut state), Access::new().allow(Right::Subscribe, Who::Everybody));
+    state.join(&LIMITS, 1, 7, Vec::new()).unwrap().events.iter().for_each(|event| state.apply(event));
+    let mut droppable = wildcard(">");
+    if let Request::OpenWildcard { droppable, .. } = &mut droppable {
+        *droppable = true;
+    }
+    ask(&mut state, 2, droppable).unwrap();
+    let request = |topic: &str| match create(topic, TopicOptions::default()) {
+        Request::CreateTopic { topic, options, exist_ok, ephemeral, .. } => {
+            Request::CreateTopic { topic, options, access: Some(open.clone()), exist_ok, ephemeral }
+        }
+        _ => unreachable!(),
+    };
+    // His notice takes 8,192 bytes, his cursors 50 each.
+    let limits = Limits { budget_bytes: 8_192 + 100, ..LIMITS };
+    for (topic, had) in [("one", (1, 0)), ("two", (1, 0)), ("three", (0, 1))] {
+        let plan = state.request(&limits, FOOTPRINT, a, &request(topic)).unwrap();
+        plan.events.iter().for_each(|event| state.apply(event));
+        assert_eq!((cursors(&plan).len(), missed(&plan).len()), had, "{topic}");
+    }
+    assert_eq!((state.reserved[&7], state.owned[&7].segments), (8_292, 3));
+    state.apply(&Event::Closed { handle: HandleRef::Wildcard { wildcard: 1 } });
+    assert!(!state.reserved.contains_key(&7) && !state.owned.contains_key(&7));
+}
+
+#[test]
+fn what_a_wildcard_keeps_in_the_registry_is_bounded() {
+    let mut state = state();
+    let a = join(&mut state);
+    let schema = |len| Some(Schema { name: "x".repeat(len), size_bytes: 1, align_bytes: 1 });
+    let open =
+        |schema| Request::OpenWildcard { pattern: ">".to_owned(), schema, start: StartAt::Latest, droppable: true };
+    let refused = ask(&mut state, a, open(schema(1025))).unwrap_err();
+    assert!(matches!(&refused, Refusal::Options { problem, .. } if problem.contains("1025")), "{refused}");
+    ask(&mut state, a, open(schema(1024))).unwrap();
+}
+
+#[test]
+fn dead_letters_are_for_who_may_consume() {
+    let mut state = state();
+    let owner = join(&mut state);
+    state.join(&LIMITS, 1, 7, Vec::new()).unwrap().events.iter().for_each(|event| state.apply(event));
+    let thief = 2;
+    let group = |topic: &str, dead_letter: Option<&str>| Request::CreateGroup {
+        topic: topic.to_owned(),
+        group: "g".to_owned(),
+        options: crate::GroupOptions { dead_letter: dead_letter.map(str::to_owned), ..crate::GroupOptions::default() },
+        start: StartAt::Latest,
+        exist_ok: false,
+    };
+    ask(&mut state, owner, create("jobs", TopicOptions::default())).unwrap();
+    // Before the group is there, and after.
+    ask(&mut state, thief, create("dlq.jobs.g", TopicOptions::default())).unwrap();
+    let refused = ask(&mut state, owner, group("jobs", None)).unwrap_err();
+    assert!(matches!(&refused, Refusal::GroupOptions { problem, .. } if problem.contains("user 7's")), "{refused}");
+    ask(&mut state, thief, Request::RemoveTopic { topic: "dlq.jobs.g".to_owned(), force: false }).unwrap();
+    ask(&mut state, owner, group("jobs", None)).unwrap();
+    let refused = ask(&mut state, thief, create("dlq.jobs.g", TopicOptions::default())).unwrap_err();
+    assert!(matches!(refused, Refusal::OthersLetters { uid: 7, .. }), "{refused}");
+    let refused = ask(&mut state, thief, publisher("dlq.jobs.g")).unwrap_err();
+    assert!(matches!(refused, Refusal::OthersLetters { uid: 7, .. }), "{refused}");
+    // Who names it has chosen it; and the owner's own is his own.
+    ask(&mut state, owner, create("dlq.jobs.g", TopicOptions::default())).unwrap();
+    let shared = create("letters", TopicOptions::default());
+    ask(&mut state, thief, shared).unwrap();
+    ask(&mut state, owner, create("more", TopicOptions::default())).unwrap();
+    ask(&mut state, owner, group("more", Some("letters"))).unwrap();
+    // Without a right one does not learn which groups there are.
+    for name in ["g", "none"] {
+        let (topic, group) = ("jobs".to_owned(), name.to_owned());
+        let refused = ask(&mut state, thief, Request::RemoveGroup { topic, group, force: true }).unwrap_err();
+        assert!(matches!(refused, Refusal::NoRight { .. }), "{refused}");
+    }
 }
 
 #[test]

@@ -53,6 +53,19 @@ pub(crate) fn check_sealed(fd: BorrowedFd<'_>) -> Result<(), String> {
     }
 }
 
+/// Whether this is memory of the kernel's own, sealed or not. Asks no file system.
+pub(crate) fn is_memory(fd: BorrowedFd<'_>) -> bool {
+    fcntl(fd, FcntlArg::F_GET_SEALS).is_ok()
+}
+
+/// Closes files of which nobody knows how long that takes, on a thread of its own.
+pub(crate) fn close_elsewhere(fds: Vec<OwnedFd>) {
+    // Without a thread they stay open: better than to wait for whoever made them.
+    let fds = std::mem::ManuallyDrop::new(fds);
+    let closing = std::thread::Builder::new().name("shmbus-closing".to_owned()).stack_size(64 << 10);
+    let _ = closing.spawn(move || drop(std::mem::ManuallyDrop::into_inner(fds)));
+}
+
 /// Creates the memfd; without `NOEXEC_SEAL` where the kernel is older than 6.3.
 fn open_sealable(name: &str) -> io::Result<OwnedFd> {
     let label: String = name.chars().filter(|c| *c != '\0').take(MAX_LABEL_BYTES).collect();

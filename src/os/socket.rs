@@ -24,7 +24,7 @@ pub(crate) const MAX_PATH_BYTES: usize = 107;
 const KERNEL_MAX_FDS: usize = 253;
 
 /// Connections that may wait to be accepted (the kernel caps it at net.core.somaxconn).
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// The peer's supplementary groups (asm-generic/socket.h; Linux 4.13).
 const SO_PEERGROUPS: libc::c_int = 59;
@@ -51,8 +51,10 @@ pub(crate) struct Packet {
     /// Bytes written to the caller's buffer; 0 means that the other end hung up.
     pub(crate) len: usize,
     pub(crate) fds: Vec<OwnedFd>,
-    /// The packet was longer than the buffer, or carried more descriptors than asked for.
+    /// The packet was longer than the buffer.
     pub(crate) truncated: bool,
+    /// It carried more descriptors than asked for, or than this process may have.
+    pub(crate) lost_fds: bool,
 }
 
 /// Binds and listens. The caller holds the directory's lock and has removed a stale socket.
@@ -139,8 +141,9 @@ pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], max_fds: usize) -> io:
                         fds.extend(raw.into_iter().map(own));
                     }
                 }
-                let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                return Ok(Packet { len: message.bytes, fds, truncated });
+                let truncated = message.flags.contains(MsgFlags::MSG_TRUNC);
+                let lost_fds = message.flags.contains(MsgFlags::MSG_CTRUNC);
+                return Ok(Packet { len: message.bytes, fds, truncated, lost_fds });
             }
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -269,7 +272,7 @@ mod tests {
         let mut buffer = [0; 4];
         send(a.as_fd(), b"fd", &[memory.as_fd()]).unwrap();
         let packet = recv(b.as_fd(), &mut buffer, 0).unwrap();
-        assert!(packet.truncated && packet.fds.is_empty());
+        assert!(packet.lost_fds && packet.fds.is_empty());
         send(a.as_fd(), b"too long", &[]).unwrap();
         assert!(recv(b.as_fd(), &mut buffer, 0).unwrap().truncated);
     }

@@ -26,6 +26,9 @@ use crate::sync::{AtomicU64, Ordering};
 /// Times that a publisher goes on from a checkpoint within one publish.
 const JUMPS: u32 = 100;
 
+/// Entries, beyond a few laps, that publishers may put before a fence while it is being written: a few milliseconds of theirs.
+const FENCE_STEPS: u64 = 1 << 16;
+
 /// Bits of an entry word that count messages.
 const COUNT_BITS: u32 = 10;
 
@@ -237,17 +240,33 @@ impl ManyLog {
 
     /// Commits a fence for the publisher that opened `slot` as number `opening`: nothing it publishes comes behind it. For the
     /// coordinator; may use the ring's slack, which publishers may not. Twice is as good as once.
+    ///
+    /// It ends: whoever takes a swap from it leaves an entry to step over, and there are so many steps. Publishers that keep to the
+    /// rules lose some of the races meanwhile, and wait where the ring is full; others have what they make of their topic.
     pub fn fence(&self, policy: &Policy, slot: u32, opening: u64) -> Result<Place, Stop> {
         let mut writer = self.fencer(policy)?;
         // Before the swap: a publisher that slept until the fence is overwritten finds this instead.
         self.header.note(slot).fence(opening);
-        loop {
-            let expected = writer.walk_to_free()?;
-            let fence = self.format.fence(writer.at.position >> self.lap_shift, slot);
-            if writer.claim(expected, fence) {
-                return Ok(writer.at);
+        let (mut steps, mut jumps) = (FENCE_STEPS + 4 * self.ring.len(), JUMPS);
+        while steps > 0 && jumps > 0 {
+            match self.look(writer.at.position) {
+                Look::Committed(word) => {
+                    writer.at = after(writer.at, word);
+                    steps -= 1;
+                }
+                Look::Free(expected) if writer.at.position < writer.limit => {
+                    let fence = self.format.fence(writer.at.position >> self.lap_shift, slot);
+                    if writer.claim(expected, fence) {
+                        return Ok(writer.at);
+                    }
+                }
+                Look::Free(_) | Look::Lapped => {
+                    writer.make_room(0, writer.policy.slack)?;
+                    jumps -= 1;
+                }
             }
         }
+        Err(Stop::Corrupt("its publishers leave no room for a fence"))
     }
 
     /// Whether there is room for a fence. Only fences use that room, so it stays until there is one.

@@ -214,6 +214,6 @@ fn arena_bytes(options: &TopicOptions, header: u64) -> u64 {
 }
 
 /// Rounds up to whole pages.
-pub(crate) fn page_up(bytes: u64) -> u64 {
+pub(crate) const fn page_up(bytes: u64) -> u64 {
     bytes.next_multiple_of(4096)
 }

@@ -8,11 +8,13 @@ use crate::shm::layout::{BODY_OFFSET, Geometry, page_up};
 use crate::shm::segment::{Access, Kind, Promise, Segment};
 use crate::shm::shared::Shared;
 
+/// Bytes that a notice takes.
+pub(crate) const LEN_BYTES: u64 = page_up(BODY_OFFSET + size_of::<Notice>() as u64);
+
 /// What the notice of a wildcard subscription promises.
 fn promise(bus: u64, wildcard: u64) -> Promise {
     let geometry = Geometry { slots: 0, slot_bytes: 0, unit_bits: 0, arena_bytes: 0 };
-    let len_bytes = page_up(BODY_OFFSET + size_of::<Notice>() as u64);
-    Promise { kind: Kind::Notice, len_bytes, bus, topic: wildcard, index: 0, generation: 0, geometry }
+    Promise { kind: Kind::Notice, len_bytes: LEN_BYTES, bus, topic: wildcard, index: 0, generation: 0, geometry }
 }
 
 /// A new notice that says nothing.

@@ -16,8 +16,9 @@ use crate::{Ended, Globals};
 pub(crate) struct Args {
     /// Who may use the bus besides root and you: a user's name or number, @GROUP, or * (repeat it or separate by commas)
     ///
-    /// They must be able to search the socket directory (--dir, as in mode 0755, or 0750 and a group), which nobody else may
-    /// write. What they may do on a topic is for its creator to say: `shmbus create --allow`.
+    /// They must be able to search the socket directory (--dir): mode 0755, or 0750 or 0770 and a group. It must belong to you, or you
+    /// are root. A group that may write it can take the bus's names away, and so end it for newcomers; it cannot serve in your place.
+    /// Writable by everybody it is refused, unless it is sticky. What they may do on a topic is for its creator to say: `shmbus create --allow`.
     #[arg(long, value_name = "WHO", value_delimiter = ',')]
     allow: Vec<Who>,
     /// Start the bus in the background and return; how clients start one

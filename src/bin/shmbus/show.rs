@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use shmbus::doctor::is_stopped;
 use shmbus::{ConsumerStatus, GroupOptions, GroupStatus, LeaseStatus, NameStatus, Schema, TopicOptions, TopicStatus};
 
 use crate::output::{Table, bytes, grouped, json_line, line};
@@ -13,12 +14,13 @@ const WATCH: Duration = Duration::from_millis(100);
 
 /// Show one topic: options, publishers, subscribers and their lags, memory, and the rate over 100 ms.
 ///
-/// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid}], names: [{name, publisher,
-/// last_number, slot (null while nobody has the name)}], subscribers: [{cursor, pid, sequence, lag, droppable}], groups:
+/// With --json: {topic, oldest_sequence, tail_sequence, publishers: [{slot, publisher, pid, stopped}], names: [{name, publisher,
+/// last_number, slot (null while nobody has the name)}], subscribers: [{cursor, pid, stopped, sequence, lag, droppable}], groups:
 /// [{group, id, floor, lag, in_flight, returned, moving, window, redelivered, expired, dead_lettered, oldest_lease: {sequence,
-/// consumer, pid, attempt, ends_in_ms}, consumers: [{consumer, pid, in_flight, active}], options}], options: {mode,
+/// consumer, pid, stopped, attempt, ends_in_ms}, consumers: [{consumer, pid, stopped, in_flight, active}], options}], options: {mode,
 /// messages, bytes, full, hold, max_publishers, max_subscribers, schema, envelope, ttl_ms, max_age_ms, dedup} (0 ms:
-/// none), owner (the user who created it), access: ["RIGHT=WHO"], memory_bytes, messages_per_s}. tail_sequence is the next message's.
+/// none), owner (the user who created it), access: ["RIGHT=WHO"], memory_bytes, messages_per_s}. tail_sequence is the next message's;
+/// stopped says that the process is (SIGSTOP), and keeps what it holds.
 #[derive(clap::Args)]
 #[command(after_help = "Example: shmbus show md.ticks --json | jq .subscribers")]
 pub(crate) struct Args {
@@ -53,6 +55,7 @@ pub(crate) struct PublisherView {
     slot: u32,
     publisher: u64,
     pid: u32,
+    stopped: bool,
 }
 
 #[derive(Serialize)]
@@ -74,6 +77,7 @@ impl From<NameStatus> for NameView {
 pub(crate) struct SubscriberView {
     cursor: u32,
     pid: u32,
+    stopped: bool,
     sequence: u64,
     pub(crate) lag: u64,
     droppable: bool,
@@ -104,6 +108,7 @@ struct LeaseView {
     sequence: u64,
     consumer: u32,
     pid: u32,
+    stopped: bool,
     attempt: u32,
     ends_in_ms: u64,
 }
@@ -112,6 +117,7 @@ struct LeaseView {
 struct ConsumerView {
     consumer: u32,
     pid: u32,
+    stopped: bool,
     in_flight: u64,
     active: bool,
 }
@@ -122,12 +128,14 @@ impl From<GroupStatus> for GroupView {
             sequence: l.sequence,
             consumer: l.consumer,
             pid: l.pid,
+            stopped: is_stopped(l.pid),
             attempt: l.attempt,
             ends_in_ms: l.ends_in_ms,
         };
         let consumer = |c: ConsumerStatus| ConsumerView {
             consumer: c.consumer,
             pid: c.pid,
+            stopped: is_stopped(c.pid),
             in_flight: c.in_flight,
             active: c.active,
         };
@@ -194,13 +202,14 @@ impl TopicView {
             oldest_sequence: status.oldest_sequence,
             tail_sequence: status.tail_sequence,
             publishers: publishers
-                .map(|p| PublisherView { slot: p.slot, publisher: p.publisher, pid: p.pid })
+                .map(|p| PublisherView { slot: p.slot, publisher: p.publisher, pid: p.pid, stopped: is_stopped(p.pid) })
                 .collect(),
             names: None,
             subscribers: subscribers
                 .map(|s| SubscriberView {
                     cursor: s.cursor,
                     pid: s.pid,
+                    stopped: is_stopped(s.pid),
                     sequence: s.sequence,
                     lag: s.lag,
                     droppable: s.droppable,
@@ -252,6 +261,11 @@ fn after(what: &str, ms: u64) -> String {
     if ms == 0 { String::new() } else { format!("{what} {:?}", Duration::from_millis(ms)) }
 }
 
+/// A process in a table. A stopped one keeps what stands beside it.
+fn process(pid: u32, stopped: bool) -> String {
+    format!("{pid}{}", if stopped { " (stopped)" } else { "" })
+}
+
 fn print(topic: &TopicView) -> anyhow::Result<()> {
     let options = &topic.options;
     let held = topic.tail_sequence.saturating_sub(topic.oldest_sequence);
@@ -283,7 +297,7 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
     line(format_args!("memory    {}", bytes(topic.memory_bytes)))?;
     let mut publishers = Table::new(&["PUBLISHER", "SLOT", "PROCESS"]);
     for p in &topic.publishers {
-        publishers.row([p.publisher.to_string(), p.slot.to_string(), p.pid.to_string()]);
+        publishers.row([p.publisher.to_string(), p.slot.to_string(), process(p.pid, p.stopped)]);
     }
     let mut names = Table::new(&["NAME", "PUBLISHER", "LAST NUMBER", "SLOT"]);
     for n in topic.names.iter().flatten() {
@@ -295,7 +309,7 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
         let droppable = if s.droppable { "yes" } else { "no" };
         subscribers.row([
             s.cursor.to_string(),
-            s.pid.to_string(),
+            process(s.pid, s.stopped),
             grouped(s.sequence),
             grouped(s.lag),
             droppable.into(),
@@ -312,7 +326,7 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
         consumers.row([
             group.clone(),
             c.consumer.to_string(),
-            c.pid.to_string(),
+            process(c.pid, c.stopped),
             grouped(c.in_flight),
             active.to_owned(),
         ]);
@@ -327,7 +341,9 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
 impl GroupView {
     /// One row of the groups' table.
     fn cells(&self) -> [String; 10] {
-        let holder = |l: &LeaseView| format!("process {} (sequence {}, attempt {})", l.pid, l.sequence, l.attempt);
+        let holder = |l: &LeaseView| {
+            format!("process {} (sequence {}, attempt {})", process(l.pid, l.stopped), l.sequence, l.attempt)
+        };
         [
             self.group.clone(),
             self.id.to_string(),

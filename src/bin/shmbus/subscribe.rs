@@ -99,7 +99,7 @@ fn pump(source: &mut Source, writer: &mut Writer, args: &Args) -> anyhow::Result
 
 enum Taken {
     Messages(u64),
-    /// Word of lost messages.
+    /// Word of lost messages, or of a topic that cannot be read.
     Lost,
     Nothing,
     /// The bus was stopped, or a channel's publisher has closed it.
@@ -189,6 +189,11 @@ impl Source {
                 Ok(None) => Ok(Taken::Nothing),
                 Err(WildcardError::Lagged { topic, from, to }) => lost(writer, &topic, from, to),
                 Err(WildcardError::Gone(GoneReason::Stopped)) => stopped(writer, pattern),
+                Err(
+                    trouble @ (WildcardError::Missed { .. }
+                    | WildcardError::Corrupt { .. }
+                    | WildcardError::Attach { .. }),
+                ) => dropped(writer, &trouble),
                 Err(other) => fail(writer, anyhow!(other)),
             },
         }
@@ -254,6 +259,13 @@ fn lost(writer: &mut Writer, topic: &str, from: Sequence, to: Sequence) -> anyho
     writer.flush()?;
     writer.set_topic(topic);
     writer.loss(from, to)?;
+    Ok(Taken::Lost)
+}
+
+/// One topic of a pattern cannot be read; the others go on.
+fn dropped(writer: &mut Writer, trouble: &WildcardError) -> anyhow::Result<Taken> {
+    writer.flush()?;
+    eprintln!("shmbus: {trouble}");
     Ok(Taken::Lost)
 }
 

@@ -104,7 +104,7 @@ impl Bus {
         let start = GroupStart::find(self, topic, start)?;
         let (topic, group, options) = (topic.to_owned(), group.to_owned(), options.clone());
         let request = Request::CreateGroup { topic, group, options, start: start.at, exist_ok };
-        match self.control().request(&request)?.0 {
+        match self.control().request_once(&request)?.0 {
             Answer::Created { existed } => Ok(existed),
             other => Err(unexpected(&other)),
         }
@@ -112,7 +112,7 @@ impl Bus {
 
     /// Removes a group and gives up what it holds; `force` also while it has consumers, which get `Fenced`.
     pub fn remove_group(&self, topic: &str, group: &str, force: bool) -> Result<(), OpenError> {
-        self.done(&Request::RemoveGroup { topic: topic.to_owned(), group: group.to_owned(), force })
+        self.done_once(&Request::RemoveGroup { topic: topic.to_owned(), group: group.to_owned(), force })
     }
 
     /// Lets a group begin elsewhere, with no message delivered yet; `force` also while it has consumers, which get
@@ -120,7 +120,7 @@ impl Bus {
     pub fn rewind_group(&self, topic: &str, group: &str, start: Start, force: bool) -> Result<(), OpenError> {
         let start = GroupStart::find(self, topic, start)?;
         let (topic, group) = (topic.to_owned(), group.to_owned());
-        self.done(&Request::RewindGroup { topic, group, start: start.at, force })
+        self.done_once(&Request::RewindGroup { topic, group, start: start.at, force })
     }
 }
 

@@ -211,7 +211,7 @@ impl Core {
         let (topic, options) = (self.moves.topic.clone(), self.moves.options.clone());
         let create =
             Request::CreateTopic { topic: topic.clone(), options, access: None, exist_ok: true, ephemeral: false };
-        if let Ok((Answer::Created { existed: false }, _)) = self.control.request(&create) {
+        if let Ok((Answer::Created { existed: false }, _)) = self.control.request_once(&create) {
             let (group, options) = (DEAD_LETTER_GROUP.to_owned(), GroupOptions::for_dead_letters());
             let create = Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: true };
             // Without it the topic's `hold` keeps the letters until somebody reads them.

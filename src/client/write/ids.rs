@@ -1,7 +1,7 @@
 //! Which message ids the log retains: a cache of the log, brought up to date before each message with an id. What is committed
 //! before the place where that message goes is exactly what the cache has seen (SPEC §3.2).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::client::envelope::id_in;
@@ -43,15 +43,14 @@ impl Ids {
 
     /// Whether none of these bodies has an id that is there already, or that another of them has.
     pub(super) fn check<'a>(&self, bodies: impl Iterator<Item = &'a [u8]>) -> Result<(), Stop> {
-        let mut batch = Vec::new();
+        let mut batch = HashSet::new();
         for id in bodies.filter_map(id_in) {
             if let Some(seen) = self.places.get(id) {
                 return Err(Stop::Duplicate(Some(seen.sequence)));
             }
-            if batch.contains(&id) {
+            if !batch.insert(id) {
                 return Err(Stop::Duplicate(None));
             }
-            batch.push(id);
         }
         Ok(())
     }

@@ -228,7 +228,12 @@ fn a_group_keeps_the_bus() {
     for has_group in [false, true] {
         let mut estate = Estate::found(7, None).unwrap();
         estate
-            .admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, pidfd::open(std::process::id()).unwrap())
+            .admit(
+                std::process::id(),
+                User { uid: 1000, gids: vec![1000] },
+                1,
+                pidfd::open(std::process::id()).unwrap(),
+            )
             .unwrap();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let (topic, create_topic) = ("t".to_owned(), Some(options));

@@ -1,6 +1,6 @@
 //! Who may do what (SPEC §7.1): decided from the kernel's word for who connected, as it was then.
 
-use super::{Decider, Event, Participant, State, SubscriberEntry, TopicEntry};
+use super::{Decider, GroupEntry, Participant, State, SubscriberEntry, TopicEntry};
 use crate::access::{Access, Right};
 use crate::coordinator::protocol::HandleRef;
 use crate::error::Refusal;
@@ -53,17 +53,9 @@ impl State {
     /// Counts a subscriber's own cursors to its user, or does so no longer.
     pub(super) fn count_own_cursors(&mut self, subscriber: &SubscriberEntry, has: bool) {
         let uid = self.participants.get(&subscriber.incarnation).map(|who| who.uid);
-        let (Some(uid), Some(bytes)) = (uid, subscriber.own) else { return };
-        if has {
-            *self.reserved.entry(uid).or_default() += bytes;
-            self.owned.entry(uid).or_default().segments += 1;
-            return;
+        if let (Some(uid), Some(bytes)) = (uid, subscriber.own) {
+            self.count_segment(uid, bytes, has);
         }
-        self.disown(uid, 0, 1);
-        if let Some(reserved) = self.reserved.get_mut(&uid) {
-            *reserved = reserved.saturating_sub(bytes);
-        }
-        self.reserved.retain(|_, bytes| *bytes > 0);
     }
 }
 
@@ -93,8 +85,7 @@ impl Decider<'_> {
             Some(Reads::Shared) => Ok(None),
             Some(Reads::Own) => {
                 let bytes = (self.footprint.cursors)(&entry.info);
-                self.check_budget(&entry.info.name, self.uid, bytes)?;
-                self.check_owned(self.uid, 0, 1)?;
+                self.check_own(&entry.info.name, self.uid, 1, bytes)?;
                 Ok(Some(bytes))
             }
             None => {
@@ -109,15 +100,43 @@ impl Decider<'_> {
         }
     }
 
-    /// Whether a user may have the cursors of his own that these events open.
-    pub(super) fn check_own_cursors(&self, pattern: &str, uid: u32, opened: &[Event]) -> Result<(), Refusal> {
-        let own = opened.iter().filter_map(|event| match event {
-            Event::SubscriberOpened { own, .. } => *own,
-            _ => None,
-        });
-        let (count, bytes) = own.fold((0, 0), |(count, bytes), more| (count + 1, bytes + more));
-        self.check_budget(pattern, uid, bytes)?;
-        self.check_owned(uid, 0, count)
+    /// Whether a user may have so many more segments for himself alone, of so many bytes together.
+    pub(super) fn check_own(&self, name: &str, uid: u32, segments: u64, bytes: u64) -> Result<(), Refusal> {
+        if segments == 0 {
+            return Ok(());
+        }
+        self.check_budget(name, uid, bytes)?;
+        self.check_owned(uid, 0, usize::try_from(segments).unwrap_or(usize::MAX))
+    }
+
+    /// Refuses a topic whose name a group sends its dead letters to, unless its creator may have what fails there: he would
+    /// own, and so read, them all.
+    pub(super) fn check_letters(&self, name: &str) -> Result<(), Refusal> {
+        let Some(me) = self.me() else { return Ok(()) };
+        for entry in self.state.topics.values() {
+            let of_group =
+                |group: &&GroupEntry| group.info.options.dead_letter_topic(&entry.info.name, &group.info.name) == name;
+            let may_have = || entry.grants(Right::Consume, me) || entry.grants(Right::Administer, me);
+            if let Some(group) = entry.living_groups().find(of_group).filter(|_| !may_have()) {
+                let (topic, origin, group) = (name.to_owned(), entry.info.name.clone(), group.info.name.clone());
+                return Err(Refusal::OthersLetters { topic, origin, group, uid: self.uid, owner: entry.uid });
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for a group that is about to be created, and the topic that is there already: nobody has chosen the name that
+    /// a group's dead letters go to where none is given, so anybody may have taken it before.
+    pub(super) fn check_letters_of(&self, entry: &TopicEntry, letters: &TopicEntry) -> Result<(), String> {
+        let (owner, topic) = (letters.uid, &letters.info.name);
+        let may = |right| entry.access.allows(right, owner, &[]);
+        if owner == 0 || owner == entry.uid || owner == self.uid || may(Right::Consume) || may(Right::Administer) {
+            return Ok(());
+        }
+        let problem = format!(
+            "the dead-letter topic {topic:?} is user {owner}'s, who may not consume here and would read what fails"
+        );
+        Err(format!("{problem}; remove it, name another, or name this one if that is meant"))
     }
 
     /// The list of a topic that a consumer creates for the dead letters of a group of his.

@@ -180,16 +180,14 @@ impl Decider<'_> {
     }
 
     pub(super) fn remove_group(&self, name: GroupName<'_>, force: bool) -> Result<Plan, Refusal> {
-        let (entry, group) = self.existing_group(name)?;
-        self.check_right(entry, Right::Administer)?;
+        let (entry, group) = self.administered_group(name)?;
         self.check_unused(entry, group, force)?;
         let event = Event::GroupRetired { topic: entry.info.id, group: group.info.id };
         Ok(Plan { events: vec![event], reply: Reply::Done })
     }
 
     pub(super) fn rewind_group(&self, name: GroupName<'_>, start: StartAt, force: bool) -> Result<Plan, Refusal> {
-        let (entry, old) = self.existing_group(name)?;
-        self.check_right(entry, Right::Administer)?;
+        let (entry, old) = self.administered_group(name)?;
         self.check_unused(entry, old, force)?;
         let (_, event) = self.new_group(entry, name.group, &old.info.options, start, Some(old.info.id))?;
         Ok(Plan { events: vec![event], reply: Reply::Done })
@@ -247,8 +245,10 @@ impl Decider<'_> {
         Err(Refusal::Protocol { problem })
     }
 
-    fn existing_group(&self, name: GroupName<'_>) -> Result<(&TopicEntry, &GroupEntry), Refusal> {
+    /// The right comes first: who has none does not learn which groups there are.
+    fn administered_group(&self, name: GroupName<'_>) -> Result<(&TopicEntry, &GroupEntry), Refusal> {
         let entry = self.existing(name.topic)?;
+        self.check_right(entry, Right::Administer)?;
         checked_group(name.group)?;
         Ok((entry, entry.group_named(name.group).ok_or_else(|| unknown_group(name))?))
     }
@@ -278,6 +278,15 @@ impl Decider<'_> {
         replaces: Option<u32>,
     ) -> Result<(u32, Event), Refusal> {
         self.check_options(entry, name, options)?;
+        if replaces.is_none() && options.dead_letter.is_none() {
+            let letters = options.dead_letter_topic(&entry.info.name, name);
+            let letters = self.state.names.get(&letters).and_then(|id| self.state.topics.get(id));
+            let checked = letters.map_or(Ok(()), |letters| self.check_letters_of(entry, letters));
+            checked.map_err(|problem| {
+                let (topic, group) = (entry.info.name.clone(), name.to_owned());
+                Refusal::GroupOptions { topic, group, problem }
+            })?;
+        }
         if entry.groups.len() >= MAX_GROUPS_OF_TOPIC {
             return Err(limit("groups", entry, MAX_GROUPS_OF_TOPIC as u64, "remove some"));
         }

@@ -37,6 +37,20 @@ impl State {
         self.owned.retain(|_, owned| *owned != Owned::default());
     }
 
+    /// Counts a segment to the user for whom alone it is, or does so no longer.
+    pub(super) fn count_segment(&mut self, uid: u32, bytes: u64, has: bool) {
+        if has {
+            *self.reserved.entry(uid).or_default() += bytes;
+            self.owned.entry(uid).or_default().segments += 1;
+            return;
+        }
+        self.disown(uid, 0, 1);
+        if let Some(reserved) = self.reserved.get_mut(&uid) {
+            *reserved = reserved.saturating_sub(bytes);
+        }
+        self.reserved.retain(|_, bytes| *bytes > 0);
+    }
+
     pub(super) fn check_user_participants(&self, limits: &Limits, uid: u32) -> Result<(), Refusal> {
         let connected = self.participants.values().filter(|participant| participant.uid == uid).count();
         let mend = "end some programs of this user that use the bus";

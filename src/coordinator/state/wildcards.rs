@@ -1,13 +1,20 @@
 //! Wildcard subscriptions: which topics they have, and the cursors that a new topic or a new subscription takes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::access::Reads;
-use super::{Decider, Event, Footprint, Plan, Reply, SHOWN_NAME_BYTES, State, TopicEntry, check_schema, too_many};
+use super::{
+    Decider, Event, Footprint, Plan, Reply, SHOWN_NAME_BYTES, State, TopicEntry, check_schema, check_schema_len,
+    too_many,
+};
 use crate::coordinator::protocol::{HandleRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::pattern::{check_pattern, matches};
+use crate::shm::notice;
 use crate::topic::{Mode, Schema};
+
+/// Topics that a subscription has missed and that it is told of by name, should it have been away.
+const MAX_MISSED: usize = 64;
 
 /// A wildcard subscription.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +28,18 @@ pub(crate) struct WildcardEntry {
     pub(crate) opened: u64,
     /// Its notice's inode number. Absent only until it is granted.
     pub(crate) notice: Option<u64>,
+    /// The last of the topics that it was to have and has not.
+    pub(crate) missed: VecDeque<Missed>,
+}
+
+/// A topic that a wildcard subscription was to have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Missed {
+    /// Its place among the topics that the subscription has been told of.
+    pub(crate) number: u64,
+    pub(crate) topic: u64,
+    pub(crate) name: String,
+    pub(crate) why: Refusal,
 }
 
 impl WildcardEntry {
@@ -33,6 +52,15 @@ impl WildcardEntry {
             && check_schema(info, self.schema.as_ref()).is_ok();
         let owner = state.participants.get(&self.incarnation).filter(|_| fits)?;
         topic.reads(owner, self.droppable)
+    }
+
+    pub(super) fn miss(&mut self, number: Option<u64>, topic: u64, name: &str, why: &Refusal) {
+        let number = number.unwrap_or(self.opened + 1);
+        self.opened = self.opened.max(number);
+        self.missed.push_back(Missed { number, topic, name: name.to_owned(), why: why.clone() });
+        if self.missed.len() > MAX_MISSED {
+            self.missed.pop_front();
+        }
     }
 }
 
@@ -61,39 +89,60 @@ impl State {
             |entry: &&TopicEntry, wildcard: u64| entry.subscribers.values().all(|s| s.wildcard != Some(wildcard));
         let of = |(&wildcard, entry): (&u64, &WildcardEntry)| {
             let wants = |topic: &TopicEntry| entry.wants(self, topic).is_some();
-            let wanted = self.topics.values().filter(|topic| topic.publishers_seen == 0 && wants(topic));
+            let told = |topic: &TopicEntry| entry.missed.iter().any(|missed| missed.topic == topic.info.id);
+            let wanted = self.topics.values().filter(|t| t.publishers_seen == 0 && wants(t) && !told(t));
             wanted.filter(|topic| lacks(topic, wildcard)).map(|topic| (wildcard, topic.info.id)).collect::<Vec<_>>()
         };
         self.wildcards.iter().flat_map(of).collect()
     }
 
-    /// The event that gives a wildcard subscription its cursor on a topic, from the oldest message on; `None` where no
-    /// cursor is free.
+    /// The event that gives a wildcard subscription its cursor on a topic, from the oldest message on, or says that it misses
+    /// the topic because no cursor is free; `None` where it is not to have it.
     pub(crate) fn cursor_for(&self, wildcard: u64, topic: u64, footprint: Footprint) -> Option<Event> {
         let (entry, on) = (self.wildcards.get(&wildcard)?, self.topics.get(&topic)?);
-        let (cursor, reads) = (on.free_cursor()?, entry.wants(self, on)?);
-        Some(entry.cursor_on(wildcard, &on.info, cursor, StartAt::Oldest, reads, footprint))
+        let reads = entry.wants(self, on)?;
+        Some(match on.free_cursor() {
+            Some(cursor) => entry.cursor_on(wildcard, &on.info, cursor, StartAt::Oldest, reads, footprint),
+            None => missed_event(wildcard, &on.info, too_many("subscribers", on, on.max_subscribers())),
+        })
     }
 
     pub(super) fn open_wildcard(&mut self, wildcard: u64, entry: WildcardEntry) {
         self.next_wildcard = self.next_wildcard.max(wildcard + 1);
         self.hold(entry.incarnation, HandleRef::Wildcard { wildcard });
+        if let Some(uid) = self.participants.get(&entry.incarnation).map(|who| who.uid) {
+            self.count_segment(uid, notice::LEN_BYTES, true);
+        }
         self.wildcards.insert(wildcard, entry);
     }
 
     /// Ends a wildcard subscription with all its cursors; its owner.
     pub(super) fn close_wildcard(&mut self, wildcard: u64) -> Option<u64> {
         self.cursors_of_wildcard(wildcard).into_iter().for_each(|handle| self.close(handle));
-        self.wildcards.remove(&wildcard).map(|entry| entry.incarnation)
+        let owner = self.wildcards.remove(&wildcard)?.incarnation;
+        if let Some(uid) = self.participants.get(&owner).map(|who| who.uid) {
+            self.count_segment(uid, notice::LEN_BYTES, false);
+        }
+        Some(owner)
     }
 
     pub(super) fn snapshot_wildcards(&self, events: &mut Vec<Event>) {
         for (&wildcard, entry) in &self.wildcards {
-            let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice } = entry.clone();
+            let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice, .. } = entry.clone();
             // The cursors that follow count themselves.
             let opened = opened - self.cursors_of_wildcard(wildcard).len() as u64;
             events.push(Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened });
             events.extend(notice.map(|inode| Event::NoticeKnown { wildcard, inode }));
+        }
+    }
+
+    /// After the cursors: each of these has its number already.
+    pub(super) fn snapshot_missed(&self, events: &mut Vec<Event>) {
+        for (&wildcard, entry) in &self.wildcards {
+            events.extend(entry.missed.iter().map(|missed| {
+                let Missed { number, topic, name, why } = missed.clone();
+                Event::WildcardMissed { wildcard, number: Some(number), topic, name, why }
+            }));
         }
     }
 }
@@ -128,6 +177,7 @@ impl Decider<'_> {
             let problem = "a pattern of topics starts at latest, oldest or last:N".to_owned();
             return Err(Refusal::Options { topic: pattern.to_owned(), problem });
         }
+        check_schema_len(schema).map_err(|problem| Refusal::Options { topic: pattern.to_owned(), problem })?;
         let mine = self.state.wildcards.values().filter(|entry| entry.incarnation == self.incarnation).count();
         if mine >= self.limits.wildcards {
             let what = "wildcard subscriptions of one process".to_owned();
@@ -135,15 +185,24 @@ impl Decider<'_> {
         }
         let (wildcard, incarnation) = (self.state.next_wildcard, self.incarnation);
         let (pattern, schema) = (pattern.to_owned(), schema.cloned());
-        let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened: 0, notice: None };
+        let (opened, notice, missed) = (0, None, VecDeque::new());
+        let entry = WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice, missed };
         let mut cursors = Vec::new();
         let wanted = self.state.topics.values();
         for (topic, reads) in wanted.filter_map(|topic| Some((topic, entry.wants(self.state, topic)?))) {
-            let free = topic.free_cursor().ok_or_else(|| too_many("subscribers", topic, topic.max_subscribers()))?;
-            cursors.push(entry.cursor_on(wildcard, &topic.info, free, start, reads, self.footprint));
+            // What others have filled is missed, and said; it does not keep the rest from anybody.
+            cursors.push(match topic.free_cursor() {
+                Some(free) => entry.cursor_on(wildcard, &topic.info, free, start, reads, self.footprint),
+                None => missed_event(wildcard, &topic.info, too_many("subscribers", topic, topic.max_subscribers())),
+            });
         }
         self.check_handles_of(incarnation, cursors.len() + 1)?;
-        self.check_own_cursors(&entry.pattern, self.uid, &cursors)?;
+        let own = cursors.iter().filter_map(|event| match event {
+            Event::SubscriberOpened { own, .. } => *own,
+            _ => None,
+        });
+        let (segments, bytes) = own.fold((1, notice::LEN_BYTES), |(count, sum), bytes| (count + 1, sum + bytes));
+        self.check_own(&entry.pattern, self.uid, segments, bytes)?;
         let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, .. } = entry;
         let mut events =
             vec![Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened }];
@@ -151,37 +210,48 @@ impl Decider<'_> {
         Ok(Plan { events, reply: Reply::Wildcard { wildcard } })
     }
 
-    /// The cursors that wildcard subscriptions take on a topic that is about to be created: from its first message on.
-    pub(super) fn wildcard_cursors(&self, new: &TopicEntry) -> Result<Vec<Event>, Refusal> {
+    /// The cursors that wildcard subscriptions take on a topic that is about to be created: from its first message on. Whoever
+    /// has no room for one misses the topic, and is told; its creator has nothing to do with that.
+    pub(super) fn wildcard_cursors(&self, new: &TopicEntry) -> Vec<Event> {
         let info = &new.info;
         let mut events = Vec::new();
-        let mut taken: BTreeMap<u64, usize> = BTreeMap::new();
+        let (mut by_owner, mut by_uid): (BTreeMap<u64, usize>, BTreeMap<u32, u64>) = Default::default();
         let wanting = self.state.wildcards.iter();
         let wanting = wanting.filter_map(|(wildcard, entry)| Some((*wildcard, entry, entry.wants(self.state, new)?)));
+        let mut cursor = 0;
         for (wildcard, entry, reads) in wanting {
-            let cursor = events.len() as u32;
-            let of_owner = taken.entry(entry.incarnation).or_default();
-            let room = self.check_place(info, cursor, entry.incarnation, *of_owner + 1);
-            match room {
-                // Who may only subscribe does not prevent a topic of others.
-                Err(_) if reads == Reads::Own => continue,
-                other => other?,
+            let uid = self.state.participants.get(&entry.incarnation).map_or(self.uid, |owner| owner.uid);
+            let handles = by_owner.get(&entry.incarnation).map_or(1, |taken| taken + 1);
+            let own = by_uid.get(&uid).copied().unwrap_or(0) + u64::from(reads == Reads::Own);
+            let room = self.check_cursor(info, cursor);
+            let room = room.and_then(|()| self.check_handles_of(entry.incarnation, handles));
+            match room.and_then(|()| self.check_own(&info.name, uid, own, own * (self.footprint.cursors)(info))) {
+                Ok(()) => {
+                    by_owner.insert(entry.incarnation, handles);
+                    by_uid.insert(uid, own);
+                    events.push(entry.cursor_on(wildcard, info, cursor, StartAt::Oldest, reads, self.footprint));
+                    cursor += 1;
+                }
+                Err(why) => events.push(missed_event(wildcard, info, why)),
             }
-            *of_owner += 1;
-            events.push(entry.cursor_on(wildcard, info, cursor, StartAt::Oldest, reads, self.footprint));
         }
-        Ok(events)
+        events
     }
 
-    /// Whether a topic that is about to be created has this cursor, and a wildcard's owner may have `more` handles.
-    fn check_place(&self, info: &TopicInfo, cursor: u32, owner: u64, more: usize) -> Result<(), Refusal> {
-        if cursor >= info.options.max_subscribers {
-            let what = format!("subscribers of topic {:?}", info.name);
-            let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
-            return Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend });
+    /// Whether a topic that is about to be created has this cursor.
+    fn check_cursor(&self, info: &TopicInfo, cursor: u32) -> Result<(), Refusal> {
+        if cursor < info.options.max_subscribers {
+            return Ok(());
         }
-        self.check_handles_of(owner, more)
+        let what = format!("subscribers of topic {:?}", info.name);
+        let mend = "more wildcard subscriptions stand for it: create it for more".to_owned();
+        Err(Refusal::Limit { what, limit: info.options.max_subscribers.into(), mend })
     }
+}
+
+/// A wildcard subscription does not get a topic.
+pub(crate) fn missed_event(wildcard: u64, info: &TopicInfo, why: Refusal) -> Event {
+    Event::WildcardMissed { wildcard, number: None, topic: info.id, name: info.name.clone(), why }
 }
 
 fn checked(pattern: &str) -> Result<(), Refusal> {
