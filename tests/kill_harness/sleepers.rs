@@ -169,7 +169,8 @@ impl Survivors for Drain {
 
     fn favour(&mut self, victim: Sleeper) -> Result<(), Violation> {
         let reader = self.reader.take().ok_or("no reader")?;
-        self.favour = Some(Favour::begin(victim, reader, Reader::read));
+        // The one in hand is given back when the next is taken.
+        self.favour = Some(Favour::begin(victim, reader, |reader: &mut Reader| (0..2).for_each(|_| reader.read())));
         Ok(())
     }
 

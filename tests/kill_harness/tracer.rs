@@ -24,6 +24,9 @@ use crate::sleepers::Sleeper;
 /// The marker: one byte, a trap that is delivered to the tracer.
 pub(crate) const MARKER: u8 = 0xcc;
 
+/// How long a victim may take from one marker to the next when nobody steps it; for a machine that is very busy.
+const SET_UP: Duration = Duration::from_secs(30);
+
 /// How far a victim says that its operation has come.
 static PROGRESS: AtomicU64 = AtomicU64::new(0);
 
@@ -219,7 +222,8 @@ impl Tracee {
     fn run_to_next_marker(&mut self) -> io::Result<()> {
         loop {
             self.resume()?;
-            match self.wait()? {
+            let stop = self.wait_for(SET_UP)?;
+            match stop.ok_or_else(|| io::Error::other("the victim comes to no marker"))? {
                 Stop::Trap => {
                     if self.is_behind_marker(&self.registers()?) {
                         return Ok(());
