@@ -14,7 +14,8 @@ pub enum Guarantee {
     #[default]
     AtLeastOnce,
     /// The same; and a lease passes on only after its holder was proven dead or fenced on its output topic, so that a
-    /// [`Pipeline`](crate::Pipeline)'s output has the output of each input exactly once.
+    /// [`Pipeline`](crate::Pipeline)'s output has the output of each input exactly once. A lease that a consumer keeps beyond its end
+    /// comes back to nobody while it lives, unless another consumer of the group receives; that one has it fenced.
     EffectivelyOnce,
 }
 
