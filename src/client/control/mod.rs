@@ -68,6 +68,7 @@ pub(crate) struct Line {
     given_up: Mutex<Vec<HandleRef>>,
 }
 
+/// What is known of the connection; a file each says what is done with it.
 struct Inner {
     place: Place,
     /// What we call ourselves.

@@ -44,6 +44,7 @@ impl<T: Payload + ?Sized> Publisher<T> {
 }
 
 impl PublisherCore {
+    /// Publishes payloads without envelopes of their own.
     pub(super) fn publish_batch(&mut self, batch: &[&[u8]]) -> Result<Sequence, PublishError> {
         if self.sealer.is_some() {
             let plain = Envelope::new();
@@ -54,7 +55,7 @@ impl PublisherCore {
         self.publish_bodies(batch, None)
     }
 
-    /// The same with a batch, whose messages all get one timestamp.
+    /// Publishes payloads in their envelopes; all get one timestamp.
     pub(super) fn publish_sealed_batch(
         &mut self,
         batch: &[(&[u8], &Envelope)],
