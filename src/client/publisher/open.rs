@@ -77,32 +77,26 @@ impl PublisherCore {
         let info = Arc::new(info);
         let place = Tenure { slot, publisher, opening, tenancy, last_number };
         let port = Port::attach(&info, place, &segments, fds, control)?;
-        let options = info.options.clone();
-        Ok(PublisherCore {
-            space_bell: port.space_bell(),
-            port,
-            sealer: Sealer::new(&info),
-            options,
-            name: info.name.clone(),
-            groups: Vec::new(),
-            id: publisher,
-            named: last_number.is_some(),
-            before: last_number.unwrap_or(0),
-            runs: Runs::default(),
-            wait: Wait::default(),
-            held: Some(held),
-            home: control.home(),
-        })
+        let mut core = PublisherCore::new(port, &info, control.home());
+        core.name = info.name.clone();
+        core.id = publisher;
+        core.named = last_number.is_some();
+        core.before = last_number.unwrap_or(0);
+        core.held = Some(held);
+        Ok(core)
     }
 
     /// A stand-alone channel's sender.
     pub(crate) fn stand_alone(info: &TopicInfo, segment: &Segment, home: Home) -> Self {
-        let port = Port::channel(info, segment, true);
-        let options = info.options.clone();
+        PublisherCore::new(Port::channel(info, segment, true), info, home)
+    }
+
+    /// What a publisher without a coordinator has.
+    fn new(port: Port, info: &TopicInfo, home: Home) -> PublisherCore {
         PublisherCore {
             space_bell: port.space_bell(),
             port,
-            options,
+            options: info.options.clone(),
             sealer: Sealer::new(info),
             name: String::new(),
             groups: Vec::new(),
