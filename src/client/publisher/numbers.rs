@@ -8,7 +8,7 @@ use crate::ring::sequence::Sequence;
 use crate::topic::Payload;
 
 impl<T: Payload + ?Sized> Publisher<T> {
-    /// Publishes the message with this number, once: a publisher under a name ([`Bus::publisher_as`]) that does not know how
+    /// Publishes the message with this number, once: a publisher under a name ([`Bus::publisher_as`](crate::Bus::publisher_as)) that does not know how
     /// far it came asks [`Self::last_number`], or tries again from wherever it likes.
     ///
     /// Numbers are dense and begin with 1. Without a name they count this handle's messages.

@@ -35,7 +35,7 @@ impl Bus {
     /// [`Publisher::last_number`] and [`Publisher::publish_numbered`]. A name belongs to its topic.
     ///
     /// On a topic for many, a publisher that has the name and lives is *fenced*: whatever it was doing, nothing it publishes
-    /// comes after this, and it gets [`PublishError::Fenced`]. On an exclusive topic it keeps its place, and the
+    /// comes after this, and it gets [`PublishError::Fenced`](crate::PublishError::Fenced). On an exclusive topic it keeps its place, and the
     /// name, until it ends.
     ///
     /// # Errors
