@@ -522,7 +522,7 @@ impl Ledger {
     /// has seen that all of it lies below `floor + window`.
     #[inline]
     pub fn look_at_run(&self, first: u64) -> Option<Run> {
-        if self.runs.is_empty() || first % RUN != 0 || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
+        if self.runs.is_empty() || !first.is_multiple_of(RUN) || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
             return None;
         }
         let raw = self.load_run(first);
