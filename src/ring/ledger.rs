@@ -482,7 +482,7 @@ impl Ledger {
     /// has seen that all of it lies below `floor + window`.
     #[inline]
     pub fn look_at_run(&self, first: u64) -> Option<Run> {
-        if self.runs.is_empty() || first % RUN != 0 || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
+        if self.runs.is_empty() || !first.is_multiple_of(RUN) || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
             return None;
         }
         let raw = self.load_run(first);
@@ -1106,9 +1106,9 @@ mod tests {
     }
 
     impl Pair {
-        fn new(start: u64, now: u64) -> Self {
+        fn new(window: u64, start: u64, now: u64) -> Self {
             let (words, runs, seen) = (HashMap::new(), Vec::new(), Vec::new());
-            Pair { ledger: ledger(WINDOW, start), words, runs, floor: start, now, seen }
+            Pair { ledger: ledger(window, start), words, runs, floor: start, now, seen }
         }
 
         fn expected(&self, sequence: u64) -> Word {
@@ -1172,12 +1172,12 @@ mod tests {
 
         /// Looks at a run, and perhaps leases it.
         fn take_run(&mut self, which: u64, owner: u8, ahead: u64) {
-            let first = (self.floor / RUN + which % (WINDOW / RUN)) * RUN;
+            let first = (self.floor / RUN + which % (self.ledger.window() / RUN)) * RUN;
             if first < self.floor || first + RUN > self.ledger.window_end(self.floor) {
                 return;
             }
             let fresh = (first..first + RUN).all(|sequence| self.expected(sequence).changes == 0);
-            let word_by_word = first / WINDOW % WORD_BY_WORD == WORD_BY_WORD - 1;
+            let word_by_word = first / self.ledger.window() % WORD_BY_WORD == WORD_BY_WORD - 1;
             let Some(run) = self.ledger.look_at_run(first) else {
                 return assert!(!fresh || word_by_word, "{first} is untouched");
             };
@@ -1273,15 +1273,18 @@ mod tests {
                 let place = if is_run { ledger.run_word(sequence).unwrap() } else { ledger.word(sequence) };
                 place.store(word, Ordering::Relaxed);
             }
-            if hint % 2 == 0 {
+            if hint.is_multiple_of(2) {
                 ledger.header().hint.0.store(hint, Ordering::Relaxed);
             }
-            (ledger.leased(None, 5), ledger.renew_due(5), ledger.release_owner(1, 5, |sequence, _| sequence % 2 == 0));
+            ledger.leased(None, 5);
+            ledger.renew_due(5);
+            ledger.release_owner(1, 5, |sequence, _| sequence.is_multiple_of(2));
             for sequence in ledger.handed_out() {
                 if let Some(run) = ledger.look_at_run(sequence) {
                     let leased = ledger.leased_run(run, 1, 9);
                     prop_assert!(!ledger.settle_run(leased, 1) && ledger.take_run(run, leased));
-                    (ledger.settle(ledger.lease_in(leased, sequence)), ledger.settle_run(leased, 1));
+                    ledger.settle(ledger.lease_in(leased, sequence));
+                    ledger.settle_run(leased, 1);
                 }
                 let seen = ledger.look(sequence);
                 if ledger.take(seen, 1, 9).is_none() && ledger.begin_move(seen, 1, 9, MoveReason::Expired).is_none() {
@@ -1305,18 +1308,23 @@ mod tests {
 
         #[test]
         fn a_ledger_is_what_its_model_says(
+            runs in prop::sample::select(vec![1_u64, 2, 4]),
+            // In laps of the longest window.
             start in prop_oneof![
                 Just(0), 0..1000_u64, (LAPS - 2) * WINDOW..(LAPS + 2) * WINDOW,
-                (WORD_BY_WORD - 3) * WINDOW..(WORD_BY_WORD + 1) * WINDOW,
+                (WORD_BY_WORD - 3) * WINDOW..(WORD_BY_WORD + 1) * WINDOW, (1_u64 << 63) - 3 * WINDOW..1 << 63,
             ],
             now in prop_oneof![Just(1 << 28), (1_u64 << 40)..1 << 50, (1_u64 << 28) - 50..1 << 28],
             steps in prop::collection::vec((0..16_u8, any::<usize>(), 0..6_u8, 0..3_u8, 1..=24 * HOUR), 0..600),
         ) {
-            let mut pair = Pair::new(start, now);
+            let window = runs * RUN;
+            let is_in_laps = (1000..1 << 60).contains(&start);
+            let start = if is_in_laps { start / WINDOW * window + start % window } else { start };
+            let mut pair = Pair::new(window, start, now);
             for (kind, which, operation, owner, ahead) in steps {
                 pair.now += 1;
                 match kind {
-                    0..4 => pair.look(pair.floor + which as u64 % WINDOW),
+                    0..4 => pair.look(pair.floor + which as u64 % window),
                     // As fresh as can be, so that most swaps succeed.
                     4..7 => {
                         pair.look(pair.floor + which as u64 % 3);
