@@ -329,8 +329,8 @@ fn consume(bus: &Bus, topic: &Topic<[u8]>, random: &mut Random, watch: &Watch) {
         watch.time("consuming a batch", || {
             let Ok(Some(batch)) = consumer.try_recv_batch(count) else { return };
             let kept = batch.iter().nth(random.below(40) as usize).map(|message| message.keep());
-            drop(if end == 0 { batch.nack() } else { batch.ack() });
-            drop(kept.map(|kept| consumer.ack(&kept)));
+            let _ = if end == 0 { batch.nack() } else { batch.ack() };
+            let _ = kept.map(|kept| consumer.ack(&kept));
         });
     }
     watch.time("closing a consumer", || drop(consumer));

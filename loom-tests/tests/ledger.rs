@@ -532,32 +532,6 @@ fn a_dead_ones_run_comes_back() {
     });
 }
 
-/// As for one message, a copy is made before the run is settled, and so before the floor lets a publisher in.
-#[test]
-fn copies_come_before_the_overwriting_of_their_run() {
-    for one_by_one in [false, true] {
-        explore(PREEMPTIONS_SMALL, move || {
-            let (ledger, borrowed) = (with_runs(), Arc::new(Borrowed::new(2)));
-            (borrowed.write(0, value_of(0)), borrowed.write(1, value_of(1)));
-            let run = ledger.look_at_run(0).unwrap();
-            let (theirs, copied) = (ledger.clone(), borrowed.clone());
-            let consuming = thread::spawn(move || {
-                (0..RUN).for_each(|at| assert_eq!(copied.read(at), value_of(at)));
-                let taken = theirs.leased_run(run, 1, AHEAD);
-                assert!(theirs.take_run(run, taken));
-                if one_by_one {
-                    (0..RUN).for_each(|at| assert!(theirs.settle(theirs.lease_in(taken, at))));
-                } else {
-                    assert!(theirs.settle_run(taken, 1));
-                }
-            });
-            let floor = ledger.advance_floor();
-            (0..floor).for_each(|at| borrowed.write(at, value_of(at + RUN)));
-            consuming.join().unwrap();
-        });
-    }
-}
-
 /// One goes on for laps, by the run where it can; another wants a message of the first lap, slowly: whatever it has seen by
 /// then, it takes that message or none.
 #[test]
@@ -600,5 +574,31 @@ fn settle_alone(ledger: &Ledger, owner: u8, sequence: u64, leased: &[AtomicU64; 
     {
         assert_eq!(leased[sequence as usize].fetch_add(1, Relaxed), 0, "{sequence} twice");
         assert!(ledger.settle(lease));
+    }
+}
+
+/// As for one message, a copy is made before the run is settled, and so before the floor lets a publisher in.
+#[test]
+fn copies_come_before_the_overwriting_of_their_run() {
+    for one_by_one in [false, true] {
+        explore(PREEMPTIONS_SMALL, move || {
+            let (ledger, borrowed) = (with_runs(), Arc::new(Borrowed::new(2)));
+            (borrowed.write(0, value_of(0)), borrowed.write(1, value_of(1)));
+            let run = ledger.look_at_run(0).unwrap();
+            let (theirs, copied) = (ledger.clone(), borrowed.clone());
+            let consuming = thread::spawn(move || {
+                (0..RUN).for_each(|at| assert_eq!(copied.read(at), value_of(at)));
+                let taken = theirs.leased_run(run, 1, AHEAD);
+                assert!(theirs.take_run(run, taken));
+                if one_by_one {
+                    (0..RUN).for_each(|at| assert!(theirs.settle(theirs.lease_in(taken, at))));
+                } else {
+                    assert!(theirs.settle_run(taken, 1));
+                }
+            });
+            let floor = ledger.advance_floor();
+            (0..floor).for_each(|at| borrowed.write(at, value_of(at + RUN)));
+            consuming.join().unwrap();
+        });
     }
 }

@@ -467,7 +467,7 @@ impl Ledger {
         }
         // Not by its own word alone: while we slept it may have become one of a later lap.
         let now = self.look(seen.sequence);
-        (now.stands_for_run() && now.says == seen.says).then_some(now.raw)
+        (now.says == seen.says).then_some(now.raw)
     }
 
     #[inline]
