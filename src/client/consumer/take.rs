@@ -140,7 +140,7 @@ impl Core {
     fn next_reserved(&mut self) -> u64 {
         let sequence = self.reserved.start;
         self.reserved.start += 1;
-        let ahead = sequence + AHEAD;
+        let ahead = sequence.saturating_add(AHEAD);
         if ahead < self.reserved.end {
             self.log.prefetch(ahead);
         }
@@ -167,7 +167,7 @@ impl Core {
             if self.ledger.reserve(hint, end - hint) {
                 self.reserved = hint..end;
                 self.ledger.prefetch_runs(hint..end);
-                (hint..end.min(hint + AHEAD)).for_each(|sequence| self.log.prefetch(sequence));
+                (hint..end.min(hint.saturating_add(AHEAD))).for_each(|sequence| self.log.prefetch(sequence));
                 return true;
             }
         }
