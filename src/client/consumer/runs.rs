@@ -1,4 +1,4 @@
-//! Taking and settling messages by the run: one swap for sixteen of them (`ring/ledger.rs`, *Runs*).
+//! Taking and settling messages by the run: one swap for sixteen of them (`ring/ledger/run.rs`).
 
 use std::cell::Cell;
 
