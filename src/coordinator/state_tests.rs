@@ -1,5 +1,7 @@
+use super::topics::SHOWN_NAME_BYTES;
 use super::*;
-use crate::topic::Full;
+use crate::access::Right;
+use crate::topic::{Full, Mode, Schema, TopicOptions};
 
 const LIMITS: Limits = Limits {
     participants: 4,
