@@ -3,8 +3,9 @@
 
 use super::*;
 use crate::coordinator::link::{Incoming, Message};
-use crate::coordinator::protocol::{Identity, TopicInfo};
-use crate::os::socket;
+use crate::coordinator::protocol::{Identity, StartAt, TopicInfo};
+use crate::os::pidfd;
+use crate::os::socket::{self, User};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::LogSegments;
 use crate::topic::TopicOptions;

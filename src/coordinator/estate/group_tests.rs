@@ -3,11 +3,14 @@
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
-use crate::coordinator::protocol::{ConsumerStatus, GroupInfo, GroupStatus, Identity, input_number};
+use crate::coordinator::protocol::{
+    ConsumerStatus, GroupInfo, GroupStatus, Identity, MAX_PACKET_BYTES, SegmentRef, SubscriberStatus, input_number,
+};
 use crate::group::{GroupOptions, Guarantee};
 use crate::os::clock;
 use crate::ring::ledger::{Ledger, State as Word};
 use crate::shm::topic;
+use crate::topic::Mode;
 
 fn us() -> u64 {
     1
