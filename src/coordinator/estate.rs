@@ -14,6 +14,7 @@ mod groups;
 mod participants;
 mod presented;
 mod release;
+mod report;
 mod resume;
 mod retention;
 mod wildcards;
@@ -258,9 +259,6 @@ fn system(context: &str, error: &std::io::Error) -> Refusal {
 fn broken(problem: &str) -> Refusal {
     Refusal::System { context: "coordinator".to_owned(), problem: problem.to_owned() }
 }
-
-#[path = "report.rs"]
-mod report;
 
 #[cfg(test)]
 #[path = "estate_tests.rs"]
