@@ -302,7 +302,7 @@ fn a_wildcard_leaves_nothing_with_the_keeper() {
     keeper.listen();
     assert_eq!(notices(&keeper), 0);
     open_wildcard(&mut keeper, &mut estate);
-    estate.bury(us).unwrap();
+    estate.release_participant(us).unwrap();
     keeper.listen();
     assert_eq!(notices(&keeper), 0);
     assert!(!estate.memory(0).unwrap().is_in_force(0, us));

@@ -216,7 +216,7 @@ impl Server {
                 Ok(())
             }
             KIND_CLIENT => self.serve_client(number, flags),
-            _ => self.bury(number),
+            _ => self.release_participant(number),
         }
     }
 

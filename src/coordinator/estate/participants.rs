@@ -88,7 +88,7 @@ impl Estate {
     }
 
     /// Releases everything a participant had: it is dead, or has said good-bye.
-    pub(crate) fn bury(&mut self, incarnation: u64) -> Result<(), Refusal> {
+    pub(crate) fn release_participant(&mut self, incarnation: u64) -> Result<(), Refusal> {
         if self.state.participant(incarnation).is_none() {
             return Ok(());
         }

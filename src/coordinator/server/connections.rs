@@ -112,7 +112,7 @@ impl Server {
     /// proven right now, so much the better; a living one keeps its places, for it may still write (SPEC §4.2).
     fn hang_up(&mut self, id: u64) -> io::Result<()> {
         match self.disconnect(id) {
-            Some(incarnation) if self.estate.is_past(incarnation) => self.bury(incarnation),
+            Some(incarnation) if self.estate.is_past(incarnation) => self.release_participant(incarnation),
             _ => Ok(()),
         }
     }

@@ -20,7 +20,7 @@ impl Server {
             Ok(Incoming::HungUp) | Err(_) => {
                 if let Some(link) = self.estate.replace_link(None) {
                     self.epoll.delete(&link)?;
-                    link.bury();
+                    link.reap();
                 }
                 self.start_keeper()?;
             }
@@ -44,7 +44,7 @@ impl Server {
             match watched {
                 Ok(()) => Ok(link),
                 Err(error) => {
-                    link.bury();
+                    link.reap();
                     Err(error)
                 }
             }

@@ -137,7 +137,7 @@ impl Server {
         self.look = Some((Instant::now() + FIRST_LOOK, FIRST_LOOK));
     }
 
-    /// Buries participants without a connection that have executed another program since. Nothing tells us when they do:
+    /// Releases participants without a connection that have executed another program since. Nothing tells us when they do:
     /// their connection may have broken long before, with an earlier coordinator. Deaths are told by the pidfd.
     pub(super) fn look_after_the_lost(&mut self, waited: Duration) -> io::Result<()> {
         let everybody = self.estate.state().participants().keys().copied();
@@ -146,7 +146,7 @@ impl Server {
         self.look = (!lost.is_empty()).then(|| (Instant::now() + next, next));
         for incarnation in lost {
             if self.estate.is_past(incarnation) {
-                self.bury(incarnation)?;
+                self.release_participant(incarnation)?;
             }
         }
         Ok(())
@@ -157,7 +157,7 @@ impl Server {
     pub(super) fn bid_farewell(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
         let client = self.clients.remove(&id);
         if self.connected.get(&incarnation) == Some(&id) {
-            self.bury(incarnation)?;
+            self.release_participant(incarnation)?;
         }
         if let Some(mut client) = client {
             // Whoever does not wait for it needs it no more.
@@ -167,7 +167,7 @@ impl Server {
     }
 
     /// A participant is past, or has left.
-    pub(super) fn bury(&mut self, incarnation: u64) -> io::Result<()> {
+    pub(super) fn release_participant(&mut self, incarnation: u64) -> io::Result<()> {
         if let Some(id) = self.connected.remove(&incarnation) {
             self.clients.remove(&id);
         }
@@ -177,7 +177,7 @@ impl Server {
         }
         // A coordinator that cannot write down who left would give their places away wrongly after a restart. It ends,
         // and its successor tries again.
-        self.estate.bury(incarnation).map_err(io::Error::other)?;
+        self.estate.release_participant(incarnation).map_err(io::Error::other)?;
         self.linger();
         Ok(())
     }
