@@ -7,6 +7,8 @@
 //!
 //! What ends for everybody (a topic, the bus) is logged before the memory says so: a topic that its handles take for
 //! gone must not be there again after a restart. Who finds it logged says it once more.
+//!
+//! This file says what is held and grants requests; `events` is the order above.
 
 mod answers;
 mod events;

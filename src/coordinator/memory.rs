@@ -1,4 +1,5 @@
-//! What the coordinator does to a topic's shared memory: create, adopt, join, leave, recover, report.
+//! A topic's segments as the coordinator holds them: created, adopted, handed out. What it does in them is beside this
+//! file: for publishers, for readers, for groups, and to give messages up.
 
 mod expiry;
 mod groups;

@@ -1,5 +1,7 @@
 //! The coordinator's loop: it sleeps in epoll until a client asks, a process dies or the keeper speaks. One request a
 //! client and round, and no wait for any of them, so nobody delays the others.
+//!
+//! This file is the loop, from its start to its end; what it calls is beside it.
 
 mod clock;
 mod connections;

@@ -1,8 +1,10 @@
 //! Who is on the bus and what they hold: the coordinator's state machine, free of any operating system.
 //!
 //! [`State::request`] looks at a request and changes nothing: it answers with a [`Plan`], the events that would grant
-//! it. The server carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
+//! it. The estate carries the events out one by one; [`State::apply`] is the only way to change anything, whether an
 //! event has just happened or is replayed from the registry.
+//!
+//! This file says what a bus is and where requests arrive; what is decided about each of its things is beside it.
 
 mod access;
 mod event;

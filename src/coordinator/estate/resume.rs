@@ -1,5 +1,5 @@
-//! Taking over what an earlier coordinator left: its registry is replayed, its descriptors are taken from the store, and what it had
-//! begun is finished.
+//! Taking over what an earlier coordinator left: its registry is replayed, its descriptors are taken from the store,
+//! and what it had begun is finished.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

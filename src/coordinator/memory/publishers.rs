@@ -1,5 +1,5 @@
-//! What the coordinator does to memory for publishers: puts them in force, reads what they committed last, fences them, and clears up
-//! after them.
+//! What the coordinator does to memory for publishers: puts them in force, reads what they committed last, fences them,
+//! and clears up after them.
 
 use super::{Parts, TopicMemory, corrupt, wake};
 use crate::coordinator::protocol::{Identity, TopicInfo};
