@@ -405,11 +405,18 @@ impl Ledger {
         let run = self.load_run(sequence);
         // Acquire: A-LEDGER pairs with R-LEDGER (swap).
         let seen = self.read(sequence, run, self.word(sequence).load(Ordering::Acquire));
-        // A word of a later lap was written by somebody who had seen the floor above us; so, after the load, do we.
-        if seen.state() == State::Corrupt && sequence < self.floor() {
-            return seen.with_state(SETTLED);
+        // A word of a later lap may look like anything: like one before, where we slept after loading the run's, or like
+        // this one's. Whoever wrote it had seen the floor above us; so, after the load, do we.
+        if seen.state() != State::Settled && self.is_passed(sequence) {
+            return Seen { says: FOREIGN, ..seen }.with_state(SETTLED);
         }
         seen
+    }
+
+    /// Whether the floor has passed a sequence: what has been loaded before in its place may be of any lap.
+    #[inline]
+    fn is_passed(&self, sequence: u64) -> bool {
+        sequence < self.floor()
     }
 
     #[inline(always)]
@@ -471,43 +478,37 @@ impl Ledger {
         if matches!(seen.state(), State::Settled | State::Corrupt) {
             return None;
         }
-        let word = self.word(seen.sequence);
-        let mut raw = seen.raw;
-        if seen.stands_for_run() {
-            if !self.part(seen) {
-                return None;
-            }
-            if raw == UNREAD {
-                // Relaxed: the swap says whether it is still this.
-                raw = word.load(Ordering::Relaxed);
-                if !self.is_old(seen.sequence, raw) {
-                    return None;
-                }
-            }
-        }
+        let raw = if seen.stands_for_run() { self.part(seen)? } else { seen.raw };
         // Release: R-LEDGER pairs with A-LEDGER (look): our copy of the payload was made before we took or settled it, and
         // whoever moves the floor over a settled word has seen all who read the message. No Acquire: what is replaced
         // was seen by `look`, or written by whoever handed us the lease.
         // Crash points: before this the message was as it was seen, after it it is as the new word says.
+        let word = self.word(seen.sequence);
         word.compare_exchange(raw, new, Ordering::Release, Ordering::Relaxed).ok()?;
         Some(Seen { raw: new, run: 0, says: new, ..seen })
     }
 
-    /// Parts the run of a message whose own word has not been written in this lap. `false`: the message is not as seen.
+    /// Parts the run of a message whose own word has not been written in this lap. Returns that word; `None`: the message
+    /// is not as seen.
     /// Crash points: a run that was parted for nothing says the same about each of its messages as before.
     #[inline(never)]
-    fn part(&self, seen: Seen) -> bool {
+    fn part(&self, seen: Seen) -> Option<u64> {
         let parted = match self.run_state(seen.sequence, seen.run) {
-            RunState::Apart | RunState::Split => return true,
+            RunState::Apart | RunState::Split => seen.run,
             RunState::Untouched => self.pack(seen.sequence, self.round(seen.sequence), 0, NOBODY, APART),
             RunState::Leased => seen.run & !STATE_MASK | SPLIT,
-            RunState::Settled | RunState::Corrupt => return false,
+            RunState::Settled | RunState::Corrupt => return None,
         };
-        match self.swap_run(seen.sequence, seen.run, parted) {
-            Ok(()) => true,
-            // Another one's message of the same run.
-            Err(now) => now == parted,
+        // Where it fails, the run may have been parted alike for another one's message.
+        if parted != seen.run && self.swap_run(seen.sequence, seen.run, parted).is_err_and(|now| now != parted) {
+            return None;
         }
+        if seen.raw != UNREAD {
+            return Some(seen.raw);
+        }
+        // Not by its own word alone: while we slept it may have become one of a later lap.
+        let now = self.look(seen.sequence);
+        (now.says == seen.says).then_some(now.raw)
     }
 
     #[inline]
@@ -522,11 +523,13 @@ impl Ledger {
     /// has seen that all of it lies below `floor + window`.
     #[inline]
     pub fn look_at_run(&self, first: u64) -> Option<Run> {
-        if self.runs.is_empty() || first % RUN != 0 || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
+        if self.runs.is_empty() || !first.is_multiple_of(RUN) || self.lap(first) % WORD_BY_WORD == WORD_BY_WORD - 1 {
             return None;
         }
         let raw = self.load_run(first);
-        (self.run_state(first, raw) == RunState::Untouched).then_some(Run { first, raw })
+        // The floor as in `look`.
+        let untouched = self.run_state(first, raw) == RunState::Untouched && !self.is_passed(first);
+        untouched.then_some(Run { first, raw })
     }
 
     /// What an untouched run becomes when it is leased to `owner` until `due`.
@@ -957,6 +960,66 @@ mod tests {
         assert!(!ledger.settle(slow), "it would have settled {later} undelivered");
     }
 
+    /// What other consumers make of the memory of `sequence` while somebody sleeps for so many laps: its word is one of a
+    /// later lap.
+    fn sleep_for_laps(ledger: &Ledger, sequence: u64, laps: u64, state: u64) {
+        let later = sequence + laps * ledger.window();
+        ledger.word(sequence).store(ledger.pack(later, 77, 1, 9, state), Ordering::Relaxed);
+        ledger.header().floor.0.store(later, Ordering::Relaxed);
+    }
+
+    /// Half of all laps to come look like laps before to whoever still believes the run's word that it saw first.
+    #[test]
+    fn a_look_slept_through_between_its_two_words_finds_what_is_settled() {
+        for laps in [1, LAPS / 2 - 1, LAPS / 2, LAPS / 2 + 1, 5000, LAPS - 1, LAPS, LAPS + 1] {
+            for (split, state) in [(false, SETTLED), (true, SETTLED), (false, LEASED), (true, RETURNED)] {
+                let ledger = ledger(4 * RUN, 0);
+                if split {
+                    let run = ledger.look_at_run(0).unwrap();
+                    let leased = ledger.leased_run(run, 1, 10);
+                    assert!(ledger.take_run(run, leased) && ledger.settle(ledger.lease_in(leased, 0)));
+                } else {
+                    settle_fresh(&ledger, 0);
+                }
+                // Between the looks at both words.
+                sleep_for_laps(&ledger, 5, laps, state);
+                let seen = ledger.look(5);
+                assert_eq!(seen.state(), State::Settled, "{laps} {split} {state}");
+                assert!(ledger.take(seen, 2, 10).is_none() && !ledger.settle(seen));
+            }
+        }
+    }
+
+    /// The holder of a run parts it to settle one message, and sleeps before it looks at that message's own word.
+    #[test]
+    fn a_settling_slept_through_between_its_two_swaps_changes_nothing() {
+        for laps in [1, LAPS / 2 - 1, LAPS / 2, 5000, LAPS - 1, LAPS, LAPS + 1] {
+            let ledger = ledger(4 * RUN, 0);
+            let run = ledger.look_at_run(0).unwrap();
+            let leased = ledger.leased_run(run, 1, 10);
+            assert!(ledger.take_run(run, leased));
+            let lease = ledger.lease_in(leased, 5);
+            assert!(ledger.part(lease).is_some());
+            sleep_for_laps(&ledger, 5, laps, SETTLED);
+            let before = ledger.word(5).load(Ordering::Relaxed);
+            assert!(!ledger.settle(lease) && !ledger.give_back(lease, 20), "{laps}");
+            assert_eq!(ledger.word(5).load(Ordering::Relaxed), before, "{laps}: the word is of another lap");
+        }
+    }
+
+    /// A reservation slept through for nearly all laps of the field: the run's word of then is the mark of a lap before.
+    #[test]
+    fn a_reservation_slept_through_takes_no_run() {
+        let ledger = ledger(4 * RUN, 0);
+        let later = 2 * LAPS * ledger.window() - 2 * ledger.window();
+        for mark in [APART, SPLIT, SETTLED] {
+            let raw = ledger.pack(later, ledger.round(later), 1, 1, mark);
+            ledger.run_word(0).unwrap().store(raw, Ordering::Relaxed);
+            ledger.header().floor.0.store(later, Ordering::Relaxed);
+            assert_eq!(ledger.look_at_run(0), None);
+        }
+    }
+
     /// What each operation makes of each state; `None`: it changes nothing and says so.
     #[test]
     fn every_transition_from_every_state() {
@@ -1142,9 +1205,9 @@ mod tests {
     }
 
     impl Pair {
-        fn new(start: u64, now: u64) -> Self {
+        fn new(window: u64, start: u64, now: u64) -> Self {
             let (words, runs, seen) = (HashMap::new(), Vec::new(), Vec::new());
-            Pair { ledger: ledger(WINDOW, start), words, runs, floor: start, now, seen }
+            Pair { ledger: ledger(window, start), words, runs, floor: start, now, seen }
         }
 
         fn expected(&self, sequence: u64) -> Word {
@@ -1208,12 +1271,12 @@ mod tests {
 
         /// Looks at a run, and perhaps leases it.
         fn take_run(&mut self, which: u64, owner: u8, ahead: u64) {
-            let first = (self.floor / RUN + which % (WINDOW / RUN)) * RUN;
+            let first = (self.floor / RUN + which % (self.ledger.window() / RUN)) * RUN;
             if first < self.floor || first + RUN > self.ledger.window_end(self.floor) {
                 return;
             }
             let fresh = (first..first + RUN).all(|sequence| self.expected(sequence).changes == 0);
-            let word_by_word = first / WINDOW % WORD_BY_WORD == WORD_BY_WORD - 1;
+            let word_by_word = first / self.ledger.window() % WORD_BY_WORD == WORD_BY_WORD - 1;
             let Some(run) = self.ledger.look_at_run(first) else {
                 return assert!(!fresh || word_by_word, "{first} is untouched");
             };
@@ -1291,6 +1354,46 @@ mod tests {
             }
         }
 
+        /// Nothing but errors comes of it, also where it is nearly right or at the end of all numbers.
+        #[test]
+        fn garbage_in_words_and_runs_is_neither_panic_nor_hang(
+            start in prop_oneof![Just(0), Just((1 << 63) - 24), Just(u64::MAX - 40), Just(u64::MAX - 12), any::<u64>()],
+            hint: u64,
+            garbage in prop::collection::vec((any::<bool>(), any::<u8>(), any::<u64>(), 0..12_u8), 1..40),
+        ) {
+            let ledger = ledger(WINDOW, start);
+            for (is_run, at, word, how) in garbage {
+                let sequence = start.saturating_add(u64::from(at) % WINDOW);
+                let word = match how {
+                    0..9 => ledger.pack(sequence.wrapping_sub(u64::from(how / 4) * WINDOW), word, at.into(), at, word % 8),
+                    9 => [0, u64::MAX, UNTOUCHED, FOREIGN][at as usize % 4],
+                    _ => word,
+                };
+                let place = if is_run { ledger.run_word(sequence).unwrap() } else { ledger.word(sequence) };
+                place.store(word, Ordering::Relaxed);
+            }
+            if hint.is_multiple_of(2) {
+                ledger.header().hint.0.store(hint, Ordering::Relaxed);
+            }
+            ledger.leased(None, 5);
+            ledger.renew_due(5);
+            ledger.release_owner(1, 5, |sequence, _| sequence.is_multiple_of(2));
+            for sequence in ledger.handed_out() {
+                if let Some(run) = ledger.look_at_run(sequence) {
+                    let leased = ledger.leased_run(run, 1, 9);
+                    prop_assert!(!ledger.settle_run(leased, 1) && ledger.take_run(run, leased));
+                    ledger.settle(ledger.lease_in(leased, sequence));
+                    ledger.settle_run(leased, 1);
+                }
+                let seen = ledger.look(sequence);
+                if ledger.take(seen, 1, 9).is_none() && ledger.begin_move(seen, 1, 9, MoveReason::Expired).is_none() {
+                    ledger.settle(seen);
+                }
+                prop_assert!(seen.state() != State::Corrupt || ledger.look(sequence) == seen, "it stays to be seen");
+            }
+            prop_assert!(ledger.advance_floor() >= start);
+        }
+
         #[test]
         fn times_are_told_from_a_day_ahead_to_two_days_ago(
             now: u64, ahead in 0..=24 * HOUR + HOUR / 2, ago in 0..=50 * HOUR,
@@ -1304,18 +1407,23 @@ mod tests {
 
         #[test]
         fn a_ledger_is_what_its_model_says(
+            runs in prop::sample::select(vec![1_u64, 2, 4]),
+            // In laps of the longest window.
             start in prop_oneof![
                 Just(0), 0..1000_u64, (LAPS - 2) * WINDOW..(LAPS + 2) * WINDOW,
-                (WORD_BY_WORD - 3) * WINDOW..(WORD_BY_WORD + 1) * WINDOW,
+                (WORD_BY_WORD - 3) * WINDOW..(WORD_BY_WORD + 1) * WINDOW, (1_u64 << 63) - 3 * WINDOW..1 << 63,
             ],
             now in prop_oneof![Just(1 << 28), (1_u64 << 40)..1 << 50, (1_u64 << 28) - 50..1 << 28],
             steps in prop::collection::vec((0..16_u8, any::<usize>(), 0..6_u8, 0..3_u8, 1..=24 * HOUR), 0..600),
         ) {
-            let mut pair = Pair::new(start, now);
+            let window = runs * RUN;
+            let is_in_laps = (1000..1 << 60).contains(&start);
+            let start = if is_in_laps { start / WINDOW * window + start % window } else { start };
+            let mut pair = Pair::new(window, start, now);
             for (kind, which, operation, owner, ahead) in steps {
                 pair.now += 1;
                 match kind {
-                    0..4 => pair.look(pair.floor + which as u64 % WINDOW),
+                    0..4 => pair.look(pair.floor + which as u64 % window),
                     // As fresh as can be, so that most swaps succeed.
                     4..7 => {
                         pair.look(pair.floor + which as u64 % 3);
