@@ -37,6 +37,9 @@ pub enum NameError {
     /// A dot at the start or end, or two in a row.
     #[error("the name has an empty part between dots; write it as in md.ticks")]
     EmptyToken,
+    /// ActiveMQ's name for what a group has of a virtual topic, which is no topic of its own.
+    #[error("the name stands for a group of a topic, as Consumer.GROUP.TOPIC; name the topic, VirtualTopic.X, itself")]
+    Queue,
 }
 
 /// Why the bus could not be reached.
@@ -342,7 +345,7 @@ pub enum Refusal {
         consumer: u32,
     },
     /// The group has consumers, which would lose it.
-    #[error("group {group:?} of topic {topic:?} has {consumers} consumers ({}); end them or use force", processes(.pids))]
+    #[error("group {group:?} of topic {topic:?} is in use by {}; end its consumers or use force", processes(.pids))]
     GroupInUse {
         /// The topic.
         topic: String,

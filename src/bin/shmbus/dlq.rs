@@ -61,7 +61,7 @@ struct WhichArgs {
     #[arg(value_parser = values::topic_name)]
     topic: String,
     /// At most this many, the oldest
-    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true, value_parser = values::number::<u64>)]
     count: u64,
 }
 
