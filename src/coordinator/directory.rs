@@ -78,8 +78,7 @@ impl Place {
     /// Why there is no bus for who may not serve it.
     pub(crate) fn nobody_serves(&self) -> ConnectError {
         let us = Uid::effective();
-        let problem =
-            format!("nobody serves bus {:?} here, and this user ({us}) may not write there to start it", self.bus);
+        let problem = format!("no coordinator serves bus {:?} here, and this user ({us}) may not start one", self.bus);
         refused(&self.directory, &problem, "have its owner run `shmbus serve`, or set SHMBUS_DIR to another place")
     }
 
