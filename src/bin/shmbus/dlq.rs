@@ -26,7 +26,9 @@ const RETRIED: &str = "retried-from";
 
 /// Look at dead letters, the messages that groups gave up, and move them back.
 ///
-/// A group's dead-letter topic is dlq.TOPIC.GROUP unless the group names another. There the messages wait in the group dlq.
+/// A group's dead-letter topic is dlq.TOPIC.GROUP unless the group names another. There the messages wait in the group dlq, which is
+/// made with the topic; where you create that yourself, add the group, or it keeps letters as any topic does: `shmbus group
+/// create TOPIC dlq --from oldest --guarantee effectively-once --back-off 100ms`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
