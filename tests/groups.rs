@@ -278,6 +278,29 @@ fn a_late_ack_loses_its_lease_and_disturbs_nobody() {
     }
 }
 
+/// Thirty-two are taken with two swaps. One of them has been taken over, one is kept.
+#[test]
+fn a_late_batch_loses_only_what_another_has_taken_over() {
+    for mode in RINGS {
+        let mut stage = Stage::new(mode, GroupOptions::new().lease(Duration::from_millis(20)));
+        stage.publish(0, 32);
+        let (mut late, mut next) = (stage.consumer(), stage.consumer());
+        let batch = late.recv_batch(32).unwrap();
+        assert_eq!(batch.len(), 32);
+        let kept = batch.iter().nth(19).unwrap().keep();
+        let message = take(&mut next);
+        assert_eq!(seen(&message), (0, 2));
+        let taken_over = message.keep();
+        assert_eq!(batch.ack(), Err(AckError::LeaseLost { sequence: Sequence::new(0) }));
+        late.ack(&kept).unwrap();
+        assert_eq!(late.ack(&kept), Err(AckError::AlreadySettled { sequence: Sequence::new(19) }));
+        next.ack(&taken_over).unwrap();
+        drop(late);
+        expect_nothing(&mut next);
+        assert_eq!(next.floor().get(), 32);
+    }
+}
+
 #[test]
 fn a_lease_is_never_short_and_an_extended_one_lasts() {
     let lease = Duration::from_millis(50);

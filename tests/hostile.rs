@@ -324,8 +324,14 @@ fn consume(bus: &Bus, topic: &Topic<[u8]>, random: &mut Random, watch: &Watch) {
         if matches!(received, Err(RecvError::Corrupt(_) | RecvError::Gone(_) | RecvError::Fenced)) {
             break;
         }
-        let batch = || drop(consumer.try_recv_batch(8).map(|batch| batch.map(|batch| batch.ack())));
-        watch.time("consuming a batch", batch);
+        // Sometimes by the run of sixteen.
+        let count = [8, 16, 40][random.below(3) as usize];
+        watch.time("consuming a batch", || {
+            let Ok(Some(batch)) = consumer.try_recv_batch(count) else { return };
+            let kept = batch.iter().nth(random.below(40) as usize).map(|message| message.keep());
+            let _ = if end == 0 { batch.nack() } else { batch.ack() };
+            let _ = kept.map(|kept| consumer.ack(&kept));
+        });
     }
     watch.time("closing a consumer", || drop(consumer));
 }

@@ -538,6 +538,51 @@ fn a_dead_ones_run_comes_back() {
     });
 }
 
+/// One goes on for laps, by the run where it can; another wants a message of the first lap, slowly: whatever it has seen by
+/// then, it takes that message or none.
+#[test]
+fn who_is_laps_behind_takes_nothing_of_later_ones() {
+    explore(PREEMPTIONS_SMALL, || {
+        let (ledger, leased) = (ledger(RUN, 0), counts::<6>());
+        ledger.raise_hint(RUN);
+        let finish = |ledger: &Ledger, owner: u8, leased: &[AtomicU64; 6]| {
+            for first in (0..3 * RUN).step_by(RUN as usize) {
+                if ledger.advance_floor() < first {
+                    return;
+                }
+                ledger.raise_hint(first + RUN);
+                let taken = ledger.look_at_run(first).map(|run| (run, ledger.leased_run(run, owner, AHEAD)));
+                if let Some((run, taken)) = taken.filter(|(run, taken)| ledger.take_run(*run, *taken)) {
+                    run.sequences().for_each(|sequence| {
+                        assert_eq!(leased[sequence as usize].fetch_add(1, Relaxed), 0, "{sequence} twice");
+                    });
+                    assert!(ledger.settle_run(taken, owner), "nobody takes over what is not overdue");
+                    continue;
+                }
+                (first..first + RUN).for_each(|sequence| settle_alone(ledger, owner, sequence, leased));
+            }
+        };
+        let (theirs, seen) = (ledger.clone(), leased.clone());
+        let behind = thread::spawn(move || settle_alone(&theirs, 2, 1, &seen));
+        finish(&ledger, 1, &leased);
+        behind.join().unwrap();
+        finish(&ledger, 1, &leased);
+        assert_eq!(ledger.advance_floor(), 3 * RUN);
+        assert!(leased.iter().all(|count| count.load(Relaxed) == 1), "each once");
+    });
+}
+
+fn settle_alone(ledger: &Ledger, owner: u8, sequence: u64, leased: &[AtomicU64; 6]) {
+    let seen = ledger.look(sequence);
+    assert_ne!(seen.state(), LedgerState::Corrupt, "at most reused");
+    if is_free(seen)
+        && let Some(lease) = ledger.take(seen, owner, AHEAD)
+    {
+        assert_eq!(leased[sequence as usize].fetch_add(1, Relaxed), 0, "{sequence} twice");
+        assert!(ledger.settle(lease));
+    }
+}
+
 /// As for one message, a copy is made before the run is settled, and so before the floor lets a publisher in.
 #[test]
 fn copies_come_before_the_overwriting_of_their_run() {

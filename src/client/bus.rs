@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::access::Access;
-use crate::client::control::Control;
-use crate::client::{launch, watch};
+use crate::client::control::{Control, launch, watch};
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, BusReport, NameStatus, Purged, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};

@@ -229,7 +229,7 @@ impl Gathering<'_> {
         }
     }
 
-    /// Without a pidfd of theirs they are buried when we resume. From here on nobody needs what they would have presented.
+    /// Without a pidfd of theirs they are released when we resume. From here on nobody needs what they would have presented.
     fn forget_the_leaving(&mut self) {
         for incarnation in &self.leaving {
             let name = participant_name(*incarnation);

@@ -3,8 +3,9 @@
 
 use super::*;
 use crate::coordinator::link::{Incoming, Message};
-use crate::coordinator::protocol::{Identity, TopicInfo};
-use crate::os::socket;
+use crate::coordinator::protocol::{Identity, StartAt, TopicInfo};
+use crate::os::pidfd;
+use crate::os::socket::{self, User};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::LogSegments;
 use crate::topic::TopicOptions;
@@ -301,7 +302,7 @@ fn a_wildcard_leaves_nothing_with_the_keeper() {
     keeper.listen();
     assert_eq!(notices(&keeper), 0);
     open_wildcard(&mut keeper, &mut estate);
-    estate.bury(us).unwrap();
+    estate.release_participant(us).unwrap();
     keeper.listen();
     assert_eq!(notices(&keeper), 0);
     assert!(!estate.memory(0).unwrap().is_in_force(0, us));

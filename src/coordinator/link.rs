@@ -202,7 +202,7 @@ impl Link {
     }
 
     /// Makes sure that a keeper which hung up is dead, and reaps it.
-    pub(crate) fn bury(self) {
+    pub(crate) fn reap(self) {
         if let Some(mut child) = self.child {
             let _ = child.kill();
             let _ = child.wait();

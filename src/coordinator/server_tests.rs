@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::client::control::Control;
-use crate::coordinator::protocol::{SegmentRef, StartAt, TopicInfo};
+use crate::coordinator::connection::Received;
+use crate::coordinator::protocol::{Answer, HandleRef, PROTOCOL_VERSION, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::OpenError;
+use crate::os::socket::Peer;
 use crate::topic::{Mode, TopicOptions};
 
 const DEADLINE: Duration = Duration::from_secs(20);

@@ -25,6 +25,10 @@ const GROUP: &str = "group";
 /// Messages that a victim finds.
 const MESSAGES: u64 = 3;
 
+/// Messages that end together, and so many of them that are taken with one swap: a run, which begins at a multiple of its length.
+const BATCH: u64 = RUN + 2;
+const RUN: u64 = 16;
+
 /// Never ends in a test.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -48,6 +52,8 @@ const OUTPUTS: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Acked,
+    /// Received and acked as one batch.
+    AckedTogether,
     /// Acked while the ring is full and a publisher sleeps until there is room.
     AckedAwaited,
     /// Acked, and then one more for which it has to sleep.
@@ -93,6 +99,8 @@ pub(crate) fn all() -> Vec<Scenario> {
     vec![
         consuming!("consume exclusive ack", Exclusive, Acked, stride: 400, Instruction),
         consuming!("consume many ack", Many, Acked, stride: 800, Instruction),
+        consuming!("consume exclusive batch", Exclusive, AckedTogether, stride: 3000, Instruction),
+        consuming!("consume many batch", Many, AckedTogether, stride: 4000, Instruction),
         consuming!("consume exclusive ack, publisher waits", Exclusive, AckedAwaited, stride: 2000, Access),
         consuming!("consume many ack, publisher waits", Many, AckedAwaited, stride: 2000, Access),
         consuming!("consume exclusive ack, asleep", Exclusive, AckedAsleep, stride: 2000, Access),
@@ -143,7 +151,7 @@ impl Plan {
         }
     }
 
-    /// How many messages the victim works on.
+    /// How many messages, or batches, the victim works on.
     fn worked(self) -> u64 {
         match self.ending {
             Ending::Acked | Ending::TakenOver => MESSAGES,
@@ -170,6 +178,16 @@ impl Plan {
                 for _ in 0..2 {
                     let _kept = consumer.try_recv().unwrap().map(|message| message.keep());
                 }
+            })
+        }
+        if self.ending == Ending::AckedTogether {
+            between_markers(|| {
+                let batch = consumer.try_recv_batch(2 * BATCH as usize).unwrap().unwrap();
+                assert_eq!(batch.len() as u64, BATCH);
+                reached(1);
+                batch.ack().unwrap();
+                reached(2);
+                assert!(consumer.try_recv().unwrap().is_none());
             })
         }
         between_markers(|| {
@@ -234,7 +252,8 @@ impl Plan {
 
     /// Whether this may have become of the victim's message `number`.
     fn judge(self, number: u64, progress: u64, seen: &Outcome) -> Result<(), Violation> {
-        let concerned = number < self.worked();
+        let together = self.ending == Ending::AckedTogether;
+        let (concerned, number) = if together { (number < BATCH, 0) } else { (number < self.worked(), number) };
         let (might_have, had, done) = (
             concerned && progress >= 2 * number,
             concerned && progress > 2 * number,
@@ -248,7 +267,7 @@ impl Plan {
         };
         let (delivered, results) = (seen.delivered.len(), seen.results.len());
         let right = match self.ending {
-            Ending::Acked | Ending::AckedAwaited | Ending::AckedAsleep | Ending::TakenOver => {
+            Ending::Acked | Ending::AckedTogether | Ending::AckedAwaited | Ending::AckedAsleep | Ending::TakenOver => {
                 results == 0 && (again && !done || delivered == 0 && had)
             }
             Ending::GivenBack => results == 0 && again,
@@ -559,8 +578,13 @@ impl Colleagues {
 
 impl Survivors for Colleagues {
     fn ready(&mut self, _life: u64) -> Result<(), Violation> {
+        if self.plan.ending == Ending::AckedTogether {
+            (0..(RUN - self.tail() % RUN) % RUN).try_for_each(|_| self.publish())?;
+            self.drain()?;
+        }
         (self.first, self.messages) = (self.tail(), Vec::new());
-        (0..MESSAGES).try_for_each(|_| self.publish())?;
+        let count = if self.plan.ending == Ending::AckedTogether { BATCH } else { MESSAGES };
+        (0..count).try_for_each(|_| self.publish())?;
         match self.plan.ending {
             Ending::TakenOver => self.be_late(),
             Ending::Adopted => self.leave_a_move(),

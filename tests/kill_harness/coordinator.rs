@@ -30,6 +30,9 @@ const DOUBLE_KILLS_A_BUS: usize = 3;
 /// Kills of a short run, for each deed.
 const SHORT_KILLS: usize = 8;
 
+/// The same where each is that of two coordinators.
+const SHORT_DOUBLE_KILLS: usize = 2 * DOUBLE_KILLS_A_BUS;
+
 /// Places where a long run kills the first coordinator over a deed, before its successor: one is before all of it.
 const FIRST_PLACES: usize = 4;
 
@@ -522,10 +525,13 @@ fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Rep
         // How it comes to its first segment was covered where the first one dies before the deed, and is the same.
         points.retain(|point| point.place.is_some());
     }
-    while !is_long() && points.len() > SHORT_KILLS {
+    let (kills_a_bus, short_kills) = match victim {
+        Victim::Asked => (KILLS_A_BUS, SHORT_KILLS),
+        Victim::Successor(_) | Victim::Adopter => (DOUBLE_KILLS_A_BUS, SHORT_DOUBLE_KILLS),
+    };
+    while !is_long() && points.len() > short_kills {
         points.remove(random.below(points.len() as u64) as usize);
     }
-    let kills_a_bus = if matches!(victim, Victim::Asked) { KILLS_A_BUS } else { DOUBLE_KILLS_A_BUS };
     for points in points.chunks(kills_a_bus) {
         let scene = Scene::new("coordinator");
         let mut stage = Stage::new(&scene).map_err(io::Error::other)?;

@@ -144,7 +144,9 @@ impl Survivors for Others {
         }
         // What the dead one asked is answered, or was.
         while let Some(request) = self.responder.as_mut().and_then(|responder| responder.try_recv().transpose()) {
-            drop(request.map_err(|error| format!("the responder: {error}"))?);
+            if let Err(error) = request {
+                return Err(format!("the responder: {error}"));
+            }
         }
         await_within("the dead one's places and inbox are gone", || {
             let (status, topics) = (status(&self.bus, &topic())?, self.bus.topics().map_err(|e| e.to_string())?);

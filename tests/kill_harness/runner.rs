@@ -24,8 +24,8 @@ const MAX_VIOLATIONS: usize = 5;
 /// An operation that takes more than this many instructions waits for something.
 pub(crate) const MAX_STEPS: usize = 5_000_000;
 
-/// How often a long run goes for a place that a victim does not come by: where it goes depends on the clock and on where the ring
-/// is.
+/// How often a long run goes for a place that a victim does not come by: where it goes depends on where the ring is, and on the
+/// clock, so that it is stepped there every other time.
 const MOST_TRIES: usize = 8;
 
 /// Lives that a long run lets pass before it looks where victims go.
@@ -93,7 +93,8 @@ pub(crate) fn run(scenario: &Scenario, seed: u64) -> io::Result<Report> {
             life += 1;
             report.kills += 1;
             tries += 1;
-            let (reached, survived) = kill_at(&scene, scenario, &mut *survivors, life, &Moment::of(&steps, point))?;
+            let moment = Moment { stepped: tries % 2 == 0 && !point.asleep, ..Moment::of(&steps, point) };
+            let (reached, survived) = kill_at(&scene, scenario, &mut *survivors, life, &moment)?;
             if reached || tries == most_tries || survived.is_err() {
                 report.missed += usize::from(!reached);
                 points.pop_front();
@@ -128,6 +129,8 @@ struct Moment {
     rounds: u64,
     /// Not before it, but asleep in it.
     asleep: bool,
+    /// It is not to run there, but to be stepped.
+    stepped: bool,
     before_all: bool,
     after_all: bool,
 }
@@ -147,7 +150,7 @@ impl Moment {
         let arrivals: Vec<usize> = (0..=point).filter(arrives).collect();
         let rounds = arrivals.last().map_or(0, |arrived| point - arrived) as u64;
         let (visit, before_all, after_all) = (arrivals.len() as u64, point == 0, point == steps.len() - 1);
-        Moment { address, visit, rounds, asleep, before_all: before_all && !asleep, after_all }
+        Moment { address, visit, rounds, asleep, stepped: false, before_all: before_all && !asleep, after_all }
     }
 }
 
@@ -240,7 +243,11 @@ fn kill_at(
         return Ok((false, Err(violation)));
     }
     // Its first instruction it stands before.
-    let reached = moment.before_all || tracee.run_to_address(moment.address, moment.visit, PATIENCE)?;
+    let reached = match moment {
+        Moment { before_all: true, .. } => true,
+        Moment { stepped: true, .. } => tracee.step_to_address(moment.address, moment.visit)?,
+        _ => tracee.run_to_address(moment.address, moment.visit, PATIENCE)?,
+    };
     for _ in 0..if reached { moment.rounds } else { 0 } {
         if tracee.step()? == Stop::Ended {
             return Err(io::Error::other("the victim ended by itself"));

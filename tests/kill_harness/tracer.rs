@@ -303,6 +303,24 @@ impl Tracee {
         self.run_to_next(address, deadline)
     }
 
+    /// The same, instruction by instruction: it comes to see as much of the clock go by as when it was first stepped.
+    pub(crate) fn step_to_address(&mut self, address: u64, visit: u64) -> io::Result<bool> {
+        let (mut visits, mut last) = (0, 0);
+        loop {
+            let at = self.registers()?.rip;
+            visits += u64::from(at == address && last != address);
+            if visits == visit {
+                return Ok(true);
+            }
+            let mut byte = [0];
+            self.read(at, &mut byte);
+            if byte == [MARKER] || self.step()? == Stop::Ended {
+                return Ok(false);
+            }
+            last = at;
+        }
+    }
+
     fn run_to_next(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
         let mut original = [0];
         self.read(address, &mut original);

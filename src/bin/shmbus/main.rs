@@ -205,6 +205,8 @@ fn command_given() -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();

@@ -1,4 +1,4 @@
-//! Taking and settling messages by the run: one swap for sixteen of them (`ring/ledger.rs`, *Runs*).
+//! Taking and settling messages by the run: one swap for sixteen of them (`ring/ledger/run.rs`).
 
 use std::cell::Cell;
 
@@ -27,7 +27,8 @@ impl Core {
             self.copies.undo_to(copies);
             return false;
         }
-        self.items[items].run = Some(leased);
+        // At most once there is nothing left to acknowledge.
+        self.items[items].run = (self.guarantee() != Guarantee::AtMostOnce).then_some(leased);
         self.reserved.start += RUN;
         true
     }
@@ -36,7 +37,7 @@ impl Core {
     #[inline]
     fn copy_run(&mut self, run: Run, leased: Run) -> bool {
         let at_most_once = self.guarantee() == Guarantee::AtMostOnce;
-        let next = run.sequences().end..self.reserved.end.min(run.sequences().end + RUN);
+        let next = run.sequences().end..self.reserved.end.min(run.sequences().end.saturating_add(RUN));
         next.for_each(|sequence| self.log.prefetch(sequence));
         for sequence in run.sequences() {
             // A hole, or what is unsound: met again one by one.

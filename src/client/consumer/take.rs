@@ -103,10 +103,13 @@ impl Core {
     fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
         while self.items.len() < count {
             let wanted = count - self.items.len();
-            if self.candidates.is_empty() && self.take_run(wanted, now) {
-                continue;
-            }
-            let Some(sequence) = self.next_sequence(wanted, now) else { break };
+            let sequence = match self.candidates.pop_front() {
+                // What comes back goes before what is new.
+                Some(sequence) => sequence,
+                None if self.reserved.is_empty() && !self.reserve(wanted as u64, now) => break,
+                None if self.take_run(wanted, now) => continue,
+                None => self.next_reserved(),
+            };
             if let Err(error) = self.try_take(sequence, now) {
                 if self.items.is_empty() {
                     return Err(error);
@@ -132,21 +135,16 @@ impl Core {
         self.take_up_to(count, now)
     }
 
-    /// The next sequence worth trying: what comes back goes before what is new.
+    /// The first of what is reserved, which must not be nothing.
     #[inline]
-    fn next_sequence(&mut self, wanted: usize, now: u64) -> Option<u64> {
-        if !self.candidates.is_empty() {
-            return self.candidates.pop_front();
-        }
-        if self.reserved.is_empty() && !self.reserve(wanted as u64, now) {
-            return None;
-        }
-        let sequence = self.reserved.next()?;
-        let ahead = sequence + AHEAD;
+    fn next_reserved(&mut self) -> u64 {
+        let sequence = self.reserved.start;
+        self.reserved.start += 1;
+        let ahead = sequence.saturating_add(AHEAD);
         if ahead < self.reserved.end {
             self.log.prefetch(ahead);
         }
-        Some(sequence)
+        sequence
     }
 
     /// Reserves messages that nobody has been handed yet.
@@ -169,7 +167,7 @@ impl Core {
             if self.ledger.reserve(hint, end - hint) {
                 self.reserved = hint..end;
                 self.ledger.prefetch_runs(hint..end);
-                (hint..end.min(hint + AHEAD)).for_each(|sequence| self.log.prefetch(sequence));
+                (hint..end.min(hint.saturating_add(AHEAD))).for_each(|sequence| self.log.prefetch(sequence));
                 return true;
             }
         }

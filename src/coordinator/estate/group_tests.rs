@@ -3,11 +3,14 @@
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
-use crate::coordinator::protocol::{ConsumerStatus, GroupInfo, GroupStatus, Identity, input_number};
+use crate::coordinator::protocol::{
+    ConsumerStatus, GroupInfo, GroupStatus, Identity, MAX_PACKET_BYTES, SegmentRef, SubscriberStatus, input_number,
+};
 use crate::group::{GroupOptions, Guarantee};
 use crate::os::clock;
 use crate::ring::ledger::{Ledger, State as Word};
 use crate::shm::topic;
+use crate::topic::Mode;
 
 fn us() -> u64 {
     1
@@ -151,7 +154,7 @@ fn what_a_group_has_given_out_survives_its_coordinator() {
     let mut estate = keeper.restart();
     assert_eq!(consumer.sees(0), Word::Leased);
     assert_eq!(status(&mut estate)[0].consumers[0].in_flight, 1);
-    estate.bury(us()).unwrap();
+    estate.release_participant(us()).unwrap();
     assert_eq!(consumer.sees(0), Word::Returned, "its holder is dead");
 }
 
@@ -241,7 +244,7 @@ fn a_group_keeps_the_bus() {
         if has_group {
             ask(&mut estate, create("g", GroupOptions::default(), StartAt::Oldest)).unwrap();
         }
-        estate.bury(us()).unwrap();
+        estate.release_participant(us()).unwrap();
         assert_eq!(estate.is_needed(), has_group);
     }
 }
@@ -290,7 +293,7 @@ fn with_outputs(keeper: &mut Keeper, estate: &mut Estate, due: u64) -> Consumer 
 fn what_the_dead_had_finished_is_settled_and_the_rest_returns() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
     let consumer = with_outputs(&mut keeper, &mut estate, in_a_minute());
-    estate.bury(us()).unwrap();
+    estate.release_participant(us()).unwrap();
     let states = [0, 1, 2].map(|sequence| consumer.sees(sequence));
     assert_eq!(states, [Word::Returned, Word::Settled, Word::Returned]);
 }
@@ -302,7 +305,7 @@ fn what_was_finished_is_known_when_publisher_and_coordinator_are_gone() {
     ask(&mut estate, Request::Close { handles: vec![HandleRef::Publisher { topic: 1, slot: 0 }] }).unwrap();
     drop(estate);
     let mut estate = keeper.restart();
-    estate.bury(us()).unwrap();
+    estate.release_participant(us()).unwrap();
     assert_eq!(consumer.sees(1), Word::Settled);
 }
 
@@ -336,7 +339,7 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     let consumer = with_outputs(&mut keeper, &mut estate, clock::now_ms());
     ask(&mut estate, reclaim(0)).unwrap();
     assert_eq!([0, 1, 2].map(|sequence| consumer.sees(sequence)), [Word::Leased; 3]);
-    estate.bury(us()).unwrap();
+    estate.release_participant(us()).unwrap();
     assert_eq!(consumer.sees(1), Word::Settled);
 }
 

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Decider, Event, Plan, Reply, State, TopicEntry, check_schema, shown};
+use super::topics::{check_schema, shown};
+use super::{Decider, Event, Plan, Reply, State, TopicEntry};
 use crate::access::Right;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, StartAt};

@@ -59,6 +59,29 @@ impl State {
 }
 
 impl Decider<'_> {
+    pub(super) fn check_budget(&self, name: &str, uid: u32, needed: u64) -> Result<(), Refusal> {
+        let budget = self.limits.budget_bytes;
+        let available = budget.saturating_sub(self.state.reserved.get(&uid).copied().unwrap_or(0));
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
+    }
+
+    pub(super) fn check_handles(&self) -> Result<(), Refusal> {
+        self.check_handles_of(self.incarnation, 1)
+    }
+
+    /// Whether a participant may hold `more` handles.
+    pub(super) fn check_handles_of(&self, incarnation: u64, more: usize) -> Result<(), Refusal> {
+        let held = self.state.participants.get(&incarnation).map_or(0, |p| p.handles.len());
+        if held + more <= self.limits.handles {
+            return Ok(());
+        }
+        let what = "publishers, subscribers and consumers of one process".to_owned();
+        Err(Refusal::Limit { what, limit: self.limits.handles as u64, mend: "close some".to_owned() })
+    }
+
     /// Whether a user may have so many more.
     pub(super) fn check_owned(&self, uid: u32, topics: usize, segments: usize) -> Result<(), Refusal> {
         let owned = self.state.owned.get(&uid).copied().unwrap_or_default();

@@ -3,10 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::access::Reads;
-use super::{
-    Decider, Event, Footprint, Plan, Reply, SHOWN_NAME_BYTES, State, TopicEntry, check_schema, check_schema_len,
-    too_many,
-};
+use super::handles::too_many;
+use super::topics::{SHOWN_NAME_BYTES, check_schema, check_schema_len};
+use super::{Decider, Event, Footprint, Plan, Reply, State, TopicEntry};
 use crate::coordinator::protocol::{HandleRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::pattern::{check_pattern, matches};

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use crate::client::control::Granted;
+use super::Granted;
 use crate::coordinator::protocol::{Answer, HandleRef};
 
 /// Pushed topics by wildcard subscription.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
-use crate::client::control::{Control, IntroduceError};
+use super::{Control, IntroduceError};
 use crate::coordinator::directory::Place;
 use crate::coordinator::random_u64;
 use crate::coordinator::roles;

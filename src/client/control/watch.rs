@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
-use crate::client::control::{Control, Line};
+use super::{Control, Line};
 use crate::os::{process, socket};
 
 /// Between two looks while there is no coordinator; doubled up to the longest.

@@ -1,0 +1,111 @@
+//! Asking the coordinator, and telling it something.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use super::{Control, Granted, Inner, lock, pause};
+use crate::coordinator::protocol::{Answer, MAX_PACKET_BYTES, Request};
+use crate::error::{ConnectError, OpenError};
+use crate::os::socket;
+
+/// How long a request waits for its answer, a restart of the coordinator included.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Control {
+    /// Asks the coordinator and waits for the answer; a refusal is an error. If the coordinator dies meanwhile, its
+    /// successor is asked.
+    pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
+        self.check_process()?;
+        self.ask(lock(&self.turn), request, 0)
+    }
+
+    /// The same for what is to be done once: a successor of the coordinator that had done it says so, and does not find that it has
+    /// been done already.
+    pub(crate) fn request_once(&self, request: &Request) -> Result<Granted, OpenError> {
+        self.check_process()?;
+        let mut turn = lock(&self.turn);
+        *turn += 1;
+        let once = *turn;
+        self.ask(turn, request, once)
+    }
+
+    fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
+        let answer = self.exchange(request, once, Instant::now() + PATIENCE);
+        drop(turn);
+        match answer? {
+            (Answer::Refused(refusal), _) => Err(refusal.into()),
+            granted => Ok(granted),
+        }
+    }
+
+    /// Tells the coordinator something, and does not wait for the answer. `false`: it could not be told now.
+    pub(crate) fn tell(&self, request: &Request) -> bool {
+        if self.check_process().is_err() {
+            return false;
+        }
+        self.line.try_hold().is_some_and(|mut inner| {
+            inner.receive_all();
+            inner.connect().is_ok() && inner.welcomed && matches!(inner.send(request, 0, false), Ok(true))
+        })
+    }
+
+    /// Asks and waits for the answer until `deadline`. The caller has the turn.
+    pub(super) fn exchange(&self, request: &Request, once: u64, deadline: Instant) -> Result<Granted, ConnectError> {
+        let mut sent_on = None;
+        loop {
+            let mut inner = self.line.hold();
+            inner.receive_all();
+            if sent_on == Some(inner.generation)
+                && let Some(answer) = inner.answers.pop_front()
+            {
+                return Ok(answer);
+            }
+            inner.connect()?;
+            let absent = inner.absent;
+            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, once, true)? {
+                sent_on = Some(inner.generation);
+            }
+            if Instant::now() >= deadline {
+                // The answer may come yet; what it opens is given back then.
+                inner.expected.iter_mut().for_each(|waited_for| *waited_for = false);
+                return Err(ConnectError::Timeout {
+                    bus: self.place.bus.clone(),
+                    waited_ms: PATIENCE.as_millis() as u64,
+                });
+            }
+            let socket = inner.socket.clone();
+            drop(inner);
+            if absent {
+                self.line.revive()?;
+            }
+            pause(socket.as_deref(), deadline);
+        }
+    }
+}
+
+impl Inner {
+    /// Sends a request; false when it does not fit now or the connection broke.
+    pub(super) fn send(&mut self, request: &Request, once: u64, waited_for: bool) -> Result<bool, ConnectError> {
+        let Some(socket) = &self.socket else { return Ok(false) };
+        let bytes = request.to_packet(once).map_err(|error| ConnectError::Garbled(error.to_string()))?;
+        if bytes.len() > MAX_PACKET_BYTES {
+            let problem = format!("the request has {} bytes, at most {MAX_PACKET_BYTES} are possible", bytes.len());
+            return Err(ConnectError::Garbled(problem));
+        }
+        match socket::send(socket.as_fd(), &bytes, &[]) {
+            Ok(()) => {
+                self.expected.push_back(waited_for);
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(_) => {
+                // What the dead coordinator had sent is still to be read; the hang-up comes behind it.
+                self.receive_all();
+                self.socket = None;
+                Ok(false)
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What participants ask, and what others have to be told before it is answered.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use super::Server;
+use crate::coordinator::connection::Push;
+use crate::coordinator::estate::Granted;
+use crate::coordinator::link::Link;
+use crate::coordinator::protocol::{Answer, Request, TopicInfo};
+
+impl Server {
+    pub(super) fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
+        let Some(client) = self.clients.get(&id) else { return Ok(()) };
+        match (client.incarnation, request) {
+            (None, Request::Hello { protocol, token, incarnation, holds }) => {
+                self.hello(id, protocol, token, incarnation, &holds)
+            }
+            (Some(_), Request::Present { info, names }) => {
+                self.hear_too_late(id, &info, names);
+                Ok(())
+            }
+            (Some(incarnation), Request::PresentNotice { wildcard }) => {
+                self.hear_of_notice(id, incarnation, wildcard);
+                Ok(())
+            }
+            // Nothing depends on it: what was lost is lost.
+            (Some(_), Request::AllPresented) => Ok(()),
+            (None, _) => {
+                self.expel(id);
+                Ok(())
+            }
+            (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
+            (Some(incarnation), Request::Report) => self.report(id, incarnation),
+            (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
+        }
+    }
+
+    /// The notice of a wildcard subscription has come.
+    fn hear_of_notice(&mut self, id: u64, incarnation: u64, wildcard: u64) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let Some(notice) = client.take_fds().pop() else { return };
+        if let Err(refusal) = self.estate.adopt_presented(incarnation, wildcard, notice) {
+            eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
+        }
+    }
+
+    /// What is presented of a topic that is lost or removed serves to tell those who hold it.
+    fn hear_too_late(&mut self, id: u64, info: &TopicInfo, names: Vec<String>) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let segments = names.into_iter().zip(client.take_fds()).collect();
+        if let Err(refusal) = self.estate.end_presented(info, segments) {
+            eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
+        }
+    }
+
+    fn grant(&mut self, id: u64, incarnation: u64, request: &Request, once: u64) -> io::Result<()> {
+        let granted = self.estate.request_once(incarnation, request, once);
+        self.announce()?;
+        self.spread_news()?;
+        let (answer, fds): Granted = match granted {
+            Ok(Some(granted)) => granted,
+            Ok(None) => {
+                self.stop();
+                (Answer::Done, Vec::new())
+            }
+            Err(refusal) => (Answer::Refused(refusal), Vec::new()),
+        };
+        self.send(id, &answer, fds)
+    }
+
+    /// Hands new topics to the owners of wildcard subscriptions, before their creator learns that they exist; then wakes
+    /// the owners. One without a connection comes back for them, and so does one that must be disconnected.
+    fn spread_news(&mut self) -> io::Result<()> {
+        let news = self.estate.take_news();
+        for news in &news {
+            let Some(&id) = self.connected.get(&news.incarnation) else { continue };
+            self.push(id, Push::Wildcard(*news))?;
+        }
+        let wildcards: BTreeSet<u64> = news.iter().map(|news| news.wildcard).collect();
+        wildcards.into_iter().for_each(|wildcard| self.estate.tell(wildcard));
+        Ok(())
+    }
+
+    fn report(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+        let keeper = self.estate.link().and_then(Link::pid);
+        let report = self.estate.report(incarnation, keeper, |incarnation| self.connected.contains_key(&incarnation));
+        self.send(id, &Answer::Report(report), Vec::new())
+    }
+
+    /// Hands new arenas to their readers, before the publisher that will write them learns that it may.
+    fn announce(&mut self) -> io::Result<()> {
+        for (topic, slot) in self.estate.take_announcements() {
+            for reader in self.estate.state().readers_of(topic) {
+                let Some(&id) = self.connected.get(&reader) else { continue };
+                self.push(id, Push::Arena { topic, slot })?;
+            }
+        }
+        Ok(())
+    }
+}
