@@ -287,8 +287,9 @@ fn group_hold(topic: &str, group: &BlockingGroup, floor: u64) -> (String, String
             format!("continue or end process {pid}"),
         ),
         None if group.moving > 0 => (
-            format!("{} messages wait for room in its dead-letter topic", group.moving),
-            "read or purge the dead-letter topic".to_owned(),
+            format!("{} messages wait for its dead-letter topic, which is full or takes none like them", group.moving),
+            "read or purge the dead-letter topic; if it has room, remove it, so that it is created again to fit"
+                .to_owned(),
         ),
         None if group.consumers == 0 => (
             format!("it has no consumer, and holds everything from sequence {floor} on"),

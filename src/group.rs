@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// What a group promises when consumers or publishers die.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Guarantee {
     /// A message counts as done when it is handed out: never delivered twice; a death loses at most what was in hand.

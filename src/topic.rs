@@ -338,7 +338,8 @@ const fn whole_ms(duration: Duration) -> u64 {
     }
 }
 
-/// Checks a topic or bus name: 1 to 200 bytes of letters, digits, `-`, `_` and single inner dots.
+/// Checks a topic or bus name: 1 to 200 bytes of letters, digits, `-`, `_` and single inner dots, and not what
+/// [`virtual_topic`] understands.
 pub fn check_name(name: &str) -> Result<(), NameError> {
     if name.is_empty() {
         return Err(NameError::Empty);
@@ -351,6 +352,10 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     }
     if name.split('.').any(str::is_empty) {
         return Err(NameError::EmptyToken);
+    }
+    // A topic of that name nobody could consume from: it is understood as another one's group.
+    if virtual_topic(name).is_some() {
+        return Err(NameError::Queue);
     }
     Ok(())
 }

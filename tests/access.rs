@@ -346,6 +346,40 @@ fn dead_letters_go_to_nobody_who_may_not_consume() {
     assert_eq!(ask(&mut bob, "topics"), "");
 }
 
+/// A coordinator of some user moves expired messages as that user: where it may not, no other group waits for that.
+#[test]
+fn letters_that_the_coordinator_may_not_move_hold_up_no_others() {
+    if !Uid::effective().is_root() {
+        return println!("skipped: other users take root");
+    }
+    let scene = Scene::new("burial");
+    // Where root alone can have put it, or nobody else would go there.
+    let directory = tempfile::Builder::new().prefix("shmbus-test-").tempdir_in("/run").unwrap();
+    std::os::unix::fs::chown(directory.path(), Some(BOB), Some(BOB)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("shmbus-program");
+    assert!(Command::new("cp").arg(scene.shmbus(&[]).get_program()).arg(&program).status().unwrap().success());
+    let mut serve = Command::new(&program);
+    serve.args(["--bus", &scene.name, "serve"]).env("SHMBUS_DIR", directory.path());
+    // The scene kills it.
+    #[allow(clippy::zombie_processes)]
+    serve.uid(BOB).gid(BOB).process_group(0).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let open = || Bus::options().name(&scene.name).directory(directory.path().into()).spawn(false).open();
+    await_that("the bus", || open().is_ok());
+    let bus = open().unwrap();
+    let options = shmbus::GroupOptions::new().dead_letter_expired();
+    let bobs = Access::new().allow(Right::Consume, Who::User(BOB));
+    for (topic, access) in [("a", &Access::new()), ("b", &bobs)] {
+        bus.create_topic_with_access(topic, &TopicOptions { envelope: true, ..small() }, access, false).unwrap();
+        bus.create_group(topic, "g", &options, Start::Oldest, false).unwrap();
+        let ttl = shmbus::Envelope::new().ttl(std::time::Duration::from_nanos(1));
+        bus.publisher(raw(topic).envelope()).unwrap().publish_with(b"late", &ttl).unwrap();
+    }
+    let group = |topic: &str| bus.topic(topic).unwrap().groups.remove(0);
+    await_that("the letter that may be moved", || group("b").dead_lettered == 1);
+    assert_eq!((group("a").floor, group("a").dead_lettered), (0, 0));
+}
+
 #[test]
 fn wildcards_skip_what_their_owner_may_not_read() {
     let Some(shared) = Shared::new("wildcards", "*") else { return };

@@ -336,6 +336,34 @@ fn wrong_usage_is_code_2() {
 }
 
 #[test]
+fn a_usage_error_says_what_to_write_and_whose_help_to_read() {
+    let bus = TestBus::new();
+    for (arguments, said) in [
+        (&["create", "t", "--nonsense"][..], "'--nonsense' found (see `shmbus create --help`)"),
+        (&["sub", "t", "--count", "x"], "write a whole number"),
+        (&["sub", "t", "--from", "-5"], "write latest, oldest"),
+        (&["group", "rewind", "t", "g"], "(see `shmbus group rewind --help`)"),
+        (&["create", "t", "--mode", "exclusive", "--publishers", "3"], "one publisher at a time"),
+        (&["create", "t", "--mode", "channel", "--subscribers", "3"], "one subscriber"),
+        (&["pub", "Consumer.g.VirtualTopic.t"], "name the topic, VirtualTopic.X, itself"),
+    ] {
+        let line = bus.fails(2, arguments);
+        assert!(line.contains(said) && !line.contains("as a value"), "{arguments:?}: {line}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_named() {
+    let bus = TestBus::new();
+    bus.ok(&["create", "t"]);
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [&["ls"][..], &["show", "t", "--json"]] {
+        let output = Background::new(bus.command(arguments).stdout(full()).spawn().unwrap()).finish();
+        assert!(one_line(&output, 1, arguments).contains("cannot write standard output"));
+    }
+}
+
+#[test]
 fn names_that_cannot_be() {
     let bus = TestBus::new();
     let long = "n".repeat(300);
@@ -484,6 +512,22 @@ fn a_directory_that_must_not_be_trusted() {
 }
 
 #[test]
+fn who_may_not_serve_in_a_directory_is_told_who_may() {
+    let bus = TestBus::new();
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    fs::set_permissions(bus.path("."), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(bus.path("bus"), fs::Permissions::from_mode(0o755)).unwrap();
+    // As somebody else: his command may look here, and that is all.
+    let mut command = bus.command(&["ls"]);
+    std::os::unix::process::CommandExt::uid(&mut command, 12_345);
+    let Ok(child) = command.spawn() else { return }; // he may not execute the tests' program
+    let said = one_line(&Background::new(child).finish(), 1, &["ls as another user"]);
+    assert!(said.contains("may not start one") && said.contains("shmbus serve"), "{said}");
+}
+
+#[test]
 fn the_byte_budget_is_kept() {
     let bus = TestBus::new();
     let limited = |arguments: &[&str]| {
@@ -508,12 +552,14 @@ fn ls_and_show_tell_the_same_story() {
     let bus = TestBus::new();
     bus.ok(&["create", "a.one", "--messages", "64K", "--mode", "exclusive"]);
     assert!(bus.publish(&["a.two"], b"x\ny\n").status.success());
+    bus.ok(&["group", "create", "a.two", "g"]);
     let listed: Vec<Value> =
         bus.ok(&["ls", "--json"]).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(listed.len(), 2);
     assert_eq!(listed[0]["options"]["mode"], "exclusive");
     assert_eq!(listed[0]["options"]["messages"], 65_536);
     assert_eq!(listed[1]["tail_sequence"], 2);
+    assert_eq!(listed[1]["groups"][0]["options"]["guarantee"], "at-least-once", "as it is written on the command line");
     for field in ["topic", "oldest_sequence", "publishers", "subscribers", "groups", "options", "memory_bytes"] {
         assert!(listed[1].get(field).is_some(), "{field}");
         assert_eq!(listed[1][field], bus.show("a.two")[field], "{field}");

@@ -1212,10 +1212,30 @@ fn a_letter_too_large_for_its_topic_holds_up_no_other() {
 fn dead_letters_need_a_topic_for_many() {
     let stage = Stage::new(Mode::Many, at_least_once());
     stage.bus.create(&Topic::<[u8]>::new("letters").exclusive().envelope()).unwrap();
-    let options = at_least_once().dead_letter("letters");
-    let created = stage.bus.create_group(stage.topic().name(), "other", &options, Start::Oldest, true);
-    let problem = created.unwrap_err().to_string();
-    assert!(problem.contains("the dead-letter topic \"letters\" is exclusive"), "{problem}");
+    stage.bus.create(&Topic::<u64>::new("numbers").envelope()).unwrap();
+    for (letters, said) in [("letters", "\"letters\" is exclusive"), ("numbers", "\"numbers\" takes u64")] {
+        let options = at_least_once().dead_letter(letters);
+        let created = stage.bus.create_group(stage.topic().name(), "other", &options, Start::Oldest, true);
+        let problem = created.unwrap_err().to_string();
+        assert!(problem.contains(said), "{problem}");
+    }
+}
+
+/// Somebody has made the dead-letter topic for his own type, after the group.
+#[test]
+fn a_letter_of_the_wrong_size_holds_up_no_other() {
+    let mut stage = Stage::new(Mode::Many, at_least_once());
+    stage.bus.create(&Topic::<u64>::named(letters(&stage).name().to_owned()).envelope()).unwrap();
+    stage.publisher.publish(b"of no type").unwrap();
+    stage.publisher.publish(b"8 bytes.").unwrap();
+    let mut consumer = stage.consumer();
+    consumer.recv_timeout(LIMIT).unwrap().reject("large").unwrap();
+    consumer.recv_timeout(LIMIT).unwrap().reject("fits").unwrap();
+    await_that("the one that fits", || {
+        expect_nothing(&mut consumer);
+        group_status(&stage).dead_lettered == 1
+    });
+    assert_eq!((group_status(&stage).moving, group_status(&stage).floor), (1, 0), "what waits is visible");
 }
 
 /// A topic has 64 publishers.

@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -12,7 +13,7 @@ use std::{fs, thread};
 use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
 use shmbus::{
     AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Failure, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
-    OwnedMessage, Publisher, RecvError, Runner, RunnerError, RunnerStopper, Sequence, Start, Topic, Wait,
+    OwnedMessage, Publisher, RecvError, Repeats, Runner, RunnerError, RunnerStopper, Sequence, Start, Topic, Wait,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -22,9 +23,11 @@ const LONG: Duration = Duration::from_secs(600);
 /// Not a test: what the tests' other processes do.
 #[test]
 fn role() {
-    let Some((role, _)) = common::role() else { return };
+    let Some((role, path)) = common::role() else { return };
     let bus = Bus::open_default().unwrap();
     match role.as_str() {
+        "seek" => seek(&bus, &path),
+        "remember" => remember(&bus, &path),
         "iterate" => iterate(&bus),
         "iterate_all" => iterate_all(&bus),
         "pool" => pool(&bus),
@@ -106,6 +109,46 @@ fn hoard(bus: &Bus) {
     hand.remove(2).ack().unwrap();
     say(&hand.iter().map(|job| job.to_string()).collect::<Vec<_>>().join(" "));
     hear();
+}
+
+/// Role: stores each message with its sequence, in one write, and begins behind what is stored.
+fn seek(bus: &Bus, path: &str) {
+    end_with_the_test();
+    let mut store = fs::OpenOptions::new().append(true).open(path).unwrap();
+    let next = stored(path).last().map_or(0, |entry| entry[0] + 1);
+    let mut messages = bus.subscriber(jobs()).start(Start::Sequence(Sequence::new(next))).open().unwrap();
+    loop {
+        let message = messages.recv().unwrap();
+        store.write_all(format!("{} 0 {}\n", message.sequence(), *message).as_bytes()).unwrap();
+        thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Role: stores each message with its publisher and number, in one write, before it acknowledges it; and knows from what is stored
+/// what comes again.
+fn remember(bus: &Bus, path: &str) {
+    end_with_the_test();
+    let mut store = fs::OpenOptions::new().append(true).open(path).unwrap();
+    let mut repeats = Repeats::new(1000);
+    repeats.extend(stored(path).iter().map(|entry| (entry[0], entry[1])));
+    let mut jobs = bus.consumer(jobs(), "workers").existing().open().unwrap();
+    loop {
+        let job = jobs.recv().unwrap();
+        let (publisher, number) = (job.publisher().unwrap(), job.publisher_number().unwrap());
+        if repeats.is_new(publisher, number) {
+            store.write_all(format!("{publisher} {number} {}\n", *job).as_bytes()).unwrap();
+        }
+        // So that many are killed between the two.
+        thread::sleep(Duration::from_micros(200));
+        job.ack().unwrap();
+    }
+}
+
+/// What a store holds: three numbers a line.
+fn stored(path: &str) -> Vec<[u64; 3]> {
+    let entry =
+        |line: &str| line.split(' ').map(|number| number.parse().unwrap()).collect::<Vec<_>>().try_into().unwrap();
+    fs::read_to_string(path).unwrap().lines().map(entry).collect()
 }
 
 /// Role: publishes to the topic `flood` as fast as it can.
@@ -300,6 +343,33 @@ fn what_a_killed_process_had_in_hand_comes_again_and_what_it_acked_does_not() {
     assert_eq!([take(), take(), take(), take()], [(0, 2), (1, 2), (3, 2), (4, 2)]);
     publisher.wait_settled("workers", Sequence::new(5), LIMIT).unwrap();
     assert_eq!(jobs.recv_timeout(Duration::ZERO).unwrap_err(), RecvError::TimedOut);
+}
+
+/// Whoever is killed and started again goes on by what its own store says (SPEC §3.10).
+#[test]
+fn a_foreign_store_has_each_message_once() {
+    const MESSAGES: u64 = 2000;
+    for role in ["seek", "remember"] {
+        let scene = Scene::new("store");
+        let bus = scene.open();
+        let mut publisher = open_jobs(&bus, &GroupOptions::new());
+        let (path, mut random) = (scene.directory().join(role), Random::new(7));
+        fs::write(&path, "").unwrap();
+        (0..MESSAGES).for_each(|number| assert!(publisher.publish(&number).is_ok()));
+        let path = path.to_str().unwrap();
+        let mut lives = 0;
+        while stored(path).len() < MESSAGES as usize {
+            let (process, before) = (scene.start(role, path), stored(path).len());
+            await_that("more to be stored", || stored(path).len() > before);
+            thread::sleep(Duration::from_micros(random.below(40_000)));
+            process.kill();
+            lives += 1;
+        }
+        let values: Vec<u64> = stored(path).iter().map(|entry| entry[2]).collect();
+        assert_eq!(BTreeSet::from_iter(&values).len(), values.len(), "{role}: something is there twice");
+        assert_eq!(values.len(), MESSAGES as usize, "{role}: something is lost");
+        assert!(lives > 5, "{role}: {lives} lives");
+    }
 }
 
 /// How long an iterator that sleeps takes to yield the next message after `act`. Sleepers look again after a second whatever

@@ -5,6 +5,7 @@
 //! So the coordinator does what any consumer would, as a participant like any other: when it is killed, its successor has proof
 //! of that participant's death and releases what it was moving.
 
+use std::collections::HashMap;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use crate::topic::Topic;
 /// How long one burial may wait for room in the dead-letter topic.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// After one that could not be carried out: nobody can mend that but people.
+/// For a group whose letters could not be moved, a topic of somebody else say: nobody can mend that but people.
 const PAUSE: Duration = Duration::from_secs(10);
 
 /// A group by the names of its topic and its own.
@@ -24,21 +25,28 @@ pub(crate) type GroupNames = (String, String);
 /// At most one burial at a time.
 #[derive(Default)]
 pub(crate) struct Burial {
-    /// Whether all of it could be carried out.
-    thread: Option<JoinHandle<bool>>,
-    not_before: Option<Instant>,
+    /// The groups for which it could not be carried out.
+    thread: Option<JoinHandle<Vec<GroupNames>>>,
+    /// When to try those again; the others do not wait for them.
+    not_before: HashMap<GroupNames, Instant>,
 }
 
 impl Burial {
     /// Moves what has expired at the floors of these groups, unless somebody is at it.
-    pub(crate) fn begin(&mut self, place: &Place, groups: Vec<GroupNames>) {
-        if groups.is_empty() || self.is_busy() || self.not_before.is_some_and(|at| Instant::now() < at) {
+    pub(crate) fn begin(&mut self, place: &Place, mut groups: Vec<GroupNames>) {
+        if self.is_busy() {
+            return;
+        }
+        let now = Instant::now();
+        self.not_before.retain(|_, at| *at > now);
+        groups.retain(|group| !self.not_before.contains_key(group));
+        if groups.is_empty() {
             return;
         }
         let place = place.clone();
         let bury = move || match Bus::visit(&place) {
-            Ok(bus) => groups.iter().all(|group| bury(&bus, group)),
-            Err(_) => false,
+            Ok(bus) => groups.into_iter().filter(|group| !bury(&bus, group)).collect(),
+            Err(_) => groups,
         };
         self.thread = thread::Builder::new().name("shmbus-burial".to_owned()).spawn(bury).ok();
     }
@@ -49,9 +57,8 @@ impl Burial {
             self.thread = Some(thread);
             return true;
         }
-        if !thread.join().unwrap_or(false) {
-            self.not_before = Some(Instant::now() + PAUSE);
-        }
+        let again = Instant::now() + PAUSE;
+        self.not_before.extend(thread.join().unwrap_or_default().into_iter().map(|group| (group, again)));
         false
     }
 }

@@ -75,6 +75,13 @@ impl Place {
         (us == self.owner || us == 0) && access(&self.directory, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
     }
 
+    /// Why there is no bus for who may not serve it.
+    pub(crate) fn nobody_serves(&self) -> ConnectError {
+        let us = Uid::effective();
+        let problem = format!("no coordinator serves bus {:?} here, and this user ({us}) may not start one", self.bus);
+        refused(&self.directory, &problem, "have its owner run `shmbus serve`, or set SHMBUS_DIR to another place")
+    }
+
     /// Refuses to serve where nobody would believe us. Who may write the directory, as one of its group, may not yet serve there.
     pub(crate) fn check_serves(&self) -> Result<(), ConnectError> {
         let us = Uid::effective().as_raw();

@@ -34,6 +34,9 @@ pub enum NameError {
     /// A dot at the start or end, or two in a row.
     #[error("the name has an empty part between dots; write it as in md.ticks")]
     EmptyToken,
+    /// ActiveMQ's name for what a group has of a virtual topic, which is no topic of its own.
+    #[error("the name stands for a group of a topic, as Consumer.GROUP.TOPIC; name the topic, VirtualTopic.X, itself")]
+    Queue,
 }
 
 /// Why the bus could not be reached.

@@ -218,7 +218,7 @@ pub enum Refusal {
         consumer: u32,
     },
     /// The group has consumers, which would lose it.
-    #[error("group {group:?} of topic {topic:?} has {consumers} consumers ({}); end them or use force", processes(.pids))]
+    #[error("group {group:?} of topic {topic:?} is in use by {}; end its consumers or use force", processes(.pids))]
     GroupInUse {
         /// The topic.
         topic: String,

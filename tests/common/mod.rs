@@ -30,7 +30,7 @@ pub(crate) const MARK: &str = "@@";
 /// A bus of its own in a directory of its own; nothing of it survives the test.
 pub(crate) struct Scene {
     directory: tempfile::TempDir,
-    name: String,
+    pub(crate) name: String,
 }
 
 impl Scene {

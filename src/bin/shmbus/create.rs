@@ -7,7 +7,7 @@ use shmbus::{Access, Schema, TopicOptions};
 
 use crate::output::{json_line, line};
 use crate::values::{self, FullArg, Grant, ModeArg};
-use crate::{Ended, Globals};
+use crate::{Ended, Globals, wrong_usage};
 
 /// Create a topic with options of its own.
 ///
@@ -46,11 +46,11 @@ pub(crate) struct Args {
     /// A message id that was published before is a duplicate
     #[arg(long, requires = "envelope")]
     dedup: bool,
-    /// Most publishers at once [default: 64]
-    #[arg(long, value_name = "N")]
+    /// Most publishers at once, with --mode many [default: 64]
+    #[arg(long, value_name = "N", value_parser = values::number::<u32>)]
     publishers: Option<u32>,
     /// Most subscribers at once [default: 256]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::number::<u32>)]
     subscribers: Option<u32>,
     /// Make the topic typed: the type's name, as programs declare it
     #[arg(long, value_name = "NAME", requires = "size")]
@@ -73,6 +73,19 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// Refuses numbers that the mode leaves no choice of.
+    fn check(&self) -> anyhow::Result<()> {
+        match self.mode {
+            ModeArg::Exclusive | ModeArg::Channel if self.publishers.is_some_and(|n| n != 1) => {
+                Err(wrong_usage("--publishers is for --mode many; other topics have one publisher at a time"))
+            }
+            ModeArg::Channel if self.subscribers.is_some_and(|n| n != 1) => {
+                Err(wrong_usage("--subscribers is for other modes; a channel has one subscriber"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn options(&self) -> TopicOptions {
         let defaults = TopicOptions::default();
         TopicOptions {
@@ -112,6 +125,7 @@ struct Created<'a> {
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
+    args.check()?;
     let bus = globals.open_bus()?;
     let existed = match args.access() {
         Some(access) => bus.create_topic_with_access(&args.topic, &args.options(), &access, args.exist_ok)?,

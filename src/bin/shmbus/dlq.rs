@@ -26,7 +26,9 @@ const RETRIED: &str = "retried-from";
 
 /// Look at dead letters, the messages that groups gave up, and move them back.
 ///
-/// A group's dead-letter topic is dlq.TOPIC.GROUP unless the group names another. There the messages wait in the group dlq.
+/// A group's dead-letter topic is dlq.TOPIC.GROUP unless the group names another. There the messages wait in the group dlq, which is
+/// made with the topic; where you create that yourself, add the group, or it keeps letters as any topic does: `shmbus group
+/// create TOPIC dlq --from oldest --guarantee effectively-once --back-off 100ms`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -61,7 +63,7 @@ struct WhichArgs {
     #[arg(value_parser = values::topic_name)]
     topic: String,
     /// At most this many, the oldest
-    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true, value_parser = values::number::<u64>)]
     count: u64,
 }
 

@@ -48,7 +48,7 @@ struct CreateArgs {
     #[command(flatten)]
     which: Which,
     /// Where it starts: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
-    #[arg(long, value_name = "START", default_value = "latest", value_parser = values::start)]
+    #[arg(long, value_name = "START", allow_hyphen_values = true, default_value = "latest", value_parser = values::start)]
     from: Start,
     /// What happens to messages in hand when a consumer dies
     #[arg(long, value_enum, default_value_t = GuaranteeArg::AtLeastOnce)]
@@ -57,10 +57,10 @@ struct CreateArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = values::duration)]
     lease: Duration,
     /// Leases of the whole group at a time [default: as many as the window]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = values::number::<u32>)]
     max_in_flight: u32,
     /// Deliveries before a message goes to the dead-letter topic [default: without end]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = values::number::<u32>)]
     max_attempts: u32,
     /// Rest after the first, second, ... failed attempt; the last one repeats
     #[arg(long, value_name = "TIME,...", value_delimiter = ',', value_parser = values::duration)]
@@ -78,7 +78,7 @@ struct CreateArgs {
     #[arg(long)]
     exclusive: bool,
     /// Messages above the floor that may be handed out, a power of two [default: the ring's messages, at most 65,536]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = values::number::<u64>)]
     window: u64,
     /// Fine if the group exists already with the same options
     #[arg(long)]
@@ -90,7 +90,7 @@ struct RewindArgs {
     #[command(flatten)]
     which: Which,
     /// Where it starts anew: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
-    #[arg(long, value_name = "START", value_parser = values::start)]
+    #[arg(long, value_name = "START", allow_hyphen_values = true, value_parser = values::start)]
     to: Start,
     /// Also while consumers are connected; they are fenced
     #[arg(long)]

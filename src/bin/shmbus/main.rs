@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use shmbus::{Bus, BusOptions, ConnectError};
 
 use crate::output::{explain, one_line, stdout_is_closed};
@@ -183,10 +183,24 @@ fn usage(error: &clap::Error) -> ExitCode {
             let text = error.to_string();
             let what = text.split("\n\nUsage").next().unwrap_or(&text);
             let what = what.trim_start_matches("error: ").split("\n\nFor more").next().unwrap_or(what);
-            let _ = writeln!(io::stderr(), "shmbus: {} (see `shmbus help`)", one_line(what));
+            // To pass a mistyped option as a value is nobody's wish.
+            let what = what.split("\n\n  tip: to pass '").next().unwrap_or(what);
+            let _ = writeln!(io::stderr(), "shmbus: {} (see `{} --help`)", one_line(what), command_given());
             ExitCode::from(2)
         }
     }
+}
+
+/// The command whose help says more: as far as the arguments name one.
+fn command_given() -> String {
+    let (mut name, mut command) = ("shmbus".to_owned(), Cli::command());
+    for argument in std::env::args().skip(1) {
+        if let Some(found) = command.find_subcommand(&argument).cloned() {
+            name = format!("{name} {argument}");
+            command = found;
+        }
+    }
+    name
 }
 
 #[cfg(test)]

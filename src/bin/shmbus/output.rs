@@ -30,8 +30,12 @@ pub(crate) fn explain(error: &anyhow::Error) -> String {
 /// Prints one line.
 pub(crate) fn line(text: impl std::fmt::Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{text}")?;
-    out.flush()
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(told)
+}
+
+/// The error with the file that it is about.
+fn told(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot write standard output: {error}"))
 }
 
 /// Prints one JSON object on a line of its own.

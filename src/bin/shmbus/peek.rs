@@ -18,10 +18,10 @@ pub(crate) struct Args {
     topic: String,
     /// Where to start: oldest, last:N, a sequence number; on topics with envelopes also last-per-key, time:SECONDS (since
     /// 1970) or time:-10m (so long ago)
-    #[arg(long, value_name = "START", default_value = "oldest", value_parser = values::start)]
+    #[arg(long, value_name = "START", allow_hyphen_values = true, default_value = "oldest", value_parser = values::start)]
     from: Start,
     /// At most this many messages
-    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true, value_parser = values::number::<u64>)]
     count: u64,
 }
 

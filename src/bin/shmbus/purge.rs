@@ -47,7 +47,7 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
         })?;
         return Ok(Ended::Well);
     }
-    line(format_args!("purged {} messages of topic {}", grouped(purged), args.topic))?;
+    line(format_args!("purged {} of topic {}", messages(purged), args.topic))?;
     if kept > 0 {
         let process = done.holder_pid.map_or(String::new(), |pid| format!(" (process {pid})"));
         let holder = match (&done.holder_group, done.holder) {
@@ -56,7 +56,11 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
             (None, None) => "came meanwhile".to_owned(),
         };
         let (from, to) = (done.oldest_sequence, done.tail_sequence);
-        line(format_args!("kept {} messages, sequences {from}..{to}: {holder}", grouped(kept)))?;
+        line(format_args!("kept {}, sequences {from}..{to}: {holder}", messages(kept)))?;
     }
     Ok(Ended::Well)
+}
+
+fn messages(count: u64) -> String {
+    format!("{} message{}", grouped(count), if count == 1 { "" } else { "s" })
 }

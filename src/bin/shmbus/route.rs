@@ -37,10 +37,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "EXPR", value_parser = Filter::parse)]
     filter: Vec<Filter>,
     /// Where a group that does not exist starts: latest, oldest, last:N, time:T as of `group create`, or a sequence number
-    #[arg(long = "from", value_name = "START", default_value = "latest", value_parser = values::start)]
+    #[arg(long = "from", value_name = "START", allow_hyphen_values = true, default_value = "latest", value_parser = values::start)]
     start: Start,
     /// End after this many messages, whatever became of them
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::number::<u64>)]
     count: Option<u64>,
     /// End when nothing has come for this many milliseconds
     #[arg(long, value_name = "MS")]

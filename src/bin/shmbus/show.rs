@@ -276,10 +276,12 @@ fn print(topic: &TopicView) -> anyhow::Result<()> {
     line(format_args!("payload   {payload}"))?;
     let others = if topic.access.is_empty() { "nobody else".to_owned() } else { topic.access.join(" ") };
     line(format_args!("access    user {}, root; {others}", topic.owner))?;
-    line(format_args!(
-        "mode      {} ({} publishers, {} subscribers at most)",
-        options.mode, options.max_publishers, options.max_subscribers
-    ))?;
+    let who = match options.mode.as_str() {
+        "many" => format!("{} publishers, {} subscribers at most", options.max_publishers, options.max_subscribers),
+        "exclusive" => format!("one publisher, {} subscribers at most", options.max_subscribers),
+        _ => "one publisher, one subscriber".to_owned(),
+    };
+    line(format_args!("mode      {} ({who})", options.mode))?;
     line(format_args!("ring      {ring}; when full: {}{hold}", options.full))?;
     if options.envelope {
         let ttl = after("; expire after", options.ttl_ms);

@@ -42,13 +42,13 @@ pub(crate) struct Args {
     /// Where to start: latest, oldest, last:N, a sequence number; on topics with envelopes also last-per-key, time:SECONDS
     /// (since 1970) or time:-10m (so long ago)
     /// [a group that exists goes on where it is]
-    #[arg(long, value_name = "START", default_value = "latest", value_parser = values::start)]
+    #[arg(long, value_name = "START", allow_hyphen_values = true, default_value = "latest", value_parser = values::start)]
     from: Start,
     /// Share the messages with the other consumers of this group; created where it does not exist
     #[arg(long, value_name = "GROUP", value_parser = values::topic_name)]
     group: Option<String>,
     /// End after this many messages
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::number::<u64>)]
     count: Option<u64>,
     /// End when nothing has come for this many milliseconds
     #[arg(long, value_name = "MS")]

@@ -19,6 +19,11 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "more than 2^64".to_owned())
 }
 
+/// A count.
+pub(crate) fn number<N: std::str::FromStr>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| "write a whole number, as in 10".to_owned())
+}
+
 /// A size that is not 0.
 pub(crate) fn positive_size(text: &str) -> Result<u64, String> {
     match size(text)? {

@@ -60,7 +60,7 @@ enum Outcome {
     Over,
     /// To be tried again, and all others with it.
     Later(u64),
-    /// This one cannot be moved: the dead-letter topic is too small for it, or it is garbled. The others can.
+    /// This one cannot be moved: the dead-letter topic takes no such message, or it is garbled. The others can.
     Stuck,
 }
 
@@ -196,7 +196,9 @@ impl Core {
                 Outcome::Over
             }
             Err(PublishError::Full { .. } | PublishError::TimedOut { .. }) => Outcome::Later(FULL_RETRY_MS),
-            Err(PublishError::TooLarge { .. } | PublishError::Envelope(_)) => Outcome::Stuck,
+            Err(PublishError::TooLarge { .. } | PublishError::WrongSize { .. } | PublishError::Envelope(_)) => {
+                Outcome::Stuck
+            }
             Err(_) => {
                 // Removed, perhaps: opening it again creates it again. Where we have been fenced, that is refused.
                 self.moves.close();

@@ -34,7 +34,8 @@ const START_AGAIN: Duration = Duration::from_millis(250);
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
     // In another user's directory only he can.
-    let spawn = spawn && place.may_serve();
+    let may_not_spawn = spawn && !place.may_serve();
+    let spawn = spawn && !may_not_spawn;
     let mut starter = Starter::new(place.clone());
     let later = || spawn.then(|| Starter::new(place.clone()));
     // A coordinator may let us in and die before it says so: its successor knows us by this.
@@ -47,6 +48,7 @@ pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectErro
                 Err(IntroduceError::Failed(error)) => return Err(error),
             },
             Err(error) if socket::is_absent(&error) && spawn => starter.start()?,
+            Err(error) if socket::is_absent(&error) && may_not_spawn => return Err(place.nobody_serves()),
             Err(error) if socket::is_absent(&error) => {
                 return Err(ConnectError::NotRunning { bus: place.bus.clone(), path: place.socket().to_owned() });
             }

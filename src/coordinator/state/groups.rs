@@ -332,6 +332,11 @@ impl Decider<'_> {
             return refused(format!("the dead-letter topic cannot be {shown:?}: {error}; name another"));
         }
         let existing = self.state.names.get(&dead_letter).and_then(|id| self.state.topics.get(id));
+        let typed = existing.and_then(|topic| topic.info.options.schema.as_ref());
+        if let Some(schema) = typed.filter(|typed| Some(*typed) != entry.info.options.schema.as_ref()) {
+            let problem = format!("the dead-letter topic {dead_letter:?} takes {schema} and nothing else");
+            return refused(format!("{problem}; name another, or create it without a type"));
+        }
         if let Some(mode) = existing.map(|topic| topic.info.options.mode).filter(|mode| *mode != Mode::Many) {
             let mend = "name another, or create it for many publishers";
             return refused(format!(
