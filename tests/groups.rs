@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, hear, of_mode, raw, say, seed};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
-    AckError, Bus, Consumer, Delivery, Envelope, GroupOptions, Mode, PublishError, Publisher, RecvError, Sequence,
-    SettleError, Start, Topic, Wait,
+    AckError, Bus, Consumer, Delivery, Envelope, Full, GroupOptions, Mode, PublishError, Publisher, RecvError,
+    Sequence, SettleError, Start, Topic, Wait,
 };
 
 const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
@@ -1209,11 +1209,19 @@ fn a_letter_too_large_for_its_topic_holds_up_no_other() {
 }
 
 #[test]
-fn dead_letters_need_a_topic_for_many() {
+fn dead_letters_need_a_topic_that_takes_and_keeps_them() {
     let stage = Stage::new(Mode::Many, at_least_once());
     stage.bus.create(&Topic::<[u8]>::new("letters").exclusive().envelope()).unwrap();
     stage.bus.create(&Topic::<u64>::new("numbers").envelope()).unwrap();
-    for (letters, said) in [("letters", "\"letters\" is exclusive"), ("numbers", "\"numbers\" takes u64")] {
+    stage.bus.create(&Topic::<[u8]>::new("plain")).unwrap();
+    stage.bus.create(&Topic::<[u8]>::new("newest").envelope().full(Full::Overwrite)).unwrap();
+    let refused = [
+        ("letters", "\"letters\" is exclusive"),
+        ("numbers", "\"numbers\" takes u64"),
+        ("plain", "\"plain\" has no envelopes"),
+        ("newest", "\"newest\" overwrites"),
+    ];
+    for (letters, said) in refused {
         let options = at_least_once().dead_letter(letters);
         let created = stage.bus.create_group(stage.topic().name(), "other", &options, Start::Oldest, true);
         let problem = created.unwrap_err().to_string();

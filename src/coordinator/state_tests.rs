@@ -140,7 +140,7 @@ fn dead_letters_are_for_who_may_consume() {
     assert!(matches!(refused, Refusal::OthersLetters { uid: 7, .. }), "{refused}");
     // Who names it has chosen it; and the owner's own is his own.
     ask(&mut state, owner, create("dlq.jobs.g", TopicOptions::default())).unwrap();
-    let shared = create("letters", TopicOptions::default());
+    let shared = create("letters", TopicOptions { envelope: true, ..TopicOptions::default() });
     ask(&mut state, thief, shared).unwrap();
     ask(&mut state, owner, create("more", TopicOptions::default())).unwrap();
     ask(&mut state, owner, group("more", Some("letters"))).unwrap();

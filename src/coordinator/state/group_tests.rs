@@ -131,16 +131,18 @@ fn what_cannot_be_a_group_is_refused_with_the_reason() {
 #[test]
 fn dead_letters_do_not_go_round_in_circles() {
     let (mut state, a) = with_topic();
+    let enveloped = TopicOptions { envelope: true, ..TopicOptions::default() };
     let to = |name: &str| GroupOptions { dead_letter: Some(name.to_owned()), ..GroupOptions::default() };
-    ask(&mut state, a, create("u", TopicOptions::default())).unwrap();
+    ask(&mut state, a, create("u", enveloped.clone())).unwrap();
     assert!(problem_of(ask(&mut state, a, new_group("t", "g", to("t")))).contains("back"));
     ask(&mut state, a, new_group("t", "g", to("u"))).unwrap();
     assert!(problem_of(ask(&mut state, a, new_group("u", "h", to("t")))).contains("\"t\""));
     ask(&mut state, a, new_group("u", "h", to("v"))).unwrap();
-    ask(&mut state, a, create("v", TopicOptions::default())).unwrap();
+    ask(&mut state, a, create("v", enveloped.clone())).unwrap();
     assert!(problem_of(ask(&mut state, a, new_group("v", "i", to("t")))).contains("back"));
     ask(&mut state, a, remove("t", "g", false)).unwrap();
-    ask(&mut state, a, new_group("v", "i", to("t"))).unwrap();
+    assert!(problem_of(ask(&mut state, a, new_group("v", "i", to("t")))).contains("no envelopes"));
+    ask(&mut state, a, new_group("v", "i", to("w"))).unwrap();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::topics::{check_schema, shown};
 use super::{Decider, Event, Plan, Reply, State, TopicEntry};
 use crate::access::Right;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
-use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, StartAt};
+use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::group::GroupOptions;
 use crate::ring::ledger::MAX_CONSUMERS;
@@ -279,11 +279,11 @@ impl Decider<'_> {
         replaces: Option<u32>,
     ) -> Result<(u32, Event), Refusal> {
         self.check_options(entry, name, options)?;
-        if replaces.is_none() && options.dead_letter.is_none() {
-            let letters = options.dead_letter_topic(&entry.info.name, name);
-            let letters = self.state.names.get(&letters).and_then(|id| self.state.topics.get(id));
-            let checked = letters.map_or(Ok(()), |letters| self.check_letters_of(entry, letters));
-            checked.map_err(|problem| {
+        let letters = options.dead_letter_topic(&entry.info.name, name);
+        let letters = self.state.names.get(&letters).and_then(|id| self.state.topics.get(id));
+        if let Some(letters) = letters.filter(|_| replaces.is_none()) {
+            let whose = if options.dead_letter.is_none() { self.check_letters_of(entry, letters) } else { Ok(()) };
+            whose.and_then(|()| check_keeps_letters(&letters.info)).map_err(|problem| {
                 let (topic, group) = (entry.info.name.clone(), name.to_owned());
                 Refusal::GroupOptions { topic, group, problem }
             })?;
@@ -372,6 +372,17 @@ impl GroupName<'_> {
     fn owned(self) -> (String, String) {
         (self.topic.to_owned(), self.group.to_owned())
     }
+}
+
+/// Whether dead letters keep their headers there, and stay until somebody has read them.
+fn check_keeps_letters(letters: &TopicInfo) -> Result<(), String> {
+    let lack = match letters.options.full {
+        _ if !letters.options.envelope => "has no envelopes, so reasons and origins would be lost",
+        Full::Overwrite => "overwrites what nobody has read",
+        Full::Block | Full::Reject => return Ok(()),
+    };
+    let mend = "name another, or create it with --envelope --hold and without overwrite";
+    Err(format!("the dead-letter topic {:?} {lack}; {mend}", letters.name))
 }
 
 /// The first number that no consumer has.
