@@ -5,12 +5,9 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
     Bus, Envelope, Full, GroupOptions, Mode, OpenError, PublishError, RecvError, Refusal, Sequence, Start, Topic,
@@ -218,43 +215,6 @@ fn a_group_whose_cursor_is_garbled_is_refused_at_once() {
     fill(&segment(&scene, "nowhere:log"), 0, |_| 0);
     let refused = prompt("opening a consumer", || bus.consumer(topic.clone(), "group").open()).err();
     assert!(matches!(refused, Some(OpenError::Refused(Refusal::Corrupt { .. }))), "{refused:?}");
-}
-
-/// An intent that never stands still, to which a joining cursor moves up.
-#[test]
-fn an_intent_that_runs_away_keeps_nobody_joining_for_ever() {
-    static STOP: AtomicBool = AtomicBool::new(false);
-    let scene = Scene::new("running");
-    let bus = scene.open();
-    for mode in [Mode::Many, Mode::Exclusive] {
-        let name = format!("running.{mode}");
-        let topic = of_mode(mode, Topic::<[u8]>::named(name.as_str())).full(Full::Overwrite);
-        bus.create(&topic).unwrap();
-        let log = segment(&scene, &format!("{name}:log"));
-        STOP.store(false, Ordering::Relaxed);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                let length = std::num::NonZeroUsize::new(2 * BODY as usize).unwrap();
-                let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
-                // SAFETY: a mapping of our own.
-                let start = unsafe { mmap(None, length, protection, flags, &log, 0) }.unwrap();
-                // SAFETY: an aligned word inside the mapping, which is unmapped after its last use.
-                let intent = unsafe { start.byte_add((BODY + PLACES[0]) as usize).cast::<AtomicU64>().as_ref() };
-                while !STOP.load(Ordering::Relaxed) {
-                    intent.fetch_add(1, Ordering::Relaxed);
-                }
-                // SAFETY: mapped above, and not used any more.
-                unsafe { munmap(start, length.get()) }.unwrap();
-            });
-            let joining = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                for start in [Start::Oldest, Start::Latest, Start::Sequence(Sequence::new(0))] {
-                    prompt("joining", || drop(bus.subscriber(topic.clone()).start(start).open()));
-                }
-            }));
-            STOP.store(true, Ordering::Relaxed);
-            joining.unwrap();
-        });
-    }
 }
 
 /// Fences have no record that says where they are, so it is counted from the next one that has.
