@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, Random, Scene, await_that, of_mode, seed};
 use nix::sys::signal::{Signal, kill};
-use shmbus::{Bus, Envelope, Full, Mode, RecvError, Sequence, Start, Topic, WildcardError};
+use shmbus::{
+    Bus, Envelope, Full, GroupOptions, Mode, OpenError, PublishError, RecvError, Refusal, Sequence, Start, Topic,
+    WildcardError,
+};
 
 /// Topics whose memory is garbled, of each kind.
 const TOPICS: u64 = 12;
@@ -170,4 +173,79 @@ fn what_a_wildcard_has_given_up_stays_away() {
     bus.publisher(Topic::<[u8]>::new("given.new")).unwrap().publish(b"new").unwrap();
     assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"new");
     assert_eq!(wildcard.topics().collect::<Vec<_>>(), ["given.new"]);
+}
+
+/// What a look at garbage may take at most, a debug build and other tests at work included; a few milliseconds otherwise.
+const PROMPT: Duration = Duration::from_secs(1);
+
+/// Of a ring with 131,072 entries.
+const MANY: u64 = 1 << 16;
+
+fn prompt<R>(what: &str, work: impl FnOnce() -> R) -> R {
+    let started = Instant::now();
+    let result = work();
+    assert!(started.elapsed() < PROMPT, "{what} took {:?}", started.elapsed());
+    result
+}
+
+/// Commits every entry from `from` on in the first lap of a ring of many: one message each, whose record is at `unit`.
+fn fill(log: &File, from: u64, unit: impl FnOnce(u64) -> u64) {
+    let number = |at| {
+        let mut bytes = [0; 8];
+        log.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    let (slots, unit_bits) = (number(48), number(56) >> 32);
+    let word = 1 << (unit_bits + 10) | unit(unit_bits);
+    let words = word.to_le_bytes().repeat((slots - from) as usize);
+    log.write_all_at(&words, BODY + RING + 8 * from).unwrap();
+}
+
+/// The coordinator looks for where a group stands, and others wait for it meanwhile.
+#[test]
+fn a_group_whose_cursor_is_garbled_is_refused_at_once() {
+    let scene = Scene::new("nowhere");
+    let bus = scene.open();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("nowhere")).messages(MANY).bytes(4096);
+    bus.create(&topic).unwrap();
+    bus.create_group("nowhere", "group", &GroupOptions::new(), Start::Oldest, false).unwrap();
+    let cursors = segment(&scene, "nowhere:cursors");
+    cursors.write_all_at(&(1u64 << 40).to_le_bytes(), BODY + 384).unwrap();
+    // So that the tail is far from every checkpoint.
+    fill(&segment(&scene, "nowhere:log"), 0, |_| 0);
+    let refused = prompt("opening a consumer", || bus.consumer(topic.clone(), "group").open()).err();
+    assert!(matches!(refused, Some(OpenError::Refused(Refusal::Corrupt { .. }))), "{refused:?}");
+}
+
+/// Fences have no record that says where they are, so it is counted from the next one that has.
+#[test]
+fn a_ring_of_fences_does_not_keep_the_coordinator() {
+    let scene = Scene::new("fences");
+    let bus = scene.open();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("fences")).messages(MANY).bytes(4096).envelope();
+    bus.create(&topic).unwrap();
+    let options = GroupOptions::new().window(1 << 14);
+    bus.create_group("fences", "group", &options, Start::Oldest, false).unwrap();
+    fill(&segment(&scene, "fences:log"), 0, |unit_bits| (1 << unit_bits) - 1);
+    // Longer than it takes until the coordinator looks at what has expired.
+    let end = Instant::now() + Duration::from_millis(1500);
+    while Instant::now() < end {
+        prompt("a request", || bus.topics().unwrap());
+    }
+}
+
+/// Who looks for a number's sequence meets all that is retained, and asks once for what is not there.
+#[test]
+fn entries_that_point_to_no_arena_cost_one_question() {
+    let scene = Scene::new("no-arena");
+    let bus = scene.open();
+    let topic = of_mode(Mode::Many, Topic::<[u8]>::new("no.arena")).messages(MANY).bytes(4096).dedup();
+    let mut publisher = bus.publisher_as(topic, "name").unwrap();
+    publisher.publish_numbered(b"first", 1).unwrap();
+    let log = segment(&scene, "no.arena:log");
+    let mut arena_bytes = [0; 8];
+    log.read_exact_at(&mut arena_bytes, 64).unwrap();
+    fill(&log, 1, |_| 5 * u64::from_le_bytes(arena_bytes) / 64);
+    let again = prompt("a repeated number", || publisher.publish_numbered(b"first", 1));
+    assert_eq!(again, Err(PublishError::Duplicate { sequence: Some(Sequence::new(0)) }));
 }

@@ -9,6 +9,10 @@ use crate::ring::cursor::{Cursor, CursorsHeader, Lowest, lowest, mark_used};
 use crate::ring::log::{LogHeader, Place};
 use crate::sync::{Ordering, fence};
 
+/// Looks at the intent that a joiner makes. A reader that holds the ring stops publishers with the first, and each has at most one
+/// raise under way; past others they run on, and garbage may do so for ever.
+const JOIN_LOOKS: usize = if cfg!(loom) { 8 } else { 1000 };
+
 /// What a topic's options say about overwriting.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -158,11 +162,12 @@ impl Gate<'_> {
     }
 
     /// Puts a prepared cursor in force at `position` or, where that is no longer retained, at the lowest position that
-    /// is. Returns where it stands.
+    /// is. Returns where it stands. Where the intent never stands still it may be overtaken there, which only readers that hold
+    /// nothing back can be: those find out when they read.
     pub fn join(&self, cursor: u32, position: u64) -> u64 {
         mark_used(self.readers, cursor);
         let mut position = position;
-        loop {
+        for _ in 0..JOIN_LOOKS {
             self.cursors[cursor as usize].propose(position);
             fence(Ordering::SeqCst);
             let intent = self.header.announced();
@@ -171,6 +176,7 @@ impl Gate<'_> {
             }
             position = intent;
         }
+        position
     }
 }
 

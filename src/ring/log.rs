@@ -19,8 +19,15 @@ pub(crate) const MAX_PLACE: u64 = u64::MAX / 2;
 
 /// Looks at a place that others keep moving, and how often it may fail to be there without having moved: more than a
 /// race or two takes, and few enough that garbage costs little.
+#[cfg(not(loom))]
 const PLACE_LOOKS: usize = 1000;
+#[cfg(not(loom))]
 const SAME_PLACE_LOOKS: usize = 8;
+
+/// How long to follow a place that keeps moving, at least as many looks as above: the coordinator may be the one who looks,
+/// and one look at a garbled ring may take as long as many at a sound one.
+#[cfg(not(loom))]
+const PLACE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// First position of a tenancy that is being written: above every message's.
 const NO_POSITION: u64 = u64::MAX;
@@ -98,7 +105,11 @@ pub struct Place {
 #[cfg(not(loom))]
 pub(crate) fn find_place<R>(mut at: impl FnMut() -> u64, mut find: impl FnMut(u64) -> Option<R>) -> Option<R> {
     let (mut last, mut same) = (None, 0);
-    for _ in 0..PLACE_LOOKS {
+    let end = std::time::Instant::now() + PLACE_PATIENCE;
+    for look in 0..PLACE_LOOKS {
+        if look > SAME_PLACE_LOOKS && std::time::Instant::now() >= end {
+            return None;
+        }
         let position = at();
         same = if last == Some(position) { same + 1 } else { 0 };
         if same == SAME_PLACE_LOOKS {

@@ -23,7 +23,7 @@ use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Times that a publisher goes on from a checkpoint within one publish.
+/// Times that a walk goes on from a checkpoint, a publisher's within one publish. All checkpoints are looked at each time.
 const JUMPS: u32 = 100;
 
 /// Entries, beyond a few laps, that publishers may put before a fence while it is being written: a few milliseconds of theirs.
@@ -215,12 +215,16 @@ impl ManyLog {
     /// Walks from `place`, or from the newest checkpoint where that is further on, to the first free entry.
     pub fn tail_from(&self, place: Option<Place>) -> Option<Place> {
         let mut place = place.or_else(|| self.header.newest_checkpoint())?;
-        let mut steps = 0;
+        let (mut steps, mut jumps) = (0, 0);
         loop {
             match self.look(place.position) {
                 Look::Committed(word) => place = after(place, word),
                 Look::Free(_) => return Some(place),
-                Look::Lapped => place = self.header.newest_checkpoint().filter(|c| c.position > place.position)?,
+                Look::Lapped if jumps == JUMPS => return None,
+                Look::Lapped => {
+                    place = self.header.newest_checkpoint().filter(|c| c.position > place.position)?;
+                    jumps += 1;
+                }
             }
             steps += 1;
             // Garbage in the ring must not keep us for ever; publishers that run on while we walk may.
@@ -249,11 +253,9 @@ impl ManyLog {
         self.header.note(slot).fence(opening);
         let (mut steps, mut jumps) = (FENCE_STEPS + 4 * self.ring.len(), JUMPS);
         while steps > 0 && jumps > 0 {
+            steps -= 1;
             match self.look(writer.at.position) {
-                Look::Committed(word) => {
-                    writer.at = after(writer.at, word);
-                    steps -= 1;
-                }
+                Look::Committed(word) => writer.at = after(writer.at, word),
                 Look::Free(expected) if writer.at.position < writer.limit => {
                     let fence = self.format.fence(writer.at.position >> self.lap_shift, slot);
                     if writer.claim(expected, fence) {

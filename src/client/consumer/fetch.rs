@@ -25,6 +25,10 @@ use crate::shm::topic::{self, Arenas, SharedInfo, locate};
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Origin(u64, u64);
 
+/// Times that one look goes on from the group's line, because the ring was overwritten where it stood: others have then settled a
+/// whole lap between two steps.
+const JUMPS: u32 = 4;
+
 /// What was found at a sequence.
 pub(super) enum Got {
     Message(Copy, Origin),
@@ -213,15 +217,19 @@ impl EntryLog {
     }
 
     fn committed_end(&mut self, from: u64, to: u64) -> u64 {
-        while self.tail.next().sequence < to {
+        let mut jumps = 0;
+        while self.tail.next().sequence < to && jumps < JUMPS {
             match self.tail.poll() {
                 many::Poll::Ready(word) => self.tail.step(word),
                 many::Poll::Empty => break,
                 // Other consumers have settled all this, and publishers went on.
-                many::Poll::Lapped => match self.place_beyond(self.tail.next()) {
-                    Some(place) => self.tail.move_to(place),
-                    None => break,
-                },
+                many::Poll::Lapped => {
+                    jumps += 1;
+                    match self.place_beyond(self.tail.next()) {
+                        Some(place) => self.tail.move_to(place),
+                        None => break,
+                    }
+                }
             }
         }
         self.tail.next().sequence.clamp(from, to)
@@ -251,18 +259,21 @@ impl EntryLog {
             let place = self.search(sequence)?;
             self.read.move_to(place);
         }
-        loop {
+        let mut jumps = 0;
+        while jumps < JUMPS {
             let place = self.read.next();
             match self.read.poll() {
                 many::Poll::Ready(word) if sequence < place.sequence + word.count() => return Some((place, word)),
                 many::Poll::Ready(word) => self.read.step(word),
                 many::Poll::Empty => return None,
                 many::Poll::Lapped => {
+                    jumps += 1;
                     let beyond = self.place_beyond(place).filter(|line| line.sequence <= sequence)?;
                     self.read.move_to(beyond);
                 }
             }
         }
+        None
     }
 
     /// The last entry at or above the group's line whose messages begin at or below `sequence`.
@@ -271,7 +282,7 @@ impl EntryLog {
         let mut high = self.read.next().position.max(low.position + 1);
         while low.position + 1 < high {
             let middle = low.position + (high - low.position) / 2;
-            let place = self.place_at(middle)?;
+            let place = self.place_at(middle).ok()??;
             if place.sequence <= sequence {
                 low = place;
             } else {
@@ -281,30 +292,34 @@ impl EntryLog {
         Some(low)
     }
 
-    /// Position and sequence of the entry at `position`, if it is there and so is the record that says its sequence.
-    fn place_at(&mut self, position: u64) -> Option<Place> {
+    /// Position and sequence of the entry at `position`, if it is there and so is the record that says its sequence. An error:
+    /// it names an arena that is not there, and looking again would ask for it again.
+    fn place_at(&mut self, position: u64) -> Result<Option<Place>, &'static str> {
         // A fence has no record; it takes one sequence, and so does each behind it.
         let with_record = self.log.past_fences(position);
         let fences = with_record - position;
         let first_sequence = match self.log.committed(with_record) {
-            None => self.log.tail_from(None).filter(|tail| tail.position == with_record)?.sequence,
+            None => self.log.tail_from(None).filter(|tail| tail.position == with_record).map(|tail| tail.sequence),
             // Committed since it was looked at.
-            Some(word) if word.is_fence() => return None,
+            Some(word) if word.is_fence() => None,
             Some(word) => {
                 let (slot, offset) = locate(&self.info.geometry, word.unit());
-                let record = Record::read(self.arena(slot).ok()?, offset);
-                record.filter(|record| record.position == with_record)?.first_sequence
+                let record = Record::read(self.arena(slot)?, offset);
+                record.filter(|record| record.position == with_record).map(|record| record.first_sequence)
             }
         };
-        let sequence = first_sequence.checked_sub(fences)?;
-        still_retained(&self.log.header, position).then_some(Place { position, sequence })
+        let sequence = first_sequence.and_then(|first| first.checked_sub(fences));
+        let sequence = sequence.filter(|_| still_retained(&self.log.header, position));
+        Ok(sequence.map(|sequence| Place { position, sequence }))
     }
 
     /// Where the group's line stands, for who finds the ring overwritten at `place`: it must be further on, or one of them is
     /// garbage.
     #[cold]
     fn place_beyond(&mut self, place: Place) -> Option<Place> {
-        self.line_place().filter(|line| line.position > place.position)
+        // It only moves forward: where it is not beyond, no search is worth its while, which every look would make again.
+        let at = self.log.cursors[self.line].place().filter(|line| line.position > place.position)?;
+        self.line_place().filter(|line| line.position >= at.position)
     }
 
     /// Where the group's line stands: for who finds the ring overwritten where it stood.
@@ -313,21 +328,26 @@ impl EntryLog {
         // Others may raise the line while we look; each time it is a batch further on.
         let (log, line) = (self.log.clone(), self.line);
         let line = || log.cursors[line].place().map_or(MAX_PLACE, |place| place.position.min(MAX_PLACE));
-        find_place(line, |position| self.place_at(position))
+        find_place(line, |position| self.place_at(position).transpose())?.ok()
     }
 
     fn position_of_floor(&mut self, floor: u64) -> u64 {
-        loop {
+        let mut jumps = 0;
+        while jumps < JUMPS {
             let next = self.floor.next();
             match self.floor.poll() {
                 many::Poll::Ready(word) if next.sequence + word.count() <= floor => self.floor.step(word),
-                many::Poll::Lapped => match self.place_beyond(next) {
-                    Some(place) => self.floor.move_to(place),
-                    None => return next.position,
-                },
+                many::Poll::Lapped => {
+                    jumps += 1;
+                    match self.place_beyond(next) {
+                        Some(place) => self.floor.move_to(place),
+                        None => return next.position,
+                    }
+                }
                 _ => return next.position,
             }
         }
+        self.floor.next().position
     }
 
     /// Opens the batch that `word`, found at `place`, points to.

@@ -23,24 +23,20 @@ impl Control {
     pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         self.check_process().ok()?;
         let deadline = Instant::now() + ARENA_PATIENCE;
-        if let Some(fd) = self.announced_arena(topic, slot) {
-            return Some(fd);
-        }
-        // Packets come in order: what was sent to us before an answer is here with it. So a garbled entry, for whose arena one
-        // would wait in vain, costs no more than a question.
-        if let Ok(turn) = self.turn.try_lock() {
-            let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, 0, deadline);
-            drop(turn);
-            if asked.is_ok() {
-                return self.announced_arena(topic, slot);
-            }
-        }
-        let mut inner = self.line.hold();
         loop {
-            inner.receive_all();
-            if let Some(fd) = inner.arenas.get(&(topic, slot)) {
-                return fd.try_clone().ok();
+            if let Some(fd) = self.announced_arena(topic, slot) {
+                return Some(fd);
             }
+            // Packets come in order: what was sent to us before an answer is here with it. So a garbled entry, for whose arena
+            // one would wait in vain, costs no more than a question, after that of another thread that has the turn.
+            if let Ok(turn) = self.turn.try_lock() {
+                let asked = self.exchange(&Request::Status { topic: Some(String::new()), after: None }, 0, deadline);
+                drop(turn);
+                if asked.is_ok() {
+                    return self.announced_arena(topic, slot);
+                }
+            }
+            let mut inner = self.line.hold();
             // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
             let _ = inner.connect();
             if inner.end.is_some() || Instant::now() >= deadline {
@@ -49,12 +45,11 @@ impl Control {
             let socket = inner.socket.clone();
             drop(inner);
             pause(socket.as_deref(), deadline);
-            inner = self.line.hold();
         }
     }
 
     /// The descriptor of an arena, if it has come.
-    fn announced_arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
+    pub(crate) fn announced_arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         let mut inner = self.line.hold();
         inner.receive_all();
         inner.arenas.get(&(topic, slot))?.try_clone().ok()

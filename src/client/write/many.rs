@@ -27,12 +27,14 @@ pub(crate) struct Others {
     mapped: BTreeMap<u32, Arena>,
     /// Who knows of later ones.
     control: Option<Arc<Control>>,
+    /// Whether it was asked since this walk along the log began, and an arena was not there.
+    asked: bool,
 }
 
 impl Others {
     /// What the coordinator handed out.
     pub(crate) fn new(given: impl IntoIterator<Item = (u32, OwnedFd)>) -> Self {
-        Others { given: given.into_iter().collect(), mapped: BTreeMap::new(), control: None }
+        Others { given: given.into_iter().collect(), mapped: BTreeMap::new(), control: None, asked: false }
     }
 
     /// And those that come later, which the coordinator announces.
@@ -44,12 +46,24 @@ impl Others {
     fn arena(&mut self, slot: u32, info: &SharedInfo) -> Option<&Arena> {
         if !self.mapped.contains_key(&slot)
             && slot < info.options.max_publishers
-            && let Some(fd) = self.given.remove(&slot).or_else(|| self.control.as_ref()?.arena(info.id, slot))
+            && let Some(fd) = self.given.remove(&slot).or_else(|| self.announced(info.id, slot))
             && let Ok(segment) = Segment::attach(fd.as_fd(), &info.arena(slot), Access::ReadOnly)
         {
             self.mapped.insert(slot, topic::arena(&segment, &info.geometry));
         }
         self.mapped.get(&slot)
+    }
+
+    /// An arena that came into being after us. Of all garbled entries of a walk one costs a question: the arenas of what lies
+    /// below its end were announced before the answer.
+    fn announced(&mut self, topic: u64, slot: u32) -> Option<OwnedFd> {
+        let control = self.control.as_ref()?;
+        if self.asked {
+            return control.announced_arena(topic, slot);
+        }
+        let announced = control.arena(topic, slot);
+        self.asked = announced.is_none();
+        announced
     }
 }
 
@@ -62,7 +76,13 @@ struct Records<'a> {
     others: &'a mut Others,
 }
 
-impl Records<'_> {
+impl<'a> Records<'a> {
+    /// For one walk along the log, whose end is known.
+    fn new(info: &'a SharedInfo, slot: u32, arena: &'a Arena, others: &'a mut Others) -> Self {
+        others.asked = false;
+        Records { info, slot, arena, others }
+    }
+
     /// The arena and place of the record at `position`, with its entry's word; `None` where there is none, or it has
     /// been overwritten.
     fn at(&mut self, log: &ManyLog, position: u64) -> Result<Option<(EntryWord, &Arena, u64, Record)>, Stop> {
@@ -181,12 +201,13 @@ impl ManyPort {
         let unit = unit_of(&self.info.geometry, self.slot, offset);
         let last = self.noted.unwrap_or(self.number + count - 1);
         let ManyPort { writer, info, arena, others, ids, .. } = self;
-        let mut records = Records { info, slot: self.slot, arena, others };
+        let slot = self.slot;
         let with_id = messages.iter().any(|body| id_in(body).is_some());
         let place = match ids.as_mut().filter(|_| with_id) {
             None => writer.publish(arena, offset, unit, count, last, |_, _| Ok(()))?,
             Some(ids) => writer.publish(arena, offset, unit, count, last, |log, at| {
                 let oldest = oldest_retained(log, at.position);
+                let mut records = Records::new(info, slot, arena, others);
                 ids.catch_up(oldest, at.position, |position, found| records.ids_at(log, position, found))?;
                 ids.check(messages.iter().copied())
             })?,
@@ -290,7 +311,7 @@ impl WritePort for ManyPort {
         let Some(tail) = log.tail_from(Some(self.writer.at())).map(|tail| tail.position) else { return Vec::new() };
         let oldest = oldest_retained(log, tail);
         let ManyPort { info, arena, others, .. } = self;
-        let mut records = Records { info, slot: self.slot, arena, others };
+        let mut records = Records::new(info, self.slot, arena, others);
         let mut runs = Vec::new();
         for position in oldest..tail {
             let Ok(Some((word, _, _, record))) = records.at(log, position) else { continue };

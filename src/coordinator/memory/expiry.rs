@@ -49,18 +49,20 @@ impl TopicMemory {
         }
         let most = ledger.window().min(MESSAGES_PER_LOOK);
         let end = tail.sequence.min(floor.saturating_add(most));
-        let Some(mut position) = self.position_of(memory, floor, tail) else { return Ok(AtFloor::Nothing) };
-        let (mut sequence, mut settled, mut stop) = (floor, 0, None);
-        while sequence < end && stop.is_none() {
-            let Some((first, messages)) = self.expiries_at(position) else { break };
-            for (at, expiry) in (first..end).zip(messages).filter(|(at, _)| *at >= floor) {
+        let Some(mut place) = self.place_of_floor(memory, floor, tail) else { return Ok(AtFloor::Nothing) };
+        let (mut settled, mut stop) = (0, None);
+        while place.sequence < end && stop.is_none() {
+            // Nothing that makes sense: who reads it will say so.
+            let Some(messages) = self.expiries_at(place) else { break };
+            let next = Place { position: place.position + 1, sequence: place.sequence + messages.len() as u64 };
+            for (at, expiry) in (place.sequence..end).zip(messages).filter(|(at, _)| *at >= floor) {
                 stop = settle_one(&ledger, at, expiry, to_dead_letters, now_ns);
                 if stop.is_some() {
                     break;
                 }
-                (sequence, settled) = (at + 1, settled + 1);
+                settled += 1;
             }
-            position += 1;
+            place = next;
         }
         if settled > 0 {
             self.raise_floor(memory);
@@ -70,31 +72,30 @@ impl TopicMemory {
         Ok(stop.unwrap_or(if settled == most { AtFloor::More } else { AtFloor::Nothing }))
     }
 
-    /// The position that holds `sequence`, which is at the group's floor.
-    fn position_of(&self, memory: &GroupMemory, sequence: u64, tail: Place) -> Option<u64> {
+    /// Where what holds `floor` begins, which is a group's floor.
+    fn place_of_floor(&self, memory: &GroupMemory, floor: u64, tail: Place) -> Option<Place> {
         if self.info.options.mode == Mode::Exclusive {
-            return Some(sequence);
+            return Some(Place { position: floor, sequence: floor });
         }
         let oldest = self.group_place(memory.cursor()).ok()?;
-        let place = self.place_of(sequence, oldest.position, tail)?;
-        (place.sequence <= sequence).then_some(place.position)
+        self.place_of(floor, oldest.position, tail).filter(|place| place.sequence <= floor)
     }
 
-    /// The first sequence at `position`, and when each message there dies. `None`: nothing that makes sense is there.
-    fn expiries_at(&self, position: u64) -> Option<(u64, Vec<Expiry>)> {
+    /// When each message at `place` dies. `None`: nothing that makes sense is there.
+    fn expiries_at(&self, place: Place) -> Option<Vec<Expiry>> {
         let Parts::Log { segments, .. } = &self.parts else { return None };
         if self.info.options.mode == Mode::Exclusive {
-            let reader = exclusive::Reader::new(segments.exclusive::<7>(&self.info), position);
-            return Some((position, vec![self.expiry_in_slot(&reader)?]));
+            let reader = exclusive::Reader::new(segments.exclusive::<7>(&self.info), place.position);
+            return Some(vec![self.expiry_in_slot(&reader)?]);
         }
-        let first = self.place_at(position)?.sequence;
-        let word = segments.many(&self.info).committed(position)?;
+        let word = segments.many(&self.info).committed(place.position)?;
         if word.is_fence() {
-            return Some((first, vec![None]));
+            return Some(vec![None]);
         }
         let (slot, offset) = topic::locate(&self.info.geometry, word.unit());
         let (arena, align) = (self.arena(slot)?, self.info.batch_align());
-        let record = Record::read(arena, offset).filter(|record| record.position == position)?;
+        let is_its = |record: &Record| (record.position, record.first_sequence) == (place.position, place.sequence);
+        let record = Record::read(arena, offset).filter(is_its)?;
         let start = offset + RECORD_HEADER_BYTES;
         let (count, end) = (word.count(), start + record.body_bytes);
         let mut at = if count == 1 { start } else { start + (count * 4).next_multiple_of(align) };
@@ -110,7 +111,7 @@ impl TopicMemory {
             expiries.push(Some(self.expiry_in_arena(slot, at)?));
             at += len.next_multiple_of(align);
         }
-        Some((first, expiries))
+        Some(expiries)
     }
 
     fn expiry_in_slot(&self, reader: &exclusive::Reader<7>) -> Option<Expiry> {

@@ -9,14 +9,11 @@ use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
 use crate::ring::cursor::Cursor;
 use crate::ring::ledger::{Ledger, Seen, State};
-use crate::ring::log::Place;
+use crate::ring::log::{Place, find_place};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic;
 use crate::sync::Ordering;
 use crate::topic::Mode;
-
-/// Looks at a group's cursor that its consumers keep moving on; the limit is for garbage.
-const CURSOR_LOOKS: usize = 1000;
 
 /// A group's ledger as the coordinator holds it.
 pub(super) struct GroupMemory {
@@ -238,14 +235,11 @@ impl TopicMemory {
 
     /// A place at or below the group's floor, which its cursor keeps in the ring.
     pub(crate) fn group_place(&self, cursor: u32) -> Result<Place, Refusal> {
-        for _ in 0..CURSOR_LOOKS {
-            let Some(at) = self.with_line(cursor, Cursor::place).flatten() else { break };
-            // Consumers move position and sequence one after the other: the record knows which belong together.
-            if let Some(place) = self.confirmed_place(at.position)? {
-                return Ok(place);
-            }
-        }
-        Err(corrupt(&self.info, format!("the cursor {cursor} of a group stands nowhere")))
+        // Consumers move it on meanwhile. A cursor that is not in force stands where nothing is.
+        let line = || self.with_line(cursor, Cursor::place).flatten().map_or(u64::MAX, |at| at.position);
+        // They move position and sequence one after the other: the record knows which belong together.
+        let found = find_place(line, |position| self.confirmed_place(position).transpose());
+        found.unwrap_or_else(|| Err(corrupt(&self.info, format!("the cursor {cursor} of a group stands nowhere"))))
     }
 
     /// Descriptors for a consumer: as for a subscriber, and the ledger (read-write).

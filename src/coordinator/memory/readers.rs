@@ -5,13 +5,16 @@ use crate::coordinator::protocol::StartAt;
 use crate::error::Refusal;
 use crate::ring::cursor::Cursor;
 use crate::ring::gate::{Gate, still_retained};
-use crate::ring::log::{Place, find_place};
+use crate::ring::log::{MAX_PLACE, Place, find_place};
 use crate::ring::many::{EntryWord, ManyLog, Record};
 use crate::shm::topic;
 use crate::topic::Mode;
 
 /// Garbled records in a row that a search for a start steps over.
 const MAX_UNSOUND: u32 = 1024;
+
+/// Fences and garbled records in a row, likewise: more than names are ever taken over without a message.
+const MAX_BETWEEN: u64 = 1 << 16;
 
 /// Where a subscriber begins. On topics with many publishers this is the batch that holds the sequence asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +94,12 @@ impl TopicMemory {
 
     /// The batch that holds `sequence`, or the oldest from `oldest` on; `None` where it was overwritten during the search.
     pub(super) fn place_of(&self, sequence: u64, oldest: u64, tail: Place) -> Option<Place> {
-        // Invariant: the batch at `low` begins at or before `sequence`, or is the oldest.
+        // Invariant: the batch at `low` begins at or before `sequence`, or is the oldest. No more is retained than the ring has
+        // entries.
         let (mut low, mut high) = (oldest, tail.position.max(oldest));
+        if high - low > self.info.geometry.slots {
+            return None;
+        }
         while high - low > 1 {
             let middle = low + (high - low) / 2;
             match self.place_at(middle) {
@@ -117,6 +124,9 @@ impl TopicMemory {
     /// none, and a garbled one tells nothing. Its reader is to meet it: who reads from there on is told.
     pub(super) fn place_at(&self, position: u64) -> Option<Place> {
         let Parts::Log { segments, .. } = &self.parts else { return None };
+        if position > MAX_PLACE {
+            return None;
+        }
         let log: ManyLog = segments.many(&self.info);
         let (mut at, mut between, mut unsound) = (position, 0, 0);
         let sequence = loop {
@@ -132,7 +142,7 @@ impl TopicMemory {
             }
             between += word.count();
             at += 1;
-            if at - position > self.info.geometry.slots {
+            if at - position > self.info.geometry.slots.min(MAX_BETWEEN) {
                 return None;
             }
         };

@@ -19,6 +19,9 @@ use crate::topic::{Full, Mode};
 /// Positions looked at in one go, so that nobody waits long for the coordinator.
 const POSITIONS_PER_LOOK: u64 = 1 << 16;
 
+/// Attempts to give up, each below a reader that the one before met: more readers than a topic has, and garbage may always be lower.
+const GIVE_UP_LOOKS: usize = 1 << 12;
+
 impl TopicMemory {
     /// Gives up everything that no gating reader holds; the cursor that keeps what stays. `checkpoint` is one that no
     /// publisher writes.
@@ -54,7 +57,7 @@ impl TopicMemory {
         let gate = Gate { header: &header, readers: &readers, cursors: &lines };
         let policy = Policy { messages: u64::MAX, hold: false, ..self.info.policy() };
         let (mut below, mut held_by) = (below, None);
-        loop {
+        for _ in 0..GIVE_UP_LOOKS {
             let want = Want { slot: checkpoint, at: tail, count: 0, give_up_below: below, slack: 0 };
             match gate.make_room_after(&policy, want, |floor| self.settle_notes(floor)) {
                 Ok(_) => break,
