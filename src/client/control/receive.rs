@@ -40,7 +40,9 @@ impl Control {
             // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
             let _ = inner.connect();
             if inner.end.is_some() || Instant::now() >= deadline {
-                return None;
+                drop(inner);
+                // It may have come while the answer did not.
+                return self.announced_arena(topic, slot);
             }
             let socket = inner.socket.clone();
             drop(inner);
