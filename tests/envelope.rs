@@ -572,7 +572,7 @@ fn peek_shows_and_purge_clears() {
 
     send(&mut publisher, &["d\n"]);
     let pid = std::process::id();
-    let kept = format!("kept 1 messages, sequences 8..9: held by subscriber 0 (process {pid})");
+    let kept = format!("kept 1 message, sequences 8..9: held by subscriber 0 (process {pid})");
     let output = run(&["purge", "t"]);
     assert!(output.contains("purged 8 messages") && output.contains(&kept), "{output}");
     drop(reader);
