@@ -38,7 +38,7 @@ pub use crate::{
         Batch, BatchItem, Bus, BusOptions, Consumer, ConsumerBuilder, Deliveries, Delivery, Envelope, Failure,
         Incoming, Lease, Loan, Message, Messages, Outputs, OwnedDelivery, OwnedMessage, OwnedWildcardMessage, Pipeline,
         PipelineBuilder, Pollable, Publisher, Repeats, Reply, Requester, Responder, Route, RouteBuilder, RouteCounts,
-        Runner, RunnerStopper, RunningRunner, Start, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
+        Runner, RunnerHandle, Start, Stopper, Subscriber, SubscriberBuilder, Waitable, WildcardBuilder,
         WildcardMessage, WildcardSubscriber, wait_any,
     },
     coordinator::protocol::{

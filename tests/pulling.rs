@@ -13,7 +13,7 @@ use std::{fs, thread};
 use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, say};
 use shmbus::{
     AckError, Bus, ConsumerBuilder, Deliveries, Envelope, Failure, Full, GoneReason, GroupOptions, Mode, OwnedDelivery,
-    OwnedMessage, Publisher, RecvError, Repeats, Runner, RunnerError, RunnerStopper, Sequence, Start, Topic, Wait,
+    OwnedMessage, Publisher, RecvError, Repeats, Runner, RunnerError, Sequence, Start, Stopper, Topic, Wait,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -513,7 +513,7 @@ fn a_runner_serves_all_kinds_of_handles_on_one_thread() {
 }
 
 /// Stops a runner at the end of a scope that waits for it, also where that end is a failure.
-struct StopAtEnd(RunnerStopper);
+struct StopAtEnd(Stopper);
 
 impl Drop for StopAtEnd {
     fn drop(&mut self) {

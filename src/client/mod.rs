@@ -55,7 +55,7 @@ pub use publisher::{Loan, Publisher};
 pub use repeats::Repeats;
 pub use request::{Incoming, Reply, Requester, Responder};
 pub use route::{Route, RouteBuilder, RouteCounts};
-pub use runner::{Runner, RunnerStopper, RunningRunner};
+pub use runner::{Runner, RunnerHandle, Stopper};
 pub use select::{Waitable, wait_any};
 pub use subscriber::{Start, Subscriber, SubscriberBuilder};
 pub use wildcard::{OwnedWildcardMessage, WildcardBuilder, WildcardMessage, WildcardSubscriber};

@@ -59,7 +59,7 @@ use crate::wait::{self, Look, Wait};
 /// the group's back-off and, after `max_attempts`, to go to the dead-letter topic, with the error's text if it came last;
 /// [`Failure::Reject`] sends it there at once. A handler that takes longer than a lease should
 /// [`extend`](Delivery::extend) it. A handler that panics gives its message back, too, and ends the runner; the panic goes on to
-/// whoever called [`run`](Self::run) or [`join`](RunningRunner::join).
+/// whoever called [`run`](Self::run) or [`join`](RunnerHandle::join).
 ///
 /// A handle from which nothing can come any more leaves the runner: its topic was removed, the bus stopped, a consumer was fenced.
 /// Subscribers' handlers are told so, and [`on_trouble`](Self::on_trouble) is in every case; the others are served on.
@@ -73,18 +73,18 @@ pub struct Runner<'h> {
     tasks: Vec<Box<dyn Task + 'h>>,
     on_trouble: Option<OnTrouble<'h>>,
     wait: Wait,
-    stopper: RunnerStopper,
+    stopper: Stopper,
 }
 
 /// Ends a [`Runner`] from wherever it is wanted: another thread, or one of its handlers.
 #[derive(Clone, Default)]
-pub struct RunnerStopper {
+pub struct Stopper {
     signal: Arc<Signal>,
 }
 
 /// A runner on a thread of its own. Dropped, it runs on; stop it and wait for it to end it in good order.
-pub struct RunningRunner {
-    stopper: RunnerStopper,
+pub struct RunnerHandle {
+    stopper: Stopper,
     thread: JoinHandle<Result<(), RunnerError>>,
 }
 
@@ -188,7 +188,7 @@ impl<'h> Runner<'h> {
     }
 
     /// What stops it.
-    pub fn stopper(&self) -> RunnerStopper {
+    pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
     }
 
@@ -300,21 +300,21 @@ impl Runner<'static> {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn spawn(self) -> io::Result<RunningRunner> {
+    pub fn spawn(self) -> io::Result<RunnerHandle> {
         let stopper = self.stopper();
         let thread = thread::Builder::new().name("shmbus-runner".to_owned()).spawn(|| self.run())?;
-        Ok(RunningRunner { stopper, thread })
+        Ok(RunnerHandle { stopper, thread })
     }
 }
 
-impl RunningRunner {
-    /// Stops it; see [`RunnerStopper::stop`].
+impl RunnerHandle {
+    /// Stops it; see [`Stopper::stop`].
     pub fn stop(&self) {
         self.stopper.stop();
     }
 
     /// What stops it.
-    pub fn stopper(&self) -> RunnerStopper {
+    pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
     }
 
@@ -335,7 +335,7 @@ impl RunningRunner {
     }
 }
 
-impl RunnerStopper {
+impl Stopper {
     /// Lets the runner end as soon as the handler that it is calling has returned; at once if it sleeps.
     pub fn stop(&self) {
         // Relaxed: it carries nothing, and the bell's barriers order it before the look at who sleeps (I-7).
