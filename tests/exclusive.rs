@@ -111,10 +111,11 @@ fn report(message: Delivery<'_, [u8]>, done: &mut Publisher<[u64; 3]>) {
 
 /// A bus with a topic, its publisher and an exclusive group `g` on it.
 struct Stage {
-    scene: Scene,
     bus: Bus,
     mode: Mode,
     publisher: Publisher<[u8]>,
+    /// Last, so that it goes last: a connection that outlived its bus would start another.
+    scene: Scene,
 }
 
 impl Stage {

@@ -140,10 +140,11 @@ fn publish(publisher: &mut Publisher<[u8]>, from: u64, count: u64) {
 
 /// A bus with a topic, its publisher and a group `g` that has been created from the first message on.
 struct Stage {
-    scene: Scene,
     bus: Bus,
     mode: Mode,
     publisher: Publisher<[u8]>,
+    /// Last, so that it goes last: a connection that outlived its bus would start another.
+    scene: Scene,
 }
 
 impl Stage {
