@@ -141,7 +141,7 @@ pub struct TopicOptions {
     pub bytes: u64,
     /// What happens when the ring is full.
     pub full: Full,
-    /// Keep messages that nobody has read yet even while no subscriber exists.
+    /// Keep messages that nobody has read yet even while no subscriber or group exists.
     pub hold: bool,
     /// How many publishers may be attached at once.
     pub max_publishers: u32,
@@ -268,7 +268,7 @@ impl<T: ?Sized> Topic<T> {
         self
     }
 
-    /// Keep unread messages even while no subscriber exists.
+    /// Keep unread messages even while no subscriber or group exists.
     pub const fn hold(mut self) -> Self {
         self.hold = true;
         self

@@ -8,7 +8,10 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, publisher_after, raw, receive, say};
+use common::{
+    LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, mode_of, number, publisher_after, raw, receive,
+    say, small,
+};
 use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use shmbus::{
@@ -47,7 +50,7 @@ fn topic(mode: Mode) -> Topic<[u8]> {
 }
 
 fn of(mode: &str) -> Topic<[u8]> {
-    topic(MODES.into_iter().find(|known| known.to_string() == mode).unwrap())
+    topic(mode_of(mode))
 }
 
 /// Role: publishes 0, 1, 2 and so on until it is killed. Arguments: mode.
@@ -162,7 +165,7 @@ fn read_on(subscriber: &mut Subscriber<[u8]>, next: &mut Option<u64>, time: Dura
 }
 
 fn expect_next(payload: &[u8], next: &mut Option<u64>) {
-    let number = u64::from_le_bytes(payload.try_into().unwrap());
+    let number = number(payload);
     assert!(next.is_none_or(|expected| expected == number), "expected {next:?}, got {number}");
     *next = Some(number + 1);
 }
@@ -428,10 +431,6 @@ fn with_nobody_left_a_new_bus_begins() {
     let another = scene.open();
     assert_eq!(another.topics().unwrap().len(), 0);
     assert!(matches!(bus.topics(), Err(OpenError::Connect(ConnectError::Ended { .. }))));
-}
-
-fn small(name: &str) -> Topic<[u8]> {
-    Topic::named(name.to_owned()).messages(16).bytes(4096)
 }
 
 /// Publishes to a topic of its own, which is there as long as what is returned.

@@ -11,9 +11,11 @@ use std::task::{Context, Poll, Wake};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, MODES, Random, Scene, await_that, end_with_the_test, hear, of_mode, raw, say, seed};
+use common::{
+    LIMIT, MODES, Random, Scene, await_that, end_with_the_test, feeding, hear, number, of_mode, raw, say, seed, small,
+    used,
+};
 use futures_core::Stream;
-use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::Signal;
 use shmbus::{
     Bus, Envelope, Full, GoneReason, GroupOptions, Mode, PublishError, Publisher, RecvError, RequestError, Start,
@@ -24,10 +26,6 @@ use tokio::time::timeout;
 
 /// Far less than the second after which every sleeper looks for itself.
 const PROMPT: Duration = Duration::from_millis(700);
-
-fn small(name: &str) -> Topic<[u8]> {
-    Topic::named(name).messages(16).bytes(4096)
-}
 
 /// Runs a future on two threads, or fails when it takes too long.
 fn run<F: Future>(future: F) -> F::Output {
@@ -55,10 +53,6 @@ async fn next<S: Stream + Unpin>(stream: &mut S) -> Option<S::Item> {
     poll_fn(|context| Pin::new(&mut *stream).poll_next(context)).await
 }
 
-fn number(bytes: &[u8]) -> u64 {
-    u64::from_le_bytes(bytes.try_into().unwrap())
-}
-
 fn tail(bus: &Bus, topic: &str) -> u64 {
     bus.topic(topic).unwrap().tail_sequence
 }
@@ -68,8 +62,8 @@ fn tail(bus: &Bus, topic: &str) -> u64 {
 fn role() {
     let Some((role, arguments)) = common::role() else { return };
     match role.as_str() {
-        "publisher" => publish_when_told(&arguments),
-        "flood" => flood(&arguments),
+        "publisher" => feeding::publish_when_told(&arguments),
+        "flood" => feeding::flood(&arguments, 10, Duration::from_micros(200)),
         "rounds" => publish_rounds(&arguments),
         "holder" => hold(&arguments),
         "relay" => run(relay()),
@@ -77,35 +71,6 @@ fn role() {
         "idle" => idle(),
         other => panic!("unknown role {other}"),
     }
-}
-
-/// Publishes what it hears, to the topic it hears.
-fn publish_when_told(topics: &str) {
-    let bus = Bus::open_default().unwrap();
-    let mode = |name: &str| MODES.into_iter().find(|mode| name.ends_with(&mode.to_string())).unwrap();
-    let open = |name: &str| bus.publisher(of_mode(mode(name), small(name))).unwrap();
-    let mut publishers: Vec<Publisher<[u8]>> = topics.split(' ').map(open).collect();
-    say("open");
-    loop {
-        let line = hear();
-        let (topic, payload) = line.split_once(' ').unwrap();
-        publishers[topic.parse::<usize>().unwrap()].publish(payload.as_bytes()).unwrap();
-    }
-}
-
-/// Publishes so many numbers, pausing so often that readers go to sleep in between.
-fn flood(arguments: &str) {
-    end_with_the_test();
-    let (topic, count) = arguments.split_once(' ').unwrap();
-    let bus = Bus::open_default().unwrap();
-    let mut publisher = bus.publisher(small(topic)).unwrap();
-    for number in 0..count.parse::<u64>().unwrap() {
-        publisher.publish(&number.to_le_bytes()).unwrap();
-        if number % 10 == 0 {
-            thread::sleep(Duration::from_micros(200));
-        }
-    }
-    thread::sleep(LIMIT);
 }
 
 /// Publishes to each of so many topics, again and again.
@@ -592,11 +557,6 @@ fn idle() {
     let topic = |n: u64| Topic::<u64>::named(format!("idle.{n}")).messages(16).exclusive();
     let _publishers: Vec<Publisher<u64>> = (0..300).map(|n| bus.publisher(topic(n)).unwrap()).collect();
     let handles: Vec<Subscriber<u64>> = (0..300).map(|n| bus.subscriber(topic(n)).open().unwrap()).collect();
-    let used = || {
-        let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
-        let time = [usage.user_time(), usage.system_time()];
-        time.iter().map(|t| t.tv_sec() * 1000 + t.tv_usec() / 1000).sum::<i64>()
-    };
     Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
         for mut handle in handles {
             tokio::spawn(async move { handle.recv_async().await.map(|_| ()) });
@@ -604,7 +564,7 @@ fn idle() {
         tokio::time::sleep(Duration::from_millis(200)).await;
         let begin = used();
         tokio::time::sleep(Duration::from_secs(3)).await;
-        say(&(used() - begin).to_string());
+        say(&(used() - begin).as_millis().to_string());
         tokio::time::sleep(LIMIT).await;
     });
 }

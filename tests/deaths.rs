@@ -7,7 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    LIMIT, Process, Random, Scene, await_that, checksum, end_with_the_test, publisher_after, raw, receive, say, seed,
+    LIMIT, Process, Random, Scene, await_that, checksum, end_with_the_test, mode_of, publisher_after, raw, receive,
+    say, seed,
 };
 use nix::sys::signal::{Signal, kill};
 use shmbus::{Bus, Full, GoneReason, Mode, PublishError, Publisher, RecvError, Start, Subscriber, Topic};
@@ -38,8 +39,7 @@ fn role() {
 }
 
 fn topic(mode: &str) -> Topic<[u8]> {
-    let mode = common::MODES.into_iter().find(|known| known.to_string() == mode).unwrap();
-    raw(mode, "deaths").messages(64).bytes(64 << 10)
+    raw(mode_of(mode), "deaths").messages(64).bytes(64 << 10)
 }
 
 /// A message that can be checked by itself and against its neighbours.

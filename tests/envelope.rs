@@ -9,15 +9,13 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use common::{LIMIT, MODES, Random, Scene, await_that, of_mode, raw, seed};
+use common::{LIMIT, LOGS, MODES, Random, Scene, SetAtEnd, await_that, of_mode, raw, seed};
 use serde_json::Value;
 use shmbus::{
     Bus, Channel, Envelope, EnvelopeError, Full, Mode, OpenError, PublishError, Publisher, RecvError, Refusal,
     Sequence, Start, Subscriber, Topic, TopicOptions,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
-const LOGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
 
 /// Long enough for anything here to happen, short enough to wait for.
 const SHORT: Duration = Duration::from_millis(50);
@@ -397,15 +395,6 @@ fn a_purge_leaves_what_is_held_and_says_by_whom() {
     assert!(bus.purge_topic(channel.name()).unwrap_err().to_string().contains("receiver"));
 }
 
-/// Set when it goes, also when its test fails.
-struct Done<'a>(&'a AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn a_purge_under_fire_loses_nothing_that_is_held() {
     let scene = Scene::new("fire");
@@ -428,7 +417,7 @@ fn a_purge_under_fire_loses_nothing_that_is_held() {
                     bus.purge_topic(topic.name()).unwrap();
                 }
             });
-            let _done = Done(&done);
+            let _done = SetAtEnd(&done);
             for n in 0..count {
                 let message = reader.recv_timeout(LIMIT).unwrap();
                 assert_eq!((message.sequence().get(), message.to_vec()), (n, n.to_le_bytes().repeat(100)), "{mode}");

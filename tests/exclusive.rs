@@ -7,11 +7,9 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, hear, raw, say, seed};
+use common::{LIMIT, LOGS, Process, Random, Scene, await_that, end_with_the_test, hear, mode_of, raw, say, seed};
 use nix::sys::signal::Signal;
 use shmbus::{AckError, Bus, Consumer, Delivery, GroupOptions, Guarantee, Mode, Publisher, RecvError, Start, Topic};
-
-const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
 
 const GUARANTEES: [Guarantee; 3] = [Guarantee::AtMostOnce, Guarantee::AtLeastOnce, Guarantee::EffectivelyOnce];
 
@@ -32,8 +30,7 @@ fn role() {
 }
 
 fn topic(mode: &str) -> Topic<[u8]> {
-    let mode = RINGS.into_iter().find(|known| known.to_string() == mode).unwrap();
-    raw(mode, "exclusive").messages(1024)
+    raw(mode_of(mode), "exclusive").messages(1024)
 }
 
 fn consumer(bus: &Bus, topic: Topic<[u8]>) -> Consumer<[u8]> {
@@ -114,10 +111,11 @@ fn report(message: Delivery<'_, [u8]>, done: &mut Publisher<[u64; 3]>) {
 
 /// A bus with a topic, its publisher and an exclusive group `g` on it.
 struct Stage {
-    scene: Scene,
     bus: Bus,
     mode: Mode,
     publisher: Publisher<[u8]>,
+    /// Last, so that it goes last: a connection that outlived its bus would start another.
+    scene: Scene,
 }
 
 impl Stage {
@@ -170,7 +168,7 @@ fn next(consumer: &mut Consumer<[u8]>) -> (u64, u32) {
 /// SPEC §4.3: it holds nothing that ends, and is succeeded all the same; awake, it stands by, or is fenced.
 #[test]
 fn who_is_stopped_idle_at_work_is_succeeded_and_finds_out() {
-    for (mode, guarantee) in RINGS.into_iter().flat_map(|mode| GUARANTEES.map(|guarantee| (mode, guarantee))) {
+    for (mode, guarantee) in LOGS.into_iter().flat_map(|mode| GUARANTEES.map(|guarantee| (mode, guarantee))) {
         let mut stage = Stage::new(mode, guarantee, LEASE);
         stage.publish(1);
         let mut at_work = stage.start("obey");
@@ -195,7 +193,7 @@ fn who_is_stopped_idle_at_work_is_succeeded_and_finds_out() {
 /// What it had leased ends with the role, also what it would extend once it is awake.
 #[test]
 fn the_leases_of_who_was_stopped_end_with_its_role() {
-    for mode in RINGS {
+    for mode in LOGS {
         for late in ["ack", "extend"] {
             let mut stage = Stage::new(mode, Guarantee::AtLeastOnce, LEASE);
             stage.publish(3);
@@ -221,7 +219,7 @@ fn the_leases_of_who_was_stopped_end_with_its_role() {
 /// As long as it extends what it has, or waits for more, nobody takes its role.
 #[test]
 fn who_shows_signs_of_life_stays_at_work() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, Guarantee::AtLeastOnce, LEASE);
         stage.publish(1);
         let mut standby = None;
@@ -258,7 +256,7 @@ fn who_shows_signs_of_life_stays_at_work() {
 fn who_is_stopped_anywhere_disturbs_nobody() {
     const MESSAGES: u64 = 600;
     let mut random = Random::new(seed());
-    for (mode, guarantee) in RINGS.into_iter().flat_map(|mode| GUARANTEES.map(|guarantee| (mode, guarantee))) {
+    for (mode, guarantee) in LOGS.into_iter().flat_map(|mode| GUARANTEES.map(|guarantee| (mode, guarantee))) {
         let mut stage = Stage::new(mode, guarantee, Duration::from_millis(5));
         let mut reports = stage.bus.publisher(done()).map(|_| stage.bus.subscriber(done()).open().unwrap()).unwrap();
         let workers = [(); 3].map(|()| stage.start("work"));

@@ -5,14 +5,14 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{LIMIT, Process, Random, Scene, await_that, end_with_the_test, hear, of_mode, raw, say, seed};
+use common::{
+    LIMIT, LOGS, Process, Random, Scene, await_that, end_with_the_test, hear, mode_of, of_mode, raw, say, seed,
+};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
     AckError, Bus, Consumer, Delivery, Envelope, Full, GroupOptions, Mode, PublishError, Publisher, RecvError,
     Sequence, SettleError, Start, Topic, Wait,
 };
-
-const RINGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
 
 /// Long enough never to end in a test.
 const LONG: Duration = Duration::from_secs(600);
@@ -31,8 +31,7 @@ fn role() {
 }
 
 fn topic(mode: &str) -> Topic<[u8]> {
-    let mode = RINGS.into_iter().find(|known| known.to_string() == mode).unwrap();
-    raw(mode, "groups").messages(256).bytes(256 << 10)
+    raw(mode_of(mode), "groups").messages(256).bytes(256 << 10)
 }
 
 /// Role: acknowledges everything and reports it on the topic `done`. Arguments: mode, group, messages a time.
@@ -141,10 +140,11 @@ fn publish(publisher: &mut Publisher<[u8]>, from: u64, count: u64) {
 
 /// A bus with a topic, its publisher and a group `g` that has been created from the first message on.
 struct Stage {
-    scene: Scene,
     bus: Bus,
     mode: Mode,
     publisher: Publisher<[u8]>,
+    /// Last, so that it goes last: a connection that outlived its bus would start another.
+    scene: Scene,
 }
 
 impl Stage {
@@ -213,7 +213,7 @@ fn expect_nothing(consumer: &mut Consumer<[u8]>) {
 #[test]
 fn four_processes_share_the_messages_and_each_group_gets_all() {
     const MESSAGES: u64 = 2000;
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.create_group("h", &at_least_once());
         let mut reports = stage.bus.publisher(done()).map(|_| stage.bus.subscriber(done()).open().unwrap()).unwrap();
@@ -237,7 +237,7 @@ fn four_processes_share_the_messages_and_each_group_gets_all() {
 
 #[test]
 fn a_group_without_consumers_holds_its_messages() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 100);
         let full = (100..).map(|n| stage.publisher.try_publish(&payload(n))).find_map(Result::err);
@@ -258,7 +258,7 @@ fn a_group_without_consumers_holds_its_messages() {
 
 #[test]
 fn a_late_ack_loses_its_lease_and_disturbs_nobody() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, GroupOptions::new().lease(Duration::from_millis(20)));
         stage.publish(0, 1);
         let (mut late, mut next) = (stage.consumer(), stage.consumer());
@@ -281,7 +281,7 @@ fn a_late_ack_loses_its_lease_and_disturbs_nobody() {
 /// Thirty-two are taken with two swaps. One of them has been taken over, one is kept.
 #[test]
 fn a_late_batch_loses_only_what_another_has_taken_over() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, GroupOptions::new().lease(Duration::from_millis(20)));
         stage.publish(0, 32);
         let (mut late, mut next) = (stage.consumer(), stage.consumer());
@@ -319,7 +319,7 @@ fn a_lease_is_never_short_and_an_extended_one_lasts() {
 
 #[test]
 fn what_is_given_back_rests_and_comes_again() {
-    for mode in RINGS {
+    for mode in LOGS {
         let rest = [Duration::from_millis(30), Duration::from_millis(60)];
         let mut stage = Stage::new(mode, at_least_once().back_off(rest));
         stage.publish(0, 1);
@@ -358,7 +358,7 @@ fn a_sleeping_consumer_wakes_for_what_comes_due() {
 
 #[test]
 fn acks_out_of_order_move_the_floor_when_the_gap_closes() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once().window(64));
         stage.publish(0, 100);
         let mut consumer = stage.consumer();
@@ -378,7 +378,7 @@ fn acks_out_of_order_move_the_floor_when_the_gap_closes() {
 
 #[test]
 fn only_so_many_are_in_flight() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once().max_in_flight(3));
         stage.publish(0, 20);
         let mut small = stage.bus.consumer(stage.topic(), "g").max_in_flight(2).open().unwrap();
@@ -407,7 +407,7 @@ fn only_so_many_are_in_flight() {
 #[test]
 fn an_ended_lease_is_extended_if_there_is_room_for_it() {
     const SHORT: Duration = Duration::from_millis(30);
-    for (mode, of_group) in RINGS.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
+    for (mode, of_group) in LOGS.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
         // Effectively once an ended lease stays with its consumer.
         let options = GroupOptions::new().effectively_once().lease(SHORT);
         let mut stage = Stage::new(mode, if of_group { options.max_in_flight(1) } else { options });
@@ -433,7 +433,7 @@ fn an_ended_lease_is_extended_if_there_is_room_for_it() {
 
 #[test]
 fn batches_are_settled_together_except_what_is_kept() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 40);
         let mut consumer = stage.consumer();
@@ -462,7 +462,7 @@ fn batches_are_settled_together_except_what_is_kept() {
 
 #[test]
 fn what_the_killed_held_is_delivered_again() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 10);
         let mut killed = stage.start("obey", "g");
@@ -491,7 +491,7 @@ fn what_the_killed_held_is_delivered_again() {
 
 #[test]
 fn what_the_last_consumer_had_settled_holds_nobody_up() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 10);
         let mut last = stage.start("obey", "g");
@@ -508,7 +508,7 @@ fn what_the_last_consumer_had_settled_holds_nobody_up() {
 
 #[test]
 fn at_most_once_never_delivers_again() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, GroupOptions::new().at_most_once());
         stage.publish(0, 20);
         let mut killed = stage.start("obey", "g");
@@ -530,7 +530,7 @@ fn at_most_once_never_delivers_again() {
 
 #[test]
 fn dropping_a_consumer_gives_everything_back_at_once() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 3);
         let (mut first, mut second) = (stage.consumer(), stage.consumer());
@@ -546,7 +546,7 @@ fn dropping_a_consumer_gives_everything_back_at_once() {
 
 #[test]
 fn one_consumer_of_an_exclusive_group_works_and_another_takes_over() {
-    for mode in RINGS {
+    for mode in LOGS {
         let options = GroupOptions::new().lease(Duration::from_millis(300)).exclusive();
         let mut stage = Stage::new(mode, options);
         stage.publish(0, 30);
@@ -576,7 +576,7 @@ fn one_consumer_of_an_exclusive_group_works_and_another_takes_over() {
 
 #[test]
 fn rewinding_fences_and_starts_anew() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.create_group("keeper", &at_least_once());
         stage.publish(0, 10);
@@ -597,7 +597,7 @@ fn rewinding_fences_and_starts_anew() {
 
 #[test]
 fn a_stuck_consumer_delays_other_groups_by_the_full_policy_only_and_is_named() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         let stuck = stage.start_stuck("g");
         stage.create_group("free", &at_least_once());
@@ -630,7 +630,7 @@ fn a_stuck_consumer_delays_other_groups_by_the_full_policy_only_and_is_named() {
 
 #[test]
 fn a_publisher_waits_until_a_group_has_settled() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 7);
         let (last, short) = (Sequence::new(6), Duration::from_millis(5));
@@ -654,7 +654,7 @@ fn a_publisher_waits_until_a_group_has_settled() {
 
 #[test]
 fn a_topic_that_goes_takes_its_groups_along() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 1);
         let mut consumer = stage.consumer();
@@ -668,7 +668,7 @@ fn a_topic_that_goes_takes_its_groups_along() {
 
 #[test]
 fn typed_messages_and_names_in_the_manner_of_activemq() {
-    for mode in RINGS {
+    for mode in LOGS {
         let scene = Scene::new("groups");
         let bus = scene.open();
         let topic = || of_mode(mode, Topic::<[u64; 3]>::named("VirtualTopic.orders"));
@@ -711,7 +711,7 @@ fn group_status(stage: &Stage) -> shmbus::GroupStatus {
 
 #[test]
 fn what_fails_too_often_or_is_rejected_goes_to_the_dead_letters() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once().max_attempts(2));
         stage.publish(0, 3);
         let mut consumer = stage.consumer();
@@ -734,7 +734,7 @@ fn what_fails_too_often_or_is_rejected_goes_to_the_dead_letters() {
 
 #[test]
 fn full_dead_letters_hold_up_nobody_and_lose_nothing_over_a_death() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.bus.create(&letters(&stage).messages(2)).unwrap();
         stage.publish(0, 8);
@@ -791,7 +791,7 @@ fn keyed(mode: Mode, options: &GroupOptions) -> (Scene, Bus, Publisher<[u8]>, To
 
 #[test]
 fn messages_of_one_key_come_in_order_and_one_at_a_time() {
-    for mode in RINGS {
+    for mode in LOGS {
         let options = at_least_once().ordered_by_key().max_attempts(3);
         let (_scene, bus, mut publisher, topic) = keyed(mode, &options);
         // Keys a, b and none at all, which is a key as well.
@@ -837,7 +837,7 @@ fn messages_of_one_key_come_in_order_and_one_at_a_time() {
 
 #[test]
 fn expired_messages_are_settled_and_counted() {
-    for mode in RINGS {
+    for mode in LOGS {
         for dead_letter in [false, true] {
             let options = if dead_letter { at_least_once().dead_letter_expired() } else { at_least_once() };
             let (_scene, bus, mut publisher, topic) = keyed(mode, &options);
@@ -860,7 +860,7 @@ fn expired_messages_are_settled_and_counted() {
 /// Nobody consumes, and what has expired holds no publisher back, over deaths of the coordinator too; what lives does.
 #[test]
 fn what_expires_in_a_group_without_consumers_makes_room() {
-    for mode in RINGS {
+    for mode in LOGS {
         let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once());
         let ttl = Envelope::new().ttl(Duration::from_millis(1));
         let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
@@ -888,7 +888,7 @@ fn what_expires_in_a_group_without_consumers_makes_room() {
 #[test]
 fn what_expires_in_a_group_without_consumers_goes_to_the_dead_letters_once() {
     let mut random = Random::new(seed());
-    for mode in RINGS {
+    for mode in LOGS {
         let (scene, bus, mut publisher, topic) = keyed(mode, &at_least_once().dead_letter_expired());
         let ttl = Envelope::new().ttl(Duration::from_millis(1));
         let status = || bus.topic(topic.name()).unwrap().groups.remove(0);
@@ -919,7 +919,7 @@ fn what_expires_in_a_group_without_consumers_goes_to_the_dead_letters_once() {
 #[test]
 fn a_group_that_starts_at_a_time_misses_nothing_from_then_on() {
     const MESSAGES: u64 = 3000;
-    for mode in RINGS {
+    for mode in LOGS {
         let scene = Scene::new("times");
         let bus = scene.open();
         let topic = raw(mode, "times").messages(4096).bytes(1 << 20).envelope();
@@ -965,7 +965,7 @@ fn a_group_that_starts_at_a_time_misses_nothing_from_then_on() {
 /// What has expired before a group's first message that is delivered is the group's all the same.
 #[test]
 fn a_group_that_starts_at_a_time_settles_what_has_expired_since() {
-    for mode in RINGS {
+    for mode in LOGS {
         let scene = Scene::new("expired-since");
         let bus = scene.open();
         let topic = raw(mode, "expired").messages(64).envelope();
@@ -986,7 +986,7 @@ fn a_group_that_starts_at_a_time_settles_what_has_expired_since() {
 
 #[test]
 fn a_batch_without_a_limit_takes_all_there_is() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 20);
         let mut consumer = stage.consumer();
@@ -1028,7 +1028,7 @@ fn no_letter_is_too_long_to_be_written() {
 
 #[test]
 fn expired_messages_of_one_key_do_not_hide_the_next() {
-    for mode in RINGS {
+    for mode in LOGS {
         let options = at_least_once().ordered_by_key();
         let (_scene, bus, mut publisher, topic) = keyed(mode, &options);
         let short = Envelope::new().key(b"a").ttl(Duration::from_nanos(1));
@@ -1065,7 +1065,7 @@ fn wake_up(stage: &Stage, act: impl FnOnce()) -> Duration {
 
 #[test]
 fn a_window_that_opens_wakes_who_sleeps_before_it() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once().window(64));
         let mut consumer = stage.consumer();
         for round in 0..4 {
@@ -1080,7 +1080,7 @@ fn a_window_that_opens_wakes_who_sleeps_before_it() {
 
 #[test]
 fn a_rejection_makes_room_for_who_sleeps_before_the_limit() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once().max_in_flight(1));
         let mut consumer = stage.consumer();
         for round in 0..4 {
@@ -1094,7 +1094,7 @@ fn a_rejection_makes_room_for_who_sleeps_before_the_limit() {
 
 #[test]
 fn a_lease_that_had_ended_makes_no_room_when_it_is_settled() {
-    for mode in RINGS {
+    for mode in LOGS {
         let options = GroupOptions::new().effectively_once().lease(Duration::from_millis(50));
         let mut stage = Stage::new(mode, options);
         stage.publish(0, 5);
@@ -1113,7 +1113,7 @@ fn a_lease_that_had_ended_makes_no_room_when_it_is_settled() {
 
 #[test]
 fn a_pipeline_that_slept_past_its_lease_is_fenced_and_its_input_has_one_output() {
-    for mode in RINGS {
+    for mode in LOGS {
         for exclusive in [false, true] {
             let options = GroupOptions::new().effectively_once().lease(Duration::from_millis(100));
             let mut stage = Stage::new(mode, if exclusive { options.exclusive() } else { options });
@@ -1164,7 +1164,7 @@ fn a_pipeline_has_an_output_on_which_its_outputs_can_be_told() {
 /// An id that is on the output topic, by whomever, is there once; what else its input becomes is published, and it ends.
 #[test]
 fn outputs_with_known_ids_are_left_out_and_their_input_ends() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, GroupOptions::new().effectively_once().lease(LONG));
         let outputs = Topic::<[u8]>::new("ids").envelope().dedup();
         let mut stranger = stage.bus.publisher(outputs.clone()).unwrap();
@@ -1265,7 +1265,7 @@ fn more_consumers_than_publishers_can_write_letters() {
 
 #[test]
 fn a_newcomer_finds_what_another_has_reserved_and_not_taken() {
-    for mode in RINGS {
+    for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());
         stage.publish(0, 10);
         let mut slow = stage.consumer();

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use common::{MODES, Process, Random, Scene, await_that, end_with_the_test, hear, of_mode, say, seed};
+use common::{MODES, Process, Random, Scene, await_that, end_with_the_test, hear, mode_of, of_mode, say, seed};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap};
@@ -81,8 +81,7 @@ fn garbled(mode: Mode, number: u64) -> Topic<[u8]> {
 /// "mode number", as the test says it to the roles.
 fn parse(said: &str) -> Topic<[u8]> {
     let (mode, number) = said.split_once(' ').unwrap();
-    let mode = MODES.into_iter().find(|known| known.to_string() == mode).unwrap();
-    garbled(mode, number.parse().unwrap())
+    garbled(mode_of(mode), number.parse().unwrap())
 }
 
 /// Memory that this process may write, of its own mapping: it stays when the handle is closed.

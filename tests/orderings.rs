@@ -1,5 +1,6 @@
 //! Each synchronizing access names its partner: who loads with `A-TAG` reads what somebody stored with `R-TAG`. A tag at
-//! one end only is an ordering that nobody relies on, or a partner that has moved without it.
+//! one end only is an ordering that nobody relies on, or a partner that has moved without it. At a fence
+//! between a store and a look, `R-` is what was stored before it, `A-` what is looked at behind it.
 
 use std::collections::BTreeMap;
 use std::fs;

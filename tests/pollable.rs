@@ -8,19 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, MODES, Scene, await_that, end_with_the_test, hear, raw, say};
+use common::{LIMIT, MODES, Scene, await_that, end_with_the_test, feeding, number, raw, say, small, used};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::Signal;
 use shmbus::{Bus, GoneReason, Mode, Pollable, Publisher, RecvError, Start, Subscriber, Topic, Waitable};
 
 /// Far less than the second after which every sleeper looks for itself.
 const PROMPT: Duration = Duration::from_millis(700);
-
-fn small(name: &str) -> Topic<[u8]> {
-    Topic::named(name).messages(16).bytes(4096)
-}
 
 /// Whether the descriptor becomes readable within `limit`.
 fn is_readable(pollable: &Pollable, limit: Duration) -> bool {
@@ -39,56 +34,17 @@ fn sleepers() -> usize {
     tasks.filter_map(name).filter(|name| name.trim_end() == "shmbus-wake").count()
 }
 
-/// What this process has used of a processor.
-fn used() -> Duration {
-    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
-    let time = [usage.user_time(), usage.system_time()];
-    time.iter().map(|t| Duration::new(t.tv_sec() as u64, t.tv_usec() as u32 * 1000)).sum()
-}
-
 /// Plays the other processes of these tests; nothing to see when run by hand.
 #[test]
 fn role() {
     let Some((role, arguments)) = common::role() else { return };
     match role.as_str() {
-        "publisher" => publish_when_told(&arguments),
-        "flood" => flood(&arguments),
+        "publisher" => feeding::publish_when_told(&arguments),
+        "flood" => feeding::flood(&arguments, 50, Duration::from_micros(300)),
         "idle" => idle(),
         "ends" => ends(),
         other => panic!("unknown role {other}"),
     }
-}
-
-/// Publishes what it hears.
-fn publish_when_told(topics: &str) {
-    let bus = Bus::open_default().unwrap();
-    let mode = |name: &str| MODES.into_iter().find(|mode| name.ends_with(&mode.to_string())).unwrap();
-    let open = |name: &str| bus.publisher(common::of_mode(mode(name), small(name))).unwrap();
-    let mut publishers: Vec<Publisher<[u8]>> = topics.split(' ').map(open).collect();
-    say("open");
-    loop {
-        let line = hear();
-        let (topic, payload) = line.split_once(' ').unwrap();
-        publishers[topic.parse::<usize>().unwrap()].publish(payload.as_bytes()).unwrap();
-    }
-}
-
-/// Publishes so many numbers as fast as there is room.
-fn flood(arguments: &str) {
-    end_with_the_test();
-    let (topic, count) = arguments.split_once(' ').unwrap();
-    let bus = Bus::open_default().unwrap();
-    let mut publisher = bus.publisher(small(topic)).unwrap();
-    say("open");
-    for number in 0..count.parse::<u64>().unwrap() {
-        publisher.publish(&number.to_le_bytes()).unwrap();
-        // Often enough that the reader goes to sleep in between.
-        if number % 50 == 0 {
-            thread::sleep(Duration::from_micros(300));
-        }
-    }
-    say("done");
-    thread::sleep(LIMIT);
 }
 
 #[test]
@@ -141,26 +97,25 @@ fn several_handles_share_a_descriptor_in_an_epoll_loop() {
             }
         }
     });
-    let read = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
-    for number in 0..150 {
-        go.send(number).unwrap();
+    for round in 0..150 {
+        go.send(round).unwrap();
         let since = Instant::now();
         let mut got = None;
         while got.is_none() {
             while got.is_none() && !pollable.arm(&mut [&mut raw, &mut typed, &mut pattern]).unwrap() {
-                got = raw.try_recv().unwrap().map(|message| read(message.as_bytes()));
+                got = raw.try_recv().unwrap().map(|message| number(message.as_bytes()));
                 got = got.or(typed.try_recv().unwrap().map(|message| *message));
-                got = got.or(pattern.try_recv().unwrap().map(|message| read(message.as_bytes())));
+                got = got.or(pattern.try_recv().unwrap().map(|message| number(message.as_bytes())));
             }
             if got.is_none() {
                 let mut events = [EpollEvent::empty()];
                 let limit = EpollTimeout::try_from(LIMIT).unwrap();
-                assert_eq!(epoll.wait(&mut events, limit), Ok(1), "nothing came for {number}");
+                assert_eq!(epoll.wait(&mut events, limit), Ok(1), "nothing came for {round}");
                 assert_eq!(events[0].data(), 7);
             }
         }
-        assert_eq!(got, Some(number));
-        assert!(since.elapsed() < PROMPT, "a wake-up was lost at {number}");
+        assert_eq!(got, Some(round));
+        assert!(since.elapsed() < PROMPT, "a wake-up was lost at {round}");
     }
     drop(go);
     feeding.join().unwrap();

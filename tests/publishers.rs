@@ -6,15 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{LIMIT, Process, Random, Scene, await_that, of_mode, say, seed};
+use common::{LIMIT, LOGS, Process, Random, Scene, SetAtEnd, mode_of, of_mode, once_free, say, seed};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
     Bus, Envelope, Full, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start, Subscriber,
     Topic,
 };
-
-/// Kinds of topics that keep names.
-const MODES: [Mode; 2] = [Mode::Many, Mode::Exclusive];
 
 /// Who all the tests' publishers are.
 const NAME: &str = "feeder";
@@ -42,22 +39,9 @@ fn topic(mode: Mode) -> Topic<[u8]> {
     of_mode(mode, Topic::named(format!("names.{mode}"))).messages(256).bytes(64 << 10)
 }
 
-fn mode_of(argument: &str) -> Mode {
-    MODES.into_iter().find(|mode| mode.to_string() == argument).unwrap()
-}
-
 /// Opens the name as soon as its dead holder has been noticed.
 fn publisher_as(bus: &Bus, topic: &Topic<[u8]>) -> Publisher<[u8]> {
-    let mut opened = None;
-    await_that("the name", || match bus.publisher_as(topic.clone(), NAME) {
-        Ok(publisher) => {
-            opened = Some(publisher);
-            true
-        }
-        Err(OpenError::Refused(Refusal::Taken { .. })) => false,
-        Err(error) => panic!("{error}"),
-    });
-    opened.unwrap()
+    once_free("the name", || bus.publisher_as(topic.clone(), NAME))
 }
 
 fn subscriber(bus: &Bus, topic: &Topic<[u8]>) -> Subscriber<[u8]> {
@@ -72,7 +56,7 @@ fn text(message: &[u8]) -> String {
 fn numbers_are_dense_and_each_is_published_once() {
     let scene = Scene::new("numbers");
     let bus = scene.open();
-    for mode in MODES {
+    for mode in LOGS {
         let mut publisher = bus.publisher_as(topic(mode), NAME).unwrap();
         let mut subscriber = subscriber(&bus, &topic(mode));
         assert_eq!(publisher.last_number(), Some(0));
@@ -105,7 +89,7 @@ fn a_numbered_batch_is_published_once_and_whole() {
     let scene = Scene::new("batches");
     let bus = scene.open();
     let batch: [&[u8]; 3] = [b"one", b"two", b"three"];
-    for mode in MODES {
+    for mode in LOGS {
         let mut publisher = bus.publisher_as(topic(mode), NAME).unwrap();
         assert_eq!(publisher.publish_batch_numbered(batch, 1), Ok(Sequence::new(0)));
         assert_eq!(publisher.publish_batch_numbered([&b"four"[..]], 4), Ok(Sequence::new(3)));
@@ -144,7 +128,7 @@ fn a_numbered_batch_is_published_once_and_whole() {
 fn a_name_goes_on_where_it_ended_and_belongs_to_its_topic() {
     let scene = Scene::new("goes-on");
     let bus = scene.open();
-    for mode in MODES {
+    for mode in LOGS {
         let mut first = bus.publisher_as(topic(mode), NAME).unwrap();
         for number in 1..=3 {
             first.publish_numbered(b"first", number).unwrap();
@@ -174,7 +158,7 @@ fn a_name_goes_on_where_it_ended_and_belongs_to_its_topic() {
 fn a_duplicate_that_is_no_longer_retained_is_a_duplicate_all_the_same() {
     let scene = Scene::new("forgotten");
     let bus = scene.open();
-    for mode in MODES {
+    for mode in LOGS {
         let topic = topic(mode).full(Full::Overwrite);
         let mut publisher = bus.publisher_as(topic.clone(), NAME).unwrap();
         for _ in 0..20_000 {
@@ -305,7 +289,7 @@ fn who_is_killed_goes_on_with_each_number_exactly_once() {
     let scene = Scene::new("killed");
     let bus = scene.open();
     let mut random = Random::new(seed());
-    for mode in MODES {
+    for mode in LOGS {
         let topic = topic_created(&bus, &topic(mode));
         let mut subscriber = subscriber(&bus, &topic);
         let mut next = 1;
@@ -366,7 +350,7 @@ fn who_slept_through_its_replacement_is_fenced_and_never_seen() {
     let subscriber = subscriber(&bus, &topic);
     thread::scope(|scope| {
         // Also when an assertion fails: the scope waits for its reader.
-        let end = OnDrop(&done);
+        let end = SetAtEnd(&done);
         let reading = scope.spawn(|| read_lives(subscriber, &done));
         let mut zombies: Vec<(Process, u64)> = Vec::new();
         let mut last = 0;
@@ -399,16 +383,6 @@ fn who_slept_through_its_replacement_is_fenced_and_never_seen() {
         drop(end);
         assert_eq!(reading.join().unwrap(), last);
     });
-}
-
-/// Says at the end of its scope that the scope is over.
-struct OnDrop<'a>(&'a AtomicBool);
-
-impl Drop for OnDrop<'_> {
-    fn drop(&mut self) {
-        // Release: pairs with the reader's Acquire.
-        self.0.store(true, Ordering::Release);
-    }
 }
 
 /// Each of them finds out that it was fenced, and that it had committed what its successor began with.
@@ -448,7 +422,7 @@ fn read_lives(mut subscriber: Subscriber<[u8]>, done: &AtomicBool) -> u64 {
 fn names_survive_the_coordinator() {
     let scene = Scene::new("coordinators");
     let bus = scene.open();
-    for mode in MODES {
+    for mode in LOGS {
         let topic = topic_created(&bus, &topic(mode).full(Full::Overwrite));
         let mut publisher = publisher_as(&bus, &topic);
         for number in 1..=40 {
@@ -485,7 +459,7 @@ fn duplicate_of(sequence: u64) -> PublishError {
 fn an_id_is_published_once_within_the_window() {
     let scene = Scene::new("ids");
     let bus = scene.open();
-    for mode in MODES {
+    for mode in LOGS {
         let topic = with_ids(mode).full(Full::Overwrite);
         let mut publisher = bus.publisher(topic.clone()).unwrap();
         publisher.publish_with(b"a", &id("a")).unwrap();

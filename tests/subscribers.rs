@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, MODES, Random, Scene, await_that, checksum, of_mode, raw, receive, seed};
+use common::{LIMIT, LOGS, MODES, Random, Scene, SetAtEnd, await_that, checksum, number, of_mode, raw, receive, seed};
 use shmbus::{
     Bus, Full, GoneReason, Holder, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start,
     Subscriber, Topic, Wait,
@@ -14,8 +14,6 @@ use shmbus::{
 
 /// A sleeper looks again after a second, which would hide a lost wake-up.
 const LOOKS_AGAIN: Duration = Duration::from_millis(900);
-
-const LOGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
 
 fn publish(bus: &Bus, topic: &Topic<[u8]>, numbers: std::ops::Range<u64>) {
     let mut publisher = common::publisher_after(bus, topic);
@@ -26,10 +24,6 @@ fn send(publisher: &mut Publisher<[u8]>, numbers: std::ops::Range<u64>) {
     for number in numbers {
         publisher.publish(&number.to_le_bytes()).unwrap();
     }
-}
-
-fn number(payload: &[u8]) -> u64 {
-    u64::from_le_bytes(payload.try_into().unwrap())
 }
 
 /// What is there now; each message's sequence must be its number.
@@ -220,7 +214,7 @@ fn subscribers_that_come_and_go_under_fire_miss_nothing_unsaid() {
                     assert_eq!(publisher.publish_timeout(&message, LIMIT).unwrap().get(), number);
                 }
             });
-            let _stop = StopAtEnd(stop);
+            let _stop = SetAtEnd(stop);
             for _ in 0..200 {
                 let count = random.below(messages);
                 let start = [Start::Oldest, Start::Last(count), Start::Latest][random.below(3) as usize];
@@ -255,15 +249,6 @@ fn subscribers_that_come_and_go_under_fire_miss_nothing_unsaid() {
                 }
             }
         });
-    }
-}
-
-/// Ends the publisher also when the test fails.
-struct StopAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for StopAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -7,18 +7,13 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, say};
+use common::{LIMIT, Process, Scene, await_that, end_with_the_test, hear, number, say, small};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
     Bus, Full, GoneReason, NameError, OpenError, Publisher, Refusal, Start, Topic, TopicOptions, Wait, WildcardError,
     WildcardSubscriber, wait_any,
 };
-
-/// Small, so that many of them are quick to make.
-fn small(name: &str) -> Topic<[u8]> {
-    Topic::named(name).messages(16).bytes(4096)
-}
 
 /// What comes next: topic, sequence and payload.
 fn next(subscriber: &mut WildcardSubscriber<[u8]>) -> (String, u64, Vec<u8>) {
@@ -148,7 +143,7 @@ fn the_first_message_of_a_new_topic_is_never_missed() {
         let expected = seen.entry(topic.clone()).or_default();
         assert_eq!(sequence, *expected, "{topic} is out of order");
         if sequence == 0 {
-            let number = u64::from_le_bytes(payload.try_into().unwrap());
+            let number = number(&payload);
             assert_eq!(topic, format!("race.{number}"));
         }
         *expected += 1;

@@ -146,7 +146,7 @@ impl Bus {
         self.done_once(&Request::RemoveTopic { topic: name.to_owned(), force })
     }
 
-    /// Gives up every message of a topic that no subscriber holds; what stayed and who holds it is in the answer.
+    /// Gives up every message of a topic that no subscriber or group holds; what stayed and who holds it is in the answer.
     ///
     /// # Errors
     /// There is no such topic, it is a channel, or all 64 publishers it may have are attached.

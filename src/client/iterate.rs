@@ -104,38 +104,23 @@ impl<S: Pull> Iterator for Messages<S> {
 
 impl<S: Pull> FusedIterator for Messages<S> {}
 
-impl<T: Payload + ?Sized> IntoIterator for Subscriber<T> {
-    type Item = Result<OwnedMessage<T>, RecvError>;
-    type IntoIter = Messages<Self>;
+/// What gives itself away to the iterator, or lends itself: Rust does not let that be said of all that can be pulled from.
+macro_rules! iterates {
+    ($($handle:ty: $item:ty,)*) => {$(
+        impl<T: Payload + ?Sized> IntoIterator for $handle {
+            type Item = $item;
+            type IntoIter = Messages<Self>;
 
-    fn into_iter(self) -> Messages<Self> {
-        Messages::of(self)
-    }
+            fn into_iter(self) -> Messages<Self> {
+                Messages::of(self)
+            }
+        }
+    )*};
 }
 
-impl<T: Payload + ?Sized> IntoIterator for &mut Subscriber<T> {
-    type Item = Result<OwnedMessage<T>, RecvError>;
-    type IntoIter = Messages<Self>;
-
-    fn into_iter(self) -> Messages<Self> {
-        Messages::of(self)
-    }
-}
-
-impl<T: Payload + ?Sized> IntoIterator for WildcardSubscriber<T> {
-    type Item = Result<OwnedWildcardMessage<T>, WildcardError>;
-    type IntoIter = Messages<Self>;
-
-    fn into_iter(self) -> Messages<Self> {
-        Messages::of(self)
-    }
-}
-
-impl<T: Payload + ?Sized> IntoIterator for &mut WildcardSubscriber<T> {
-    type Item = Result<OwnedWildcardMessage<T>, WildcardError>;
-    type IntoIter = Messages<Self>;
-
-    fn into_iter(self) -> Messages<Self> {
-        Messages::of(self)
-    }
+iterates! {
+    Subscriber<T>: Result<OwnedMessage<T>, RecvError>,
+    &mut Subscriber<T>: Result<OwnedMessage<T>, RecvError>,
+    WildcardSubscriber<T>: Result<OwnedWildcardMessage<T>, WildcardError>,
+    &mut WildcardSubscriber<T>: Result<OwnedWildcardMessage<T>, WildcardError>,
 }

@@ -4,7 +4,6 @@ use super::*;
 use crate::coordinator::estate::Estate;
 use crate::coordinator::registry::Registry;
 use crate::os::memfd;
-use crate::os::socket::User;
 use crate::topic::TopicOptions;
 
 /// A bus with one topic, which has lost its keeper and coordinator.
@@ -19,14 +18,7 @@ impl Wreck {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("b.registry");
         let mut estate = Estate::found(7, Some(&path)).unwrap();
-        let us = estate
-            .admit(
-                std::process::id(),
-                User { uid: 1000, gids: vec![1000] },
-                1,
-                pidfd::open(std::process::id()).unwrap(),
-            )
-            .unwrap();
+        let us = estate.admit_us();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let create =
             Request::CreateTopic { topic: "t".to_owned(), options, access: None, exist_ok: false, ephemeral: false };

@@ -10,6 +10,14 @@ use crate::shm::segment::{Access, Segment};
 use crate::shm::topic::LogSegments;
 use crate::topic::TopicOptions;
 
+impl Estate {
+    /// Lets this process in, as one of user 1000.
+    pub(in crate::coordinator) fn admit_us(&mut self) -> u64 {
+        let pidfd = pidfd::open(std::process::id()).unwrap();
+        self.admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, 1, pidfd).unwrap()
+    }
+}
+
 /// What a keeper does with what it is told.
 struct Keeper {
     store: BTreeMap<String, OwnedFd>,
@@ -25,8 +33,7 @@ impl Keeper {
         let (socket, _) = socket::pair().unwrap();
         let mut keeper = Keeper { store: BTreeMap::from([(link::REGISTRY.to_owned(), registry)]), socket };
         let mut estate = keeper.restart();
-        let pidfd = pidfd::open(std::process::id()).unwrap();
-        let us = estate.admit(std::process::id(), User { uid: 1000, gids: vec![1000] }, 1, pidfd).unwrap();
+        let us = estate.admit_us();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         estate
             .request(

@@ -118,9 +118,10 @@ impl Gate<'_> {
         }
         let target = (need + want.slack).min(ceiling);
         // Release: R-INTENT pairs with A-INTENT (announced): a joiner that is sent to the intent sees the ring as we saw it,
-        // not entries of laps before. Ordered before the scan by the fence below, which pairs with the one in `join`
-        // (I-4); monotone by max.
+        // not entries of laps before; monotone by max.
         self.header.intent.0.fetch_max(target, Ordering::Release);
+        // SeqCst: R-RAISED, then A-JOINED; pairs with R-JOINED, then A-RAISED (join).
+        // Store, then look: the intent, then the cursors. Whose cursor we do not see sees the intent (I-4).
         fence(Ordering::SeqCst);
         let joined = self.held_from(policy, need);
         let confirmed = joined.map_or(target, |b| b.position.min(target));
@@ -169,6 +170,8 @@ impl Gate<'_> {
         let mut position = position;
         for _ in 0..JOIN_LOOKS {
             self.cursors[cursor as usize].propose(position);
+            // SeqCst: R-JOINED, then A-RAISED; pairs with R-RAISED, then A-JOINED (raise).
+            // Store, then look: our cursor, then the intent. If we do not see the intent, its owner sees our cursor (I-4).
             fence(Ordering::SeqCst);
             let intent = self.header.announced();
             if intent <= position {

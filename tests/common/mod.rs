@@ -1,19 +1,22 @@
 //! What the tests of the library share: a bus of their own, other processes, deadlines, payloads that check themselves.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod feeding;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shmbus::{Bus, BusOptions, Mode, Publisher, Subscriber, Topic};
+use shmbus::{Bus, BusOptions, Mode, OpenError, Payload, Publisher, Refusal, Subscriber, Topic};
 
 /// Everything here happens within milliseconds; this is for a machine that is very busy.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
@@ -263,17 +266,32 @@ pub(crate) fn await_that(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Opens a publisher as soon as its predecessor's death has been noticed.
-pub(crate) fn publisher_after<T: shmbus::Payload + ?Sized>(bus: &Bus, topic: &Topic<T>) -> Publisher<T> {
+pub(crate) fn publisher_after<T: Payload + ?Sized>(bus: &Bus, topic: &Topic<T>) -> Publisher<T> {
+    once_free("the publisher's place", || bus.publisher(topic.clone()))
+}
+
+/// Opens what may still be another's.
+pub(crate) fn once_free<H>(what: &str, mut open: impl FnMut() -> Result<H, OpenError>) -> H {
     let mut opened = None;
-    await_that("the publisher's place", || match bus.publisher(topic.clone()) {
-        Ok(publisher) => {
-            opened = Some(publisher);
+    await_that(what, || match open() {
+        Ok(handle) => {
+            opened = Some(handle);
             true
         }
-        Err(shmbus::OpenError::Refused(shmbus::Refusal::Taken { .. })) => false,
+        Err(OpenError::Refused(Refusal::Taken { .. })) => false,
         Err(error) => panic!("{error}"),
     });
     opened.unwrap()
+}
+
+/// Sets a flag when it goes, so that other threads end also when their test fails.
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        // Release: who looks with Acquire sees all that was done before.
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// Receives or fails the test.
@@ -283,6 +301,14 @@ pub(crate) fn receive(subscriber: &mut Subscriber<[u8]>) -> (u64, Vec<u8>) {
 }
 
 pub(crate) const MODES: [Mode; 3] = [Mode::Exclusive, Mode::Many, Mode::Channel];
+
+/// All but channels: what has groups, named publishers, envelopes.
+pub(crate) const LOGS: [Mode; 2] = [Mode::Exclusive, Mode::Many];
+
+/// The mode that a role was given as an argument.
+pub(crate) fn mode_of(argument: &str) -> Mode {
+    MODES.into_iter().find(|mode| mode.to_string() == argument).unwrap()
+}
 
 /// The same topic in a mode.
 pub(crate) fn of_mode<T: ?Sized>(mode: Mode, topic: Topic<T>) -> Topic<T> {
@@ -296,6 +322,23 @@ pub(crate) fn of_mode<T: ?Sized>(mode: Mode, topic: Topic<T>) -> Topic<T> {
 /// A raw topic of a mode.
 pub(crate) fn raw(mode: Mode, name: &str) -> Topic<[u8]> {
     of_mode(mode, Topic::named(format!("{name}.{mode}")))
+}
+
+/// A small topic, which is quick to make and to fill.
+pub(crate) fn small(name: &str) -> Topic<[u8]> {
+    Topic::named(name).messages(16).bytes(4096)
+}
+
+/// The number that is a payload.
+pub(crate) fn number(payload: &[u8]) -> u64 {
+    u64::from_le_bytes(payload.try_into().unwrap())
+}
+
+/// What this process has used of a processor.
+pub(crate) fn used() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let time = [usage.user_time(), usage.system_time()];
+    time.iter().map(|t| Duration::new(t.tv_sec() as u64, t.tv_usec() as u32 * 1000)).sum()
 }
 
 /// A seed from `SHMBUS_TEST_SEED` or the clock; printed, so that a failure can be repeated.

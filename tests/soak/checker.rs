@@ -350,6 +350,19 @@ mod tests {
         kinds(&history)
     }
 
+    /// Puts the queue's messages at other places, the same for everybody.
+    fn renumber_queue(history: &mut [Witness], place_of: impl Fn(u64) -> u64) {
+        for event in history.iter_mut().flat_map(|witness| &mut witness.events) {
+            match event {
+                Event::Received { topic: 0, sequence, .. }
+                | Event::Given { topic: 0, sequence, .. }
+                | Event::Acknowledged { topic: 0, sequence, .. }
+                | Event::Acked { topic: 0, sequence } => *sequence = place_of(*sequence),
+                _ => {}
+            }
+        }
+    }
+
     #[test]
     fn the_checker_is_content_with_a_sound_history() {
         assert_eq!(kinds(&sound()), []);
@@ -425,19 +438,7 @@ mod tests {
         });
         assert_eq!(passed_over, [Kind::Skipped]);
         let swapped = found(|history| {
-            for event in history.iter_mut().flat_map(|witness| &mut witness.events) {
-                match event {
-                    Event::Received { topic: 0, sequence, .. }
-                    | Event::Given { topic: 0, sequence, .. }
-                    | Event::Acknowledged { topic: 0, sequence, .. }
-                    | Event::Acked { topic: 0, sequence }
-                        if *sequence < 2 =>
-                    {
-                        *sequence = 1 - *sequence
-                    }
-                    _ => {}
-                }
-            }
+            renumber_queue(history, |sequence| if sequence < 2 { 1 - sequence } else { sequence });
             history[STEADY].events[0..2].reverse();
         });
         assert_eq!(swapped, [Kind::OutOfOrder], "a publisher's numbers");
@@ -448,19 +449,7 @@ mod tests {
         let torn = Event::Received { topic: 0, sequence: 1, stamp: None };
         assert_eq!(found(|history| history[STEADY].events[1] = torn), [Kind::Torn]);
         let pulled_apart = found(|history| {
-            for event in history.iter_mut().flat_map(|witness| &mut witness.events) {
-                match event {
-                    Event::Received { topic: 0, sequence, .. }
-                    | Event::Given { topic: 0, sequence, .. }
-                    | Event::Acknowledged { topic: 0, sequence, .. }
-                    | Event::Acked { topic: 0, sequence }
-                        if *sequence == 4 =>
-                    {
-                        *sequence = 5
-                    }
-                    _ => {}
-                }
-            }
+            renumber_queue(history, |sequence| if sequence == 4 { 5 } else { sequence });
         });
         assert_eq!(pulled_apart, [Kind::Torn]);
         assert_eq!(found(|history| history[PUBLISHER].events.push(Event::Failed)), [Kind::Failed]);

@@ -28,28 +28,28 @@ pub(crate) struct Args {
     /// Who may publish
     #[arg(long, value_enum, default_value_t = ModeArg::Many)]
     mode: ModeArg,
-    /// What happens when the slowest subscriber is a whole ring behind
+    /// What happens when the slowest subscriber or group is a whole ring behind
     #[arg(long, value_enum, default_value_t = FullArg::Block)]
     full: FullArg,
-    /// Keep unread messages also while no subscriber exists (the ring then fills up)
+    /// Keep unread messages also while no subscriber or group exists (the ring then fills up)
     #[arg(long)]
     hold: bool,
     /// Messages carry a timestamp and may carry a key, headers, an id and a time-to-live
     #[arg(long)]
     envelope: bool,
-    /// Messages that say nothing about it expire after so long, as in 500ms, 5s, 10m, 2h or 1d
+    /// Messages that say nothing about it expire after so long, as in 500ms, 5s, 10m, 2h or 1d (with --envelope)
     #[arg(long, value_name = "TIME", requires = "envelope", value_parser = values::duration)]
     ttl: Option<Duration>,
-    /// Give messages up when they are older than this and no subscriber still needs them
+    /// Give messages up when they are older than this and no subscriber or group still needs them (with --envelope)
     #[arg(long, value_name = "TIME", requires = "envelope", value_parser = values::duration)]
     max_age: Option<Duration>,
-    /// A message id that was published before is a duplicate
+    /// A message whose id is still on the topic is a duplicate, and not published (with --envelope)
     #[arg(long, requires = "envelope")]
     dedup: bool,
     /// Most publishers at once, with --mode many [default: 64]
     #[arg(long, value_name = "N", value_parser = values::number::<u32>)]
     publishers: Option<u32>,
-    /// Most subscribers at once [default: 256]
+    /// Most subscribers and groups at once [default: 256]
     #[arg(long, value_name = "N", value_parser = values::number::<u32>)]
     subscribers: Option<u32>,
     /// Make the topic typed: the type's name, as programs declare it
@@ -63,7 +63,7 @@ pub(crate) struct Args {
     align: u32,
     /// What others than you and root may do, as in publish=alice,@traders or subscribe=*
     ///
-    /// Rights: publish, subscribe, consume (also to subscribe without --droppable), administer (groups, purge, rm). Users by name or number, groups as @NAME, * for everybody whom
+    /// Rights: publish, subscribe, consume (groups, and to subscribe so that publishers wait), administer (groups, purge, rm). Users by name or number, groups as @NAME, * for everybody whom
     /// the bus lets in (`shmbus serve --allow`).
     #[arg(long, value_name = "RIGHT=WHO", value_parser = values::grant)]
     allow: Vec<Grant>,

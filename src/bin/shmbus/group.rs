@@ -47,7 +47,8 @@ struct Which {
 struct CreateArgs {
     #[command(flatten)]
     which: Which,
-    /// Where it starts: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
+    /// Where it starts: latest, oldest, last:N, a sequence number; on topics with envelopes also time:SECONDS (since 1970) or
+    /// time:-10m (so long ago)
     #[arg(long, value_name = "START", allow_hyphen_values = true, default_value = "latest", value_parser = values::start)]
     from: Start,
     /// What happens to messages in hand when a consumer dies
@@ -89,7 +90,8 @@ struct CreateArgs {
 struct RewindArgs {
     #[command(flatten)]
     which: Which,
-    /// Where it starts anew: latest, oldest, last:N, time:T (seconds since 1970, or -10m for so long ago) or a sequence number
+    /// Where it starts anew: latest, oldest, last:N, a sequence number; on topics with envelopes also time:SECONDS (since 1970) or
+    /// time:-10m (so long ago)
     #[arg(long, value_name = "START", allow_hyphen_values = true, value_parser = values::start)]
     to: Start,
     /// Also while consumers are connected; they are fenced

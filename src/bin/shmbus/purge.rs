@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::output::{grouped, json_line, line};
 use crate::{Ended, Globals, values};
 
-/// Give up every message that no subscriber has yet to read, and say what stayed and who holds it.
+/// Give up every message that no subscriber or group still needs, and say what stayed and who holds it.
 ///
 /// The topic, its options and whoever is attached stay. Messages kept by --hold alone go too. With --json: {topic,
 /// purged, kept, oldest_sequence, tail_sequence, holder, holder_pid, holder_group} (holder: the cursor that `show`

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// Copy only what this says yes to; of several all must
     #[arg(long, value_name = "EXPR", value_parser = Filter::parse)]
     filter: Vec<Filter>,
-    /// Where a group that does not exist starts: latest, oldest, last:N, time:T as of `group create`, or a sequence number
+    /// Where a group that does not exist starts: latest, oldest, last:N, a sequence number, or time:... as of `shmbus group create`
     #[arg(long = "from", value_name = "START", allow_hyphen_values = true, default_value = "latest", value_parser = values::start)]
     start: Start,
     /// End after this many messages, whatever became of them

@@ -347,7 +347,8 @@ impl Core {
         if most == 0 {
             return true;
         }
-        // Store, then look: pairs with the same fence of another consumer.
+        // SeqCst: R-COUNTED, then A-COUNTED; pairs with the same fence of another consumer.
+        // Store, then look: our lease, then everybody's. Of two, at least one sees both.
         fence(Ordering::SeqCst);
         self.ledger.leased(None, now) <= most
     }

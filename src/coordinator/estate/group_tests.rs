@@ -230,14 +230,7 @@ fn a_topic_that_is_removed_takes_its_ledgers_along() {
 fn a_group_keeps_the_bus() {
     for has_group in [false, true] {
         let mut estate = Estate::found(7, None).unwrap();
-        estate
-            .admit(
-                std::process::id(),
-                User { uid: 1000, gids: vec![1000] },
-                1,
-                pidfd::open(std::process::id()).unwrap(),
-            )
-            .unwrap();
+        estate.admit_us();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
         let (topic, create_topic) = ("t".to_owned(), Some(options));
         ask(&mut estate, Request::OpenPublisher { topic, schema: None, create: create_topic, identity: None }).unwrap();

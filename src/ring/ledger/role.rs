@@ -60,8 +60,9 @@ impl Ledger {
     /// After messages were taken it also tells whether that was in time: while nobody else was at work.
     #[inline]
     pub fn keep_role(&self, owner: u8, due: u64) -> bool {
-        // Store, then look: pairs with the fence in `end_other_leases`. Either we see that another is at work, or it sees
-        // what we have just leased, and ends it.
+        // SeqCst: R-LEASE, then A-ROLE; pairs with R-ROLE, then A-LEASE (end_other_leases).
+        // Store, then look: what we have just leased, then who is at work. Either we see that another is, or it sees that
+        // lease, and ends it.
         fence(Ordering::SeqCst);
         let seen = self.role();
         seen.owner() == Some(owner) && (seen.due() >= due || self.swap_role(seen, Role::new(owner, due)))
@@ -70,7 +71,8 @@ impl Ledger {
     /// Ends what others have leased in an exclusive group, for whoever has just been put to work: order would not hold
     /// if they settled it later. What somebody leases after this finds out that it came too late (`keep_role`).
     pub fn end_other_leases(&self, owner: u8, now: u64) {
-        // Store, then look: pairs with the fence in `keep_role`.
+        // SeqCst: R-ROLE, then A-LEASE; pairs with R-LEASE, then A-ROLE (keep_role).
+        // Store, then look: that we are at work, then what others have leased. Whose lease we do not see sees us.
         fence(Ordering::SeqCst);
         for sequence in self.handed_out() {
             let seen = self.look(sequence);

@@ -177,7 +177,11 @@ type Of<'a, S> = (Class, Vec<&'a Chunk<S>>);
 
 /// The chunks of each class that occurred.
 fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<Of<'_, S>>> {
-    ensure!(!chunks.kept.is_empty(), "the cores moved during each of {} chunks; measure longer", chunks.dropped);
+    ensure!(
+        !chunks.kept.is_empty(),
+        "nothing was measured: there was time for {} chunks, and the cores moved in each; set --seconds higher",
+        chunks.dropped
+    );
     let of = |class| (class, chunks.kept.iter().filter(|c| c.class == class).collect::<Vec<_>>());
     Ok([Class::Smt, Class::Ccx, Class::Far].map(of).into_iter().filter(|(_, chunks)| !chunks.is_empty()).collect())
 }
