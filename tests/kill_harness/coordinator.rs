@@ -501,11 +501,15 @@ pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
         true => (0..FIRST_PLACES).map(|n| n * places.len() / FIRST_PLACES).collect(),
         false => vec![random.below(places.len() as u64) as usize],
     };
-    let run = |first: usize| {
+    let run = &|first: usize| {
         let victim = Victim::Successor((first > 0).then(|| places[first].clone()));
         run_as(deed, &format!("successor, {first}: {}", deed.name), &victim, seed)
     };
-    firsts.into_iter().map(run).collect()
+    // Each on a bus of its own, and most of the time asleep.
+    thread::scope(|scope| {
+        let running: Vec<_> = firsts.into_iter().map(|first| scope.spawn(move || run(first))).collect();
+        running.into_iter().map(|run| run.join().expect("it reports violations instead of panicking")).collect()
+    })
 }
 
 /// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
