@@ -29,6 +29,9 @@ const MESSAGES: u64 = 3;
 const BATCH: u64 = RUN + 2;
 const RUN: u64 = 16;
 
+/// Which message of a batch is kept, where one is: in the midst of its run.
+const KEPT: u64 = 5;
+
 /// Never ends in a test.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -54,6 +57,14 @@ enum Ending {
     Acked,
     /// Received and acked as one batch.
     AckedTogether,
+    /// The same, but for one that is kept out of it.
+    AckedButOne,
+    /// Received and given back as one batch.
+    GivenBackTogether,
+    /// At most once: gone when they are received.
+    Taken,
+    /// The same, as one batch.
+    TakenTogether,
     /// Acked while the ring is full and a publisher sleeps until there is room.
     AckedAwaited,
     /// Acked, and then one more for which it has to sleep.
@@ -101,11 +112,15 @@ pub(crate) fn all() -> Vec<Scenario> {
         consuming!("consume many ack", Many, Acked, stride: 800, Instruction),
         consuming!("consume exclusive batch", Exclusive, AckedTogether, stride: 3000, Instruction),
         consuming!("consume many batch", Many, AckedTogether, stride: 4000, Instruction),
-        consuming!("consume exclusive ack, publisher waits", Exclusive, AckedAwaited, stride: 2000, Access),
-        consuming!("consume many ack, publisher waits", Many, AckedAwaited, stride: 2000, Access),
-        consuming!("consume exclusive ack, asleep", Exclusive, AckedAsleep, stride: 2000, Access),
-        consuming!("consume many ack, asleep", Many, AckedAsleep, stride: 2000, Access),
-        consuming!("consume exclusive nack", Exclusive, GivenBack, stride: 400, Access),
+        consuming!("consume many batch, one kept", Many, AckedButOne, stride: 4000, Instruction),
+        consuming!("consume many batch nack", Many, GivenBackTogether, stride: 4000, Access),
+        consuming!("consume many at most once", Many, Taken, stride: 800, Instruction),
+        consuming!("consume many batch at most once", Many, TakenTogether, stride: 4000, Instruction),
+        consuming!("consume exclusive ack, publisher waits", Exclusive, AckedAwaited, stride: 2000, Instruction),
+        consuming!("consume many ack, publisher waits", Many, AckedAwaited, stride: 2000, Instruction),
+        consuming!("consume exclusive ack, asleep", Exclusive, AckedAsleep, stride: 2000, Instruction),
+        consuming!("consume many ack, asleep", Many, AckedAsleep, stride: 2000, Instruction),
+        consuming!("consume exclusive nack", Exclusive, GivenBack, stride: 400, Instruction),
         consuming!("move exclusive last attempt", Exclusive, Exhausted, stride: 10_000, Access),
         consuming!("move many reject", Many, Rejected, stride: 10_000, Access),
         consuming!("pipeline exclusive", Exclusive, Piped, stride: 2000, Access),
@@ -143,6 +158,9 @@ impl Plan {
         if let Ending::Piped = self.ending {
             return GroupOptions::new().effectively_once().lease(LONG);
         }
+        if let Ending::Taken | Ending::TakenTogether = self.ending {
+            return GroupOptions::new().at_most_once();
+        }
         let options = GroupOptions::new().dead_letter("results").lease(LONG);
         match self.ending {
             Ending::Exhausted => options.max_attempts(1),
@@ -154,11 +172,17 @@ impl Plan {
     /// How many messages, or batches, the victim works on.
     fn worked(self) -> u64 {
         match self.ending {
-            Ending::Acked | Ending::TakenOver => MESSAGES,
+            Ending::Acked | Ending::Taken | Ending::TakenOver => MESSAGES,
             Ending::AckedAsleep => MESSAGES + 1,
             Ending::Exhausted | Ending::Rejected | Ending::Piped | Ending::AckedAwaited => 2,
             _ => 1,
         }
+    }
+
+    /// Whether it works on one batch.
+    fn is_together(self) -> bool {
+        use Ending::*;
+        matches!(self.ending, AckedTogether | AckedButOne | GivenBackTogether | TakenTogether)
     }
 
     /// The victim's part.
@@ -180,14 +204,20 @@ impl Plan {
                 }
             })
         }
-        if self.ending == Ending::AckedTogether {
+        if self.is_together() {
             between_markers(|| {
                 let batch = consumer.try_recv_batch(2 * BATCH as usize).unwrap().unwrap();
                 assert_eq!(batch.len() as u64, BATCH);
+                if self.ending == Ending::AckedButOne {
+                    let _kept = batch.iter().nth(KEPT as usize).unwrap().keep();
+                }
                 reached(1);
-                batch.ack().unwrap();
+                let ended = if self.ending == Ending::GivenBackTogether { batch.nack() } else { batch.ack() };
+                ended.unwrap();
                 reached(2);
-                assert!(consumer.try_recv().unwrap().is_none());
+                if self.ending != Ending::GivenBackTogether {
+                    assert!(consumer.try_recv().unwrap().is_none());
+                }
             })
         }
         between_markers(|| {
@@ -252,8 +282,9 @@ impl Plan {
 
     /// Whether this may have become of the victim's message `number`.
     fn judge(self, number: u64, progress: u64, seen: &Outcome) -> Result<(), Violation> {
-        let together = self.ending == Ending::AckedTogether;
-        let (concerned, number) = if together { (number < BATCH, 0) } else { (number < self.worked(), number) };
+        let kept = self.ending == Ending::AckedButOne && number == KEPT;
+        let (concerned, number) =
+            if self.is_together() { (number < BATCH, 0) } else { (number < self.worked(), number) };
         let (might_have, had, done) = (
             concerned && progress >= 2 * number,
             concerned && progress > 2 * number,
@@ -267,10 +298,17 @@ impl Plan {
         };
         let (delivered, results) = (seen.delivered.len(), seen.results.len());
         let right = match self.ending {
-            Ending::Acked | Ending::AckedTogether | Ending::AckedAwaited | Ending::AckedAsleep | Ending::TakenOver => {
-                results == 0 && (again && !done || delivered == 0 && had)
+            Ending::AckedButOne if kept => results == 0 && again,
+            Ending::Acked
+            | Ending::AckedTogether
+            | Ending::AckedButOne
+            | Ending::AckedAwaited
+            | Ending::AckedAsleep
+            | Ending::TakenOver => results == 0 && (again && !done || delivered == 0 && had),
+            Ending::GivenBack | Ending::GivenBackTogether => results == 0 && again,
+            Ending::Taken | Ending::TakenTogether => {
+                results == 0 && (seen.delivered == [1] && !had || delivered == 0 && might_have)
             }
-            Ending::GivenBack => results == 0 && again,
             Ending::Rejected | Ending::SettledFirst => {
                 (again && !done && results == 0) || (delivered == 0 && results == 1 && had)
             }
@@ -578,12 +616,12 @@ impl Colleagues {
 
 impl Survivors for Colleagues {
     fn ready(&mut self, _life: u64) -> Result<(), Violation> {
-        if self.plan.ending == Ending::AckedTogether {
+        if self.plan.is_together() {
             (0..(RUN - self.tail() % RUN) % RUN).try_for_each(|_| self.publish())?;
             self.drain()?;
         }
         (self.first, self.messages) = (self.tail(), Vec::new());
-        let count = if self.plan.ending == Ending::AckedTogether { BATCH } else { MESSAGES };
+        let count = if self.plan.is_together() { BATCH } else { MESSAGES };
         (0..count).try_for_each(|_| self.publish())?;
         match self.plan.ending {
             Ending::TakenOver => self.be_late(),

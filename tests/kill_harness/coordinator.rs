@@ -2,7 +2,7 @@
 //! behind what its successor can finish or undo. And that successor as the victim: killed anywhere from its first instruction on,
 //! over its start, the replay of the registry and what it repairs, it must leave behind what a third one can.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs;
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
@@ -17,7 +17,7 @@ use crate::checker::{Violation, message, publisher};
 use crate::common::{Process, Random, Scene, await_that};
 use crate::group_deeds;
 use crate::mutant;
-use crate::runner::{MAX_STEPS, Report, covers_reads, is_long};
+use crate::runner::{MAX_STEPS, MAX_VIOLATIONS, Report, covers_reads, is_long, most_tries};
 use crate::shared_access::{Effect, Lens};
 use crate::tracer::{Place, Stop, Tracee};
 
@@ -44,6 +44,9 @@ const IDLE: Duration = Duration::from_millis(50);
 
 /// How long a place may take to be reached; a coordinator that does not come there this time is killed all the same.
 const PATIENCE: Duration = Duration::from_millis(300);
+
+/// How long one that is stepped there may sleep in a call: who adopts a bus waits for those who do not come.
+const SLEEP: Duration = Duration::from_secs(3);
 
 /// How long recovery and what a client asks for may take; for a machine that is very busy.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
@@ -367,7 +370,7 @@ fn begin(stage: &Stage<'_>, deed: &Deed, process: Option<Process>, victim: &Vict
             ask(process);
             if let Some(point) = first {
                 // Wherever it is when its time is up, it dies.
-                point.reach(&mut asked)?;
+                point.reach(&mut asked, false)?;
             }
             asked.kill();
             keeper.next_child(START)?
@@ -417,8 +420,8 @@ struct Point {
 }
 
 impl Point {
-    /// Whether it came there.
-    fn reach(&self, tracee: &mut Tracee) -> io::Result<bool> {
+    /// Whether it came there; `stepped`, as slowly as when the places were counted, or running.
+    fn reach(&self, tracee: &mut Tracee, stepped: bool) -> io::Result<bool> {
         for _ in 0..self.calls {
             // In, and out again.
             if !(tracee.run_to_call(START)? && tracee.run_to_call(START)?) {
@@ -426,6 +429,7 @@ impl Point {
             }
         }
         match &self.place {
+            Some((place, visit)) if stepped => tracee.step_to(place, *visit, SLEEP),
             Some((place, visit)) => tracee.run_to(place, *visit, PATIENCE),
             None => tracee.run_to_call(START),
         }
@@ -497,11 +501,15 @@ pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
         true => (0..FIRST_PLACES).map(|n| n * places.len() / FIRST_PLACES).collect(),
         false => vec![random.below(places.len() as u64) as usize],
     };
-    let run = |first: usize| {
+    let run = &|first: usize| {
         let victim = Victim::Successor((first > 0).then(|| places[first].clone()));
         run_as(deed, &format!("successor, {first}: {}", deed.name), &victim, seed)
     };
-    firsts.into_iter().map(run).collect()
+    // Each on a bus of its own, and most of the time asleep.
+    thread::scope(|scope| {
+        let running: Vec<_> = firsts.into_iter().map(|first| scope.spawn(move || run(first))).collect();
+        running.into_iter().map(|run| run.join().expect("it reports violations instead of panicking")).collect()
+    })
 }
 
 /// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
@@ -532,15 +540,24 @@ fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Rep
     while !is_long() && points.len() > short_kills {
         points.remove(random.below(points.len() as u64) as usize);
     }
-    for points in points.chunks(kills_a_bus) {
+    let (mut points, mut tries) = (VecDeque::from(points), 0);
+    while !points.is_empty() && report.violations.len() < MAX_VIOLATIONS {
         let scene = Scene::new("coordinator");
         let mut stage = Stage::new(&scene).map_err(io::Error::other)?;
-        for point in points {
+        for _ in 0..kills_a_bus {
+            let Some(point) = points.front() else { break };
             report.kills += 1;
-            let (reached, survived) = kill_at(&mut stage, deed, victim, point)?;
-            report.missed += usize::from(!reached);
-            if let Err(violation) = survived {
+            tries += 1;
+            let (reached, survived) = kill_at(&mut stage, deed, victim, point, tries % 2 == 0)?;
+            if let Err(violation) = &survived {
                 report.violations.push(format!("killed before {point:?}: {violation}"));
+            }
+            if reached || tries == most_tries() || survived.is_err() {
+                report.missed += usize::from(!reached);
+                points.pop_front();
+                tries = 0;
+            }
+            if survived.is_err() {
                 break;
             }
         }
@@ -554,13 +571,14 @@ fn kill_at(
     deed: &Deed,
     victim: &Victim,
     point: &Point,
+    stepped: bool,
 ) -> io::Result<(bool, Result<(), Violation>)> {
     let process = match (deed.prepare)(stage.scene, &stage.bus) {
         Ok(process) => process,
         Err(violation) => return Ok((false, Err(violation))),
     };
     let Begun { mut tracee, outcome } = begin(stage, deed, process, victim)?;
-    let reached = point.reach(&mut tracee)?;
+    let reached = point.reach(&mut tracee, stepped)?;
     let pid = tracee.pid();
     tracee.kill();
     Ok((reached, check(stage, pid, &outcome)))

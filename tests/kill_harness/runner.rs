@@ -19,7 +19,7 @@ const LONG: &str = "SHMBUS_KILL_LONG";
 const ONLY: &str = "SHMBUS_KILL_ONLY";
 
 /// After so many violations a scenario has failed clearly enough.
-const MAX_VIOLATIONS: usize = 5;
+pub(crate) const MAX_VIOLATIONS: usize = 5;
 
 /// An operation that takes more than this many instructions waits for something.
 pub(crate) const MAX_STEPS: usize = 5_000_000;
@@ -70,6 +70,11 @@ pub(crate) fn is_long() -> bool {
     std::env::var_os(LONG).is_some_and(|value| !value.is_empty() && value != "0")
 }
 
+/// How often to go for a place.
+pub(crate) fn most_tries() -> usize {
+    if is_long() { MOST_TRIES } else { 1 }
+}
+
 /// Runs a scenario to its end.
 pub(crate) fn run(scenario: &Scenario, seed: u64) -> io::Result<Report> {
     let steps = count(scenario)?;
@@ -83,7 +88,7 @@ pub(crate) fn run(scenario: &Scenario, seed: u64) -> io::Result<Report> {
         ..Report::default()
     };
     let mut points = VecDeque::from(points(scenario, &steps, &mut Random::new(seed)));
-    let (mut life, mut tries, most_tries) = (0, 0, if is_long() { MOST_TRIES } else { 1 });
+    let (mut life, mut tries) = (0, 0);
     let enough = if scenario.grain == Grain::Fault { 1 } else { MAX_VIOLATIONS };
     while !points.is_empty() && report.violations.len() < enough {
         // What a violation leaves behind would only lead to the next.
@@ -95,7 +100,7 @@ pub(crate) fn run(scenario: &Scenario, seed: u64) -> io::Result<Report> {
             tries += 1;
             let moment = Moment { stepped: tries % 2 == 0 && !point.asleep, ..Moment::of(&steps, point) };
             let (reached, survived) = kill_at(&scene, scenario, &mut *survivors, life, &moment)?;
-            if reached || tries == most_tries || survived.is_err() {
+            if reached || tries == most_tries() || survived.is_err() {
                 report.missed += usize::from(!reached);
                 points.pop_front();
                 tries = 0;
@@ -245,7 +250,7 @@ fn kill_at(
     // Its first instruction it stands before.
     let reached = match moment {
         Moment { before_all: true, .. } => true,
-        Moment { stepped: true, .. } => tracee.step_to_address(moment.address, moment.visit)?,
+        Moment { stepped: true, .. } => tracee.step_to_address(moment.address, moment.visit, PATIENCE)?,
         _ => tracee.run_to_address(moment.address, moment.visit, PATIENCE)?,
     };
     for _ in 0..if reached { moment.rounds } else { 0 } {

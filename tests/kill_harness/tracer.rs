@@ -24,6 +24,9 @@ use crate::sleepers::Sleeper;
 /// The marker: one byte, a trap that is delivered to the tracer.
 pub(crate) const MARKER: u8 = 0xcc;
 
+/// The instruction that enters the kernel.
+const SYSTEM_CALL: [u8; 2] = [0x0f, 0x05];
+
 /// How long a victim may take from one marker to the next when nobody steps it; for a machine that is very busy.
 const SET_UP: Duration = Duration::from_secs(30);
 
@@ -274,7 +277,16 @@ impl Tracee {
     /// Executes one instruction that may sleep; `None`: it sleeps for longer than `patience`, and goes on doing so.
     pub(crate) fn step_patiently(&mut self, patience: Duration) -> io::Result<Option<Stop>> {
         ptrace::step(self.thread, None)?;
-        self.wait_for(patience)
+        loop {
+            match self.wait_for(patience)? {
+                Some(Stop::Signal(signal)) => ptrace::step(self.thread, signal)?,
+                Some(Stop::Child(thread)) => {
+                    self.adopt(thread)?;
+                    ptrace::step(self.thread, None)?;
+                }
+                stop => return Ok(stop),
+            }
+        }
     }
 
     /// Waits for the instruction that [`Self::step_patiently`] left asleep.
@@ -303,8 +315,15 @@ impl Tracee {
         self.run_to_next(address, deadline)
     }
 
-    /// The same, instruction by instruction: it comes to see as much of the clock go by as when it was first stepped.
-    pub(crate) fn step_to_address(&mut self, address: u64, visit: u64) -> io::Result<bool> {
+    /// [`Self::run_to`], instruction by instruction: it comes to see as much of the clock go by as when it was first stepped.
+    /// False: a system call took longer than `patience`, or it has come to its marker.
+    pub(crate) fn step_to(&mut self, place: &Place, visit: u64, patience: Duration) -> io::Result<bool> {
+        let address = self.address_of(place).ok_or_else(|| io::Error::other(format!("{place:?} is not mapped")))?;
+        self.step_to_address(address, visit, patience)
+    }
+
+    /// The same for an address.
+    pub(crate) fn step_to_address(&mut self, address: u64, visit: u64, patience: Duration) -> io::Result<bool> {
         let (mut visits, mut last) = (0, 0);
         loop {
             let at = self.registers()?.rip;
@@ -312,9 +331,14 @@ impl Tracee {
             if visits == visit {
                 return Ok(true);
             }
-            let mut byte = [0];
-            self.read(at, &mut byte);
-            if byte == [MARKER] || self.step()? == Stop::Ended {
+            let mut code = [0; 2];
+            self.read(at, &mut code);
+            let stop = match code {
+                [MARKER, _] => return Ok(false),
+                SYSTEM_CALL => self.step_patiently(patience)?,
+                _ => Some(self.step()?),
+            };
+            if stop != Some(Stop::Trap) {
                 return Ok(false);
             }
             last = at;
