@@ -250,6 +250,9 @@ pub(crate) struct Chunks<S> {
 /// The share of the time given that passes before anything counts: caches, branch predictors and clocks settle.
 const WARM_UP: f64 = 0.1;
 
+/// How many times the time given may pass until one chunk counts: on a machine that is busy a first may take seconds.
+const PATIENCE: f64 = 10.0;
+
 /// Bare, bus, bare, bus, ... bare; so every bus chunk has a canary on either side.
 fn interleave<S>(
     pair: &mut Pair,
@@ -262,7 +265,8 @@ fn interleave<S>(
     let mut before = canary::measure(pair)?;
     loop {
         let elapsed = started.elapsed().as_secs_f64();
-        if elapsed > seconds * (1.0 + WARM_UP) {
+        let patience = if chunks.kept.is_empty() { PATIENCE } else { 1.0 };
+        if elapsed > seconds * (1.0 + WARM_UP) * patience {
             progress.finish_and_clear();
             return Ok(chunks);
         }
