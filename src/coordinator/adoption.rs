@@ -93,6 +93,15 @@ pub(crate) fn named_like(place: &Place, kept: BorrowedFd<'_>) -> Option<OwnedFd>
     (bus_of(named.as_fd()).ok()? == bus_of(kept).ok()?).then_some(named)
 }
 
+/// The larger registry in which a coordinator put its events before it could tell the keeper, which still has this one: it was
+/// killed in between, or the keeper was stopped. What else may lie under the name does not count.
+pub(crate) fn outgrown(place: &Place, kept: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let grown = named_like(place, kept)?;
+    let len = |fd: BorrowedFd<'_>| fstat(fd).map(|found| found.st_size).ok();
+    let is_larger = len(grown.as_fd())? > len(kept)?;
+    (is_larger && Registry::open(grown.try_clone().ok()?, None).is_ok()).then_some(grown)
+}
+
 fn named(place: &Place) -> Option<OwnedFd> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
