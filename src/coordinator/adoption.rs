@@ -44,6 +44,7 @@ use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL
 use crate::coordinator::registry::{Registry, bus_of};
 use crate::coordinator::state::{Event, State, TopicEntry};
 use crate::error::Refusal;
+use crate::os::pidfd::Birth;
 use crate::os::{memfd, pidfd, socket};
 
 /// How long participants have to present what they hold; only a stopped one needs more than milliseconds.
@@ -372,7 +373,8 @@ impl Gathering<'_> {
         let theirs = socket::peer_pidfd(presenter.connection.as_fd(), peer).map_err(system)?;
         let birth = pidfd::birth(peer.pid, theirs.as_fd()).map_err(system)?;
         let known = self.state.participant(incarnation);
-        if !known.is_some_and(|participant| participant.pid == peer.pid && participant.birth == Some(birth)) {
+        let is_same = |noted: Birth| noted.may_be_same(birth);
+        if !known.is_some_and(|known| known.pid == peer.pid && known.birth.is_some_and(is_same)) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         if self.unseen.remove(&incarnation) {
