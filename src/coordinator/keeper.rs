@@ -176,25 +176,38 @@ impl Keeper {
     /// Restarts the coordinator until the bus has ended. `link` leads to one that runs already.
     fn run(mut self, link: Option<OwnedFd>) -> Result<(), ConnectError> {
         let mut running = link.map(|link| (link, None));
+        let mut has_run = false;
         loop {
             let started = Instant::now();
-            let (link, child) = match running.take() {
-                Some(running) => running,
-                None => self.start_coordinator()?,
-            };
-            let outcome = self.serve(link.as_fd());
-            drop(link);
-            reap(child, &outcome);
-            match outcome {
-                Ok(Outcome::Ended) => return self.give_up_store(),
-                _ if self.stopping.is_some() => return self.remove_names(),
-                Ok(Outcome::Died) => {}
-                Err(error) => eprintln!("shmbus keeper: lost the coordinator: {error}"),
+            match running.take().map_or_else(|| self.start_coordinator(), Ok) {
+                Ok((link, child)) => {
+                    has_run = true;
+                    if let Some(ended) = self.attend(link, child) {
+                        return ended;
+                    }
+                }
+                // For want of a process or a descriptor, say: what we keep would be lost with us.
+                Err(error) if has_run => eprintln!("shmbus keeper: {error}"),
+                Err(error) => return Err(error),
             }
             if self.pause_after(started.elapsed())? {
                 return self.remove_names();
             }
         }
+    }
+
+    /// Serves a coordinator until it is no more; how the bus has ended, if it has.
+    fn attend(&mut self, link: OwnedFd, child: Option<Child>) -> Option<Result<(), ConnectError>> {
+        let outcome = self.serve(link.as_fd());
+        drop(link);
+        reap(child, &outcome);
+        match outcome {
+            Ok(Outcome::Ended) => return Some(self.give_up_store()),
+            _ if self.stopping.is_some() => return Some(self.remove_names()),
+            Ok(Outcome::Died) => {}
+            Err(error) => eprintln!("shmbus keeper: lost the coordinator: {error}"),
+        }
+        None
     }
 
     fn start_coordinator(&self) -> Result<(OwnedFd, Option<Child>), ConnectError> {
