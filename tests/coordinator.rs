@@ -211,6 +211,39 @@ fn a_keeper_that_cannot_start_a_coordinator_tries_again() {
 }
 
 #[test]
+fn a_coordinator_that_is_stopped_while_it_takes_over_does_not_wedge_the_bus() {
+    let mut scene = Scene::serve("handover");
+    let bus = scene.open();
+    // More descriptors than fit in the socket between the two.
+    (0..300).for_each(|n| assert!(!bus.create_topic(&format!("t{n}"), &small(), false).unwrap()));
+    let keeper = scene.one("keeper");
+    let first = scene.one("coordinator");
+    signal(first, "-KILL");
+    let deadline = Instant::now() + DEADLINE;
+    let children = format!("/proc/{keeper}/task/{keeper}/children");
+    let next = loop {
+        assert!(Instant::now() < deadline, "no coordinator comes");
+        let children = fs::read_to_string(&children).unwrap();
+        let mut started = children.split_whitespace().map(|pid| pid.parse().unwrap()).filter(|pid| *pid != first);
+        // Not before it runs its own program: whoever starts it waits for that.
+        if let Some(pid) = started.find(|pid| scene.plays(*pid, Some("coordinator"))) {
+            break pid;
+        }
+    };
+    kill(Pid::from_raw(next as i32), Signal::SIGSTOP).unwrap();
+    // Longer than the keeper waits for it.
+    std::thread::sleep(Duration::from_secs(6));
+    // It may be no more.
+    let _ = kill(Pid::from_raw(next as i32), Signal::SIGCONT);
+    scene.wait("its answer", |scene| {
+        let options = Bus::options().name(&scene.bus).directory(scene.directory.path().to_owned());
+        options.open().is_ok_and(|bus| bus.topics().is_ok_and(|topics| topics.len() == 300))
+    });
+    bus.stop().unwrap();
+    scene.assert_gone();
+}
+
+#[test]
 fn sigterm_to_either_process_ends_the_bus() {
     for role in ["keeper", "coordinator"] {
         let mut scene = Scene::serve(role);

@@ -211,12 +211,14 @@ impl Keeper {
     }
 
     fn start_coordinator(&self) -> Result<(OwnedFd, Option<Child>), ConnectError> {
-        let (link, child) = roles::start(Role::Coordinator, &self.place)
+        let (link, mut child) = roles::start(Role::Coordinator, &self.place)
             .map_err(|source| ConnectError::io("cannot start the coordinator", source))?;
         let items = self.store.iter().map(|(name, fd)| (name.clone(), fd.as_fd()));
-        // If it dies while it is handed everything, its hang-up is found next.
         if let Err(error) = link::hand_over(link.as_fd(), items) {
             eprintln!("shmbus keeper: handing over to the coordinator: {error}");
+            // It is dead, or stopped before it has touched anything: going on later it would wait for the rest, and we for it.
+            // Its hang-up is found next.
+            let _ = child.kill();
         }
         Ok((link, Some(child)))
     }
