@@ -177,6 +177,72 @@ fn a_registry_that_outgrows_its_first_half_survives_a_kill() {
     scene.assert_gone();
 }
 
+/// Allows a process so many descriptors; how many it had been allowed.
+fn allow_descriptors(pid: u32, count: u64) -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit` to where the last argument points, and is given no other.
+    let got = unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+    let before = std::mem::replace(&mut limit.rlim_cur, count);
+    // SAFETY: the kernel reads one `rlimit` from where the third argument points.
+    let set = unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!((got, set), (0, 0), "{}", std::io::Error::last_os_error());
+    before
+}
+
+#[test]
+fn a_keeper_that_cannot_start_a_coordinator_tries_again() {
+    let mut scene = Scene::serve("short");
+    // Nobody but the keeper has it.
+    scene.open().create_topic("t", &small(), false).unwrap();
+    let keeper = scene.one("keeper");
+    let before = allow_descriptors(keeper, 3);
+    scene.kill("coordinator");
+    let soon = Instant::now() + Duration::from_millis(200);
+    while Instant::now() < soon {
+        assert!(scene.plays(keeper, Some("keeper")), "it has given up, and what it kept is lost");
+        std::thread::yield_now();
+    }
+    allow_descriptors(keeper, before);
+    scene.one("coordinator");
+    let bus = scene.open();
+    assert_eq!(topics(&bus).len(), 1);
+    bus.stop().unwrap();
+    scene.assert_gone();
+}
+
+#[test]
+fn a_coordinator_that_is_stopped_while_it_takes_over_does_not_wedge_the_bus() {
+    let mut scene = Scene::serve("handover");
+    let bus = scene.open();
+    // More descriptors than fit in the socket between the two.
+    (0..300).for_each(|n| assert!(!bus.create_topic(&format!("t{n}"), &small(), false).unwrap()));
+    let keeper = scene.one("keeper");
+    let first = scene.one("coordinator");
+    signal(first, "-KILL");
+    let deadline = Instant::now() + DEADLINE;
+    let children = format!("/proc/{keeper}/task/{keeper}/children");
+    let next = loop {
+        assert!(Instant::now() < deadline, "no coordinator comes");
+        let children = fs::read_to_string(&children).unwrap();
+        let mut started = children.split_whitespace().map(|pid| pid.parse().unwrap()).filter(|pid| *pid != first);
+        // Not before it runs its own program: whoever starts it waits for that.
+        if let Some(pid) = started.find(|pid| scene.plays(*pid, Some("coordinator"))) {
+            break pid;
+        }
+    };
+    kill(Pid::from_raw(next as i32), Signal::SIGSTOP).unwrap();
+    // Longer than the keeper waits for it.
+    std::thread::sleep(Duration::from_secs(6));
+    // It may be no more.
+    let _ = kill(Pid::from_raw(next as i32), Signal::SIGCONT);
+    scene.wait("its answer", |scene| {
+        let options = Bus::options().name(&scene.bus).directory(scene.directory.path().to_owned());
+        options.open().is_ok_and(|bus| bus.topics().is_ok_and(|topics| topics.len() == 300))
+    });
+    bus.stop().unwrap();
+    scene.assert_gone();
+}
+
 #[test]
 fn sigterm_to_either_process_ends_the_bus() {
     for role in ["keeper", "coordinator"] {

@@ -44,6 +44,7 @@ use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL
 use crate::coordinator::registry::{Registry, bus_of};
 use crate::coordinator::state::{Event, State, TopicEntry};
 use crate::error::Refusal;
+use crate::os::pidfd::Birth;
 use crate::os::{memfd, pidfd, socket};
 
 /// How long participants have to present what they hold; only a stopped one needs more than milliseconds.
@@ -91,6 +92,15 @@ pub(crate) fn lets_others_in(registry: BorrowedFd<'_>, path: &Path) -> bool {
 pub(crate) fn named_like(place: &Place, kept: BorrowedFd<'_>) -> Option<OwnedFd> {
     let named = named(place)?;
     (bus_of(named.as_fd()).ok()? == bus_of(kept).ok()?).then_some(named)
+}
+
+/// The larger registry in which a coordinator put its events before it could tell the keeper, which still has this one: it was
+/// killed in between, or the keeper was stopped. What else may lie under the name does not count.
+pub(crate) fn outgrown(place: &Place, kept: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let grown = named_like(place, kept)?;
+    let len = |fd: BorrowedFd<'_>| fstat(fd).map(|found| found.st_size).ok();
+    let is_larger = len(grown.as_fd())? > len(kept)?;
+    (is_larger && Registry::open(grown.try_clone().ok()?, None).is_ok()).then_some(grown)
 }
 
 fn named(place: &Place) -> Option<OwnedFd> {
@@ -363,7 +373,8 @@ impl Gathering<'_> {
         let theirs = socket::peer_pidfd(presenter.connection.as_fd(), peer).map_err(system)?;
         let birth = pidfd::birth(peer.pid, theirs.as_fd()).map_err(system)?;
         let known = self.state.participant(incarnation);
-        if !known.is_some_and(|participant| participant.pid == peer.pid && participant.birth == Some(birth)) {
+        let is_same = |noted: Birth| noted.may_be_same(birth);
+        if !known.is_some_and(|known| known.pid == peer.pid && known.birth.is_some_and(is_same)) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         if self.unseen.remove(&incarnation) {

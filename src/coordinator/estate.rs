@@ -227,14 +227,15 @@ impl Estate {
             .map_err(|error| broken(&format!("no room in the registry after compaction: {error}")))
     }
 
-    /// Puts a registry twice as large in the place of the present one, by one message to the keeper.
+    /// Puts a registry twice as large in the place of the present one. Once it has the name it is the one that counts, whatever the
+    /// keeper knows of it: our successor takes it up by its name.
     fn grow_registry(&mut self, snapshot: &[Event]) -> Result<(), Refusal> {
-        let larger =
+        self.registry =
             self.registry.grown(self.state.bus, snapshot).map_err(|error| system("growing the registry", &error))?;
         if let Some(link) = &mut self.link {
-            link.store(link::REGISTRY, larger.as_fd())?;
+            // Who takes nothing now, being stopped, keeps the former one.
+            let _ = link.store(link::REGISTRY, self.registry.as_fd());
         }
-        self.registry = larger;
         Ok(())
     }
 

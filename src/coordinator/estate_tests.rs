@@ -317,3 +317,29 @@ fn a_wildcard_leaves_nothing_with_the_keeper() {
 
 #[path = "estate/group_tests.rs"]
 mod groups;
+
+/// A keeper that is stopped, and whose socket is full.
+fn stopped_keeper() -> (OwnedFd, Link) {
+    let (keeper, ours) = socket::pair().unwrap();
+    while socket::send(ours.as_fd(), &[0; 512], &[]).is_ok() {}
+    (keeper, Link::new(ours, None))
+}
+
+#[test]
+fn the_registry_that_has_the_name_is_the_one_that_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bus.registry");
+    let mut estate = Estate::found(7, Some(&path)).unwrap();
+    let (_keeper, link) = stopped_keeper();
+    estate.replace_link(Some(link));
+    // It outgrows its file while the keeper cannot be told; what is small still fits in the former one.
+    let large = |incarnation| Event::Joined { incarnation, pid: 1, uid: 2, gids: vec![1 << 20; 256] };
+    let _ = (1..200).try_for_each(|incarnation| estate.carry_out(large(incarnation)));
+    estate.carry_out(Event::Left { incarnation: 1 }).unwrap();
+    let named = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    let (_, events) = Registry::open(named.into(), Some(&path)).unwrap();
+    let mut found = State::default();
+    events.iter().for_each(|event| found.apply(event));
+    assert_eq!(found.participants().len(), estate.state().participants().len());
+    assert!(found == *estate.state(), "whoever finds the registry by its name is told something else");
+}

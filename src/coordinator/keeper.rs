@@ -176,20 +176,19 @@ impl Keeper {
     /// Restarts the coordinator until the bus has ended. `link` leads to one that runs already.
     fn run(mut self, link: Option<OwnedFd>) -> Result<(), ConnectError> {
         let mut running = link.map(|link| (link, None));
+        let mut has_run = false;
         loop {
             let started = Instant::now();
-            let (link, child) = match running.take() {
-                Some(running) => running,
-                None => self.start_coordinator()?,
-            };
-            let outcome = self.serve(link.as_fd());
-            drop(link);
-            reap(child, &outcome);
-            match outcome {
-                Ok(Outcome::Ended) => return self.give_up_store(),
-                _ if self.stopping.is_some() => return self.remove_names(),
-                Ok(Outcome::Died) => {}
-                Err(error) => eprintln!("shmbus keeper: lost the coordinator: {error}"),
+            match running.take().map_or_else(|| self.start_coordinator(), Ok) {
+                Ok((link, child)) => {
+                    has_run = true;
+                    if let Some(ended) = self.attend(link, child) {
+                        return ended;
+                    }
+                }
+                // For want of a process or a descriptor, say: what we keep would be lost with us.
+                Err(error) if has_run => eprintln!("shmbus keeper: {error}"),
+                Err(error) => return Err(error),
             }
             if self.pause_after(started.elapsed())? {
                 return self.remove_names();
@@ -197,13 +196,29 @@ impl Keeper {
         }
     }
 
+    /// Serves a coordinator until it is no more; how the bus has ended, if it has.
+    fn attend(&mut self, link: OwnedFd, child: Option<Child>) -> Option<Result<(), ConnectError>> {
+        let outcome = self.serve(link.as_fd());
+        drop(link);
+        reap(child, &outcome);
+        match outcome {
+            Ok(Outcome::Ended) => return Some(self.give_up_store()),
+            _ if self.stopping.is_some() => return Some(self.remove_names()),
+            Ok(Outcome::Died) => {}
+            Err(error) => eprintln!("shmbus keeper: lost the coordinator: {error}"),
+        }
+        None
+    }
+
     fn start_coordinator(&self) -> Result<(OwnedFd, Option<Child>), ConnectError> {
-        let (link, child) = roles::start(Role::Coordinator, &self.place)
+        let (link, mut child) = roles::start(Role::Coordinator, &self.place)
             .map_err(|source| ConnectError::io("cannot start the coordinator", source))?;
         let items = self.store.iter().map(|(name, fd)| (name.clone(), fd.as_fd()));
-        // If it dies while it is handed everything, its hang-up is found next.
         if let Err(error) = link::hand_over(link.as_fd(), items) {
             eprintln!("shmbus keeper: handing over to the coordinator: {error}");
+            // It is dead, or stopped before it has touched anything: going on later it would wait for the rest, and we for it.
+            // Its hang-up is found next.
+            let _ = child.kill();
         }
         Ok((link, Some(child)))
     }

@@ -4,6 +4,7 @@
 //! kept, by the kernel until the keeper takes it out of its socket, and the keeper empties the socket of a dead
 //! coordinator before it starts the next one.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Child;
@@ -142,46 +143,49 @@ pub(crate) struct Link {
     /// The keeper does not take what it is sent; nothing new is promised until it does.
     stalled: bool,
     /// What could not be said while it was stalled.
-    unsent: Vec<String>,
+    unsent: VecDeque<String>,
 }
 
 impl Link {
     pub(crate) fn new(socket: OwnedFd, child: Option<Child>) -> Link {
-        Link { socket, child, stalled: false, unsent: Vec::new() }
+        Link { socket, child, stalled: false, unsent: VecDeque::new() }
     }
 
     /// Has the keeper keep `fd`. A keeper that is gone is no error: its successor is handed everything.
     pub(crate) fn store(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Refusal> {
-        let patience = if self.stalled { Duration::ZERO } else { PATIENCE };
+        let deadline = Instant::now() + if self.stalled { Duration::ZERO } else { PATIENCE };
         let message = Message::Store { name: name.to_owned() };
-        match send(self.socket.as_fd(), &message, Some(fd), Instant::now() + patience) {
-            Ok(()) => self.stalled = false,
-            Err(error) if is_gone(&error) => {}
+        // What was to be forgotten before this may have the same name.
+        let sent =
+            self.flush(deadline).and_then(|()| send_unless_gone(self.socket.as_fd(), &message, Some(fd), deadline));
+        match sent {
+            Ok(()) => {
+                self.stalled = false;
+                Ok(())
+            }
             Err(error) => {
                 self.stalled = error.kind() == io::ErrorKind::WouldBlock;
                 let problem = format!("the keeper process takes no descriptors ({error}); is it stopped?");
-                return Err(Refusal::System { context: format!("storing {name}"), problem });
+                Err(Refusal::System { context: format!("storing {name}"), problem })
             }
         }
-        self.flush();
-        Ok(())
     }
 
     /// Has the keeper close what it keeps under `name`, now or when it listens again.
     pub(crate) fn forget(&mut self, name: String) {
-        self.unsent.push(name);
-        self.flush();
+        self.unsent.push_back(name);
+        // What does not fit is said before the next thing that does.
+        let _ = self.flush(Instant::now());
     }
 
-    /// Says what could not be said before.
-    fn flush(&mut self) {
-        while let Some(name) = self.unsent.last() {
+    /// Says what could not be said before, in order.
+    fn flush(&mut self, deadline: Instant) -> io::Result<()> {
+        while let Some(name) = self.unsent.front() {
             let message = Message::Forget { name: name.clone() };
-            match send(self.socket.as_fd(), &message, None, Instant::now()) {
-                Err(error) if !is_gone(&error) => return,
-                _ => self.unsent.pop(),
-            };
+            send_unless_gone(self.socket.as_fd(), &message, None, deadline)?;
+            self.unsent.pop_front();
         }
+        Ok(())
     }
 
     /// Tells the keeper something without a descriptor.
@@ -216,6 +220,47 @@ impl AsFd for Link {
     }
 }
 
+/// Sends to somebody who may be gone: then there is nobody to be told.
+fn send_unless_gone(
+    socket: BorrowedFd<'_>,
+    message: &Message,
+    fd: Option<BorrowedFd<'_>>,
+    deadline: Instant,
+) -> io::Result<()> {
+    match send(socket, message, fd, deadline) {
+        Err(error) if is_gone(&error) => Ok(()),
+        other => other,
+    }
+}
+
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn next_name(keeper: &OwnedFd) -> Option<String> {
+        match receive(keeper.as_fd()).unwrap() {
+            Incoming::Message(Message::Store { name }, _) => Some(format!("+{name}")),
+            Incoming::Message(Message::Forget { name }, _) => Some(format!("-{name}")),
+            _ => None,
+        }
+    }
+
+    /// Cursors of a subscriber's own have the name of the ones before them.
+    #[test]
+    fn what_a_stopped_keeper_is_to_forget_is_not_what_it_is_told_to_keep_later() {
+        let (keeper, ours) = socket::pair().unwrap();
+        let mut link = Link::new(ours, None);
+        let memory = socket::pair().unwrap().0;
+        while link.store("other", memory.as_fd()).is_ok() {}
+        link.forget("own-5".to_owned());
+        link.forget("own-6".to_owned());
+        while next_name(&keeper).is_some() {}
+        link.store("own-5", memory.as_fd()).unwrap();
+        let told: Vec<String> = std::iter::from_fn(|| next_name(&keeper)).collect();
+        assert_eq!(told, ["-own-5", "-own-6", "+own-5"]);
+    }
 }

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub(crate) use crate::coordinator::memory::expiry::AtFloor;
 use crate::coordinator::memory::groups::GroupMemory;
-pub(crate) use crate::coordinator::memory::groups::{LedgerCount, ledger_name};
+pub(crate) use crate::coordinator::memory::groups::{LedgerCount, Overdue, ledger_name};
 pub(crate) use crate::coordinator::memory::readers::Joined;
 use crate::coordinator::protocol::{SegmentRef, TopicInfo};
 use crate::error::Refusal;

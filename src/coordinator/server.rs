@@ -111,9 +111,14 @@ impl Server {
             let missing = || io::Error::other(format!("the keeper handed over no {name}"));
             store.remove(name).ok_or_else(missing)
         };
-        let (lock, listener, registry) = (take(LOCK)?, take(LISTENER)?, take(link::REGISTRY)?);
+        let (lock, listener, mut registry) = (take(LOCK)?, take(LISTENER)?, take(link::REGISTRY)?);
         let mut link = Link::new(link, None);
         let path = place.registry();
+        if let Some(grown) = adoption::outgrown(&place, registry.as_fd()) {
+            // If it cannot be told now, our successor finds out like us.
+            let _ = link.store(link::REGISTRY, grown.as_fd());
+            registry = grown;
+        }
         // Nothing to do where the keeper has been there all the time.
         adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, Some(&mut link))?;
         match Estate::resume(store, registry, Some(path), Some(link)) {

@@ -2,13 +2,17 @@
 //! nothing of it.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::*;
 use crate::client::control::Control;
 use crate::coordinator::connection::Received;
+use crate::coordinator::link::Incoming;
 use crate::coordinator::protocol::{Answer, HandleRef, PROTOCOL_VERSION, Request, SegmentRef, StartAt, TopicInfo};
+use crate::coordinator::registry::Registry;
+use crate::coordinator::state::Event;
 use crate::error::OpenError;
 use crate::os::socket::Peer;
 use crate::topic::{Mode, TopicOptions};
@@ -370,4 +374,27 @@ fn a_hello_that_is_repeated_is_the_same_participants() {
     assert_eq!((say_hello(77), participants()), (first, 2));
     assert_ne!(say_hello(78), first);
     assert_eq!(participants(), 3);
+}
+
+#[test]
+fn a_registry_of_which_the_keeper_was_not_told_is_gone_on_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = Place::find("test", Some(directory.path())).unwrap();
+    let (lock, listener) = (place.lock().unwrap().unwrap(), place.listen().unwrap());
+    let began = [Event::Began { bus: 7, stay: true }];
+    let kept = Registry::create(Some(place.registry()), 7, 4096, &began).unwrap();
+    // The coordinator is killed when the larger registry has just taken the name.
+    drop(kept.grown(7, &began).unwrap());
+    let (keeper, link) = socket::pair().unwrap();
+    let items = [(LOCK, lock.as_fd()), (LISTENER, listener.as_fd()), (link::REGISTRY, kept.as_fd())];
+    link::hand_over(keeper.as_fd(), items.map(|(name, fd)| (name.to_owned(), fd))).unwrap();
+    let signals = crate::os::process::termination_signals().unwrap();
+    let server = Server::resume(place.clone(), link, signals).unwrap();
+    let stored = server.estate.stored();
+    let (_, written) = stored.iter().find(|(name, _)| name == link::REGISTRY).unwrap();
+    let named = std::fs::metadata(place.registry()).unwrap().ino();
+    assert_eq!(nix::sys::stat::fstat(written).unwrap().st_ino, named, "what is written is found by its name");
+    let told = link::receive(keeper.as_fd()).unwrap();
+    let Incoming::Message(Message::Store { name }, Some(fd)) = told else { panic!("the keeper was told nothing") };
+    assert_eq!((name.as_str(), nix::sys::stat::fstat(&fd).unwrap().st_ino), (link::REGISTRY, named));
 }

@@ -32,14 +32,36 @@ pub(crate) struct Birth {
     started_ticks: u64,
 }
 
+impl Birth {
+    /// Whether both may be one process's. What `/proc` did not show once tells nothing: who may see a process changes with its user.
+    pub(crate) fn may_be_same(self, other: Birth) -> bool {
+        let ticks = [self.started_ticks, other.started_ticks];
+        self.inode == other.inode && (ticks[0] == ticks[1] || ticks.contains(&0))
+    }
+}
+
 /// What tells the living process `pid` from others.
 pub(crate) fn birth(pid: u32, pidfd: BorrowedFd<'_>) -> io::Result<Birth> {
     let inode = fstat(pidfd.as_fd())?.st_ino;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The second field, the program's name, may hold anything; the 22nd is the start time.
-    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-    let started_ticks = fields.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse().ok()).unwrap_or(0);
-    Ok(Birth { inode, started_ticks })
+    let stat = match fs::read(format!("/proc/{pid}/stat")) {
+        Err(error) if is_hidden(&error) => Vec::new(),
+        // Want of a descriptor, say, tells nothing about the process.
+        other => other?,
+    };
+    Ok(Birth { inode, started_ticks: started_ticks(&stat).unwrap_or(0) })
+}
+
+/// Whether there is no such process, or not for us to see.
+fn is_hidden(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+        || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// The second field, the program's name, may hold anything, no text even; the 22nd is the start time.
+fn started_ticks(stat: &[u8]) -> Option<u64> {
+    let name_ends = stat.iter().rposition(|byte| *byte == b')')?;
+    let fields = str::from_utf8(&stat[name_ends + 1..]).ok()?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// A pidfd of the process that had this number when `birth` was noted; `None` when that process is dead.
@@ -49,7 +71,7 @@ pub(crate) fn reopen(pid: u32, noted: Birth) -> io::Result<Option<OwnedFd>> {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
         Err(error) => return Err(error),
     };
-    let same = birth(pid, pidfd.as_fd())? == noted;
+    let same = birth(pid, pidfd.as_fd())?.may_be_same(noted);
     Ok(if same && !is_dead(pidfd.as_fd())? { Some(pidfd) } else { None })
 }
 
@@ -67,6 +89,7 @@ pub(crate) fn may_be_same(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<bo
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -81,6 +104,24 @@ mod tests {
         assert!(socket::wait(pidfd.as_fd(), PollFlags::POLLIN, None).unwrap());
         assert!(is_dead(pidfd.as_fd()).unwrap());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn who_changes_its_name_or_cannot_be_looked_at_is_not_dead() {
+        // As a name of 15 bytes that ends in the middle of a letter.
+        let rename = r"read line; printf 'nam\303' > /proc/$$/comm; echo renamed; read line";
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", rename]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let pid = child.id();
+        let noted = birth(pid, open(pid).unwrap().as_fd()).unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+        assert!(reopen(pid, noted).unwrap().is_some(), "it lives under another name");
+        // Noted while `/proc` did not show it to us: it has become another user since.
+        assert!(reopen(pid, Birth { started_ticks: 0, ..noted }).unwrap().is_some(), "it lives as another user");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(reopen(pid, noted).unwrap().is_none());
     }
 
     #[test]

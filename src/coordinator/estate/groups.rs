@@ -11,7 +11,7 @@ use super::{Estate, Granted, broken};
 use crate::client::envelope::now_ns;
 use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
-use crate::coordinator::memory::{AtFloor, LedgerCount, ledger_name};
+use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, ledger_name};
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -19,7 +19,7 @@ use crate::coordinator::state::{Event, GroupEntry, TopicEntry};
 use crate::error::Refusal;
 use crate::group::Guarantee;
 use crate::os::clock;
-use crate::ring::ledger::{Seen, State as Word};
+use crate::ring::ledger::Seen;
 use crate::topic::Mode;
 
 /// A consumer by topic, group and number in the group.
@@ -141,12 +141,11 @@ impl Estate {
         let overdue = self.memory(who.topic)?.overdue(who.group, who.slot(), now_ms);
         // Of other groups a standby takes the role itself.
         let is_idle = effectively_once && self.memory(who.topic)?.is_role_overdue(who.group, who.slot(), now_ms);
-        if overdue.is_empty() && !is_idle {
+        if overdue == Overdue::default() && !is_idle {
             return Ok(());
         }
-        let moves = |seen: &Seen| matches!(seen.state(), Word::Moving(_));
-        if !effectively_once && !overdue.iter().any(moves) {
-            self.memory(who.topic)?.give_back(who.group, &overdue, now_ms);
+        if !effectively_once && !overdue.moves {
+            self.memory(who.topic)?.give_back_overdue(who.group, who.slot(), now_ms);
             return Ok(());
         }
         if self.fence_outputs(who)? {

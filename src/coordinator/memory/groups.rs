@@ -40,6 +40,13 @@ pub(crate) struct LedgerCount {
     pub(crate) active: Option<u8>,
 }
 
+/// What a consumer holds whose time has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Overdue {
+    pub(crate) leases: bool,
+    pub(crate) moves: bool,
+}
+
 /// The name of a group's ledger among its topic's segments.
 pub(crate) fn ledger_name(group: u32) -> String {
     format!("ledger-{group}")
@@ -184,15 +191,25 @@ impl TopicMemory {
     }
 
     /// What a consumer holds whose time has come.
-    pub(crate) fn overdue(&self, group: u32, consumer: u8, now_ms: u64) -> Vec<Seen> {
-        let Ok(memory) = self.group(group) else { return Vec::new() };
+    pub(crate) fn overdue(&self, group: u32, consumer: u8, now_ms: u64) -> Overdue {
+        let mut found = Overdue::default();
+        self.each_overdue(group, consumer, now_ms, |_, seen| {
+            found.leases |= seen.state() == State::Leased;
+            found.moves |= matches!(seen.state(), State::Moving(_));
+        });
+        found
+    }
+
+    /// One after the other, and never all together: a window may be long, and who garbles its words decides how many there are.
+    fn each_overdue(&self, group: u32, consumer: u8, now_ms: u64, mut act: impl FnMut(&Ledger, Seen)) {
+        let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
         let held = |seen: &Seen| {
             seen.owner() == Some(consumer)
                 && matches!(seen.state(), State::Leased | State::Moving(_))
                 && seen.is_due(now_ms)
         };
-        ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).collect()
+        ledger.handed_out().map(|sequence| ledger.look(sequence)).filter(held).for_each(|seen| act(&ledger, seen));
     }
 
     /// Whether a consumer is the one at work of an exclusive group and has given no sign of life for so long that another may be.
@@ -201,13 +218,11 @@ impl TopicMemory {
         role.is_ok_and(|role| role.owner() == Some(consumer) && role.due_in(now_ms) == 0)
     }
 
-    /// Gives these leases back, where they still are as they were seen.
-    pub(crate) fn give_back(&self, group: u32, leases: &[Seen], now_ms: u64) {
-        let Ok(memory) = self.group(group) else { return };
-        let ledger = memory.ledger(&self.info);
-        for lease in leases {
-            ledger.give_back(*lease, now_ms);
-        }
+    /// Gives back what a consumer has leased and is overdue.
+    pub(crate) fn give_back_overdue(&self, group: u32, consumer: u8, now_ms: u64) {
+        self.each_overdue(group, consumer, now_ms, |ledger, seen| {
+            ledger.give_back(seen, now_ms);
+        });
         self.wake_readers();
     }
 
