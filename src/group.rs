@@ -36,8 +36,9 @@ pub const DEAD_LETTER_GROUP: &str = "dlq";
 /// Shortest and longest lease in milliseconds.
 pub(crate) const LEASE_MS: std::ops::RangeInclusive<u64> = 1..=24 * 3600 * 1000;
 
-/// Fewest and most words of a group's ledger.
-pub(crate) const WINDOW: std::ops::RangeInclusive<u64> = 64..=1 << 24;
+/// Fewest and most words of a group's ledger. The coordinator goes through all of them when a consumer has died, and its
+/// other work waits: a million take it a few milliseconds.
+pub(crate) const WINDOW: std::ops::RangeInclusive<u64> = 64..=1 << 20;
 
 /// Everything that is chosen when a group is created.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +164,8 @@ impl GroupOptions {
         self
     }
 
-    /// How many messages above the floor may be handed out; a power of two.
+    /// How many messages above the floor may be handed out; a power of two from 64 to 1,048,576. 0, which is the default: as many
+    /// as the ring has, from 1,024 to 65,536.
     #[must_use]
     pub fn window(mut self, messages: u64) -> Self {
         self.window = messages;

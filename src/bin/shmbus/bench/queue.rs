@@ -30,7 +30,8 @@ struct Share {
 }
 
 pub(super) fn open<T: Payload + ?Sized>(bus: &Bus, setup: &Setup) -> anyhow::Result<Consumer<T>> {
-    let window = setup.ring.unwrap_or(RING).next_power_of_two();
+    // The longest window that a group may have.
+    let window = setup.ring.unwrap_or(RING).next_power_of_two().min(1 << 20);
     let options = GroupOptions::new().window(window);
     Ok(bus.consumer(setup.topic(super::THERE), GROUP).options(options).wait(Wait::Spin).open()?)
 }
