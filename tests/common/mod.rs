@@ -141,8 +141,14 @@ impl Scene {
 
     /// The one living process that serves this bus in that role.
     pub(crate) fn server(&self, role: &str) -> Pid {
-        await_that(role, || self.servers(Some(role)).len() == 1);
-        self.servers(Some(role))[0]
+        let mut only = None;
+        await_that(role, || {
+            if let [pid] = self.servers(Some(role))[..] {
+                only = Some(pid);
+            }
+            only.is_some()
+        });
+        only.expect("it was awaited")
     }
 }
 

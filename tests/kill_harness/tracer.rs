@@ -434,9 +434,9 @@ impl Tracee {
             if Instant::now() >= deadline {
                 break;
             }
-            // Most waits are those of a single instruction.
+            // Most waits are those of a single instruction; for what sleeps itself it is looked ever more rarely.
             if look > 100 {
-                thread::sleep(Duration::from_micros(50));
+                thread::sleep(Duration::from_micros(u64::from(look / 2).min(1000)));
             }
         }
         Ok(None)
