@@ -182,6 +182,23 @@ fn a_dead_requester_leaves_no_inbox_and_delays_no_responder() {
 }
 
 #[test]
+fn an_inbox_that_would_have_its_responder_wait_does_not() {
+    let scene = Scene::new("trap");
+    let bus = scene.open();
+    let inbox = || Topic::<[u8]>::named("_inbox.trap").messages(16).envelope();
+    bus.create(&inbox()).unwrap();
+    let _never_reads = bus.subscriber(inbox()).open().unwrap();
+    let mut echo = scene.start("echo", "");
+    echo.expect("ready");
+    let mut trapper = bus.publisher(TOPIC.envelope()).unwrap();
+    let trap = Envelope::new().header("reply-to", b"_inbox.trap").header("correlation-id", b"1");
+    let trap = trap.header("deadline-ns", b"1");
+    (0..60).for_each(|_| assert!(trapper.publish_with(b"", &trap).is_ok()));
+    let reply = bus.requester(TOPIC).unwrap().request(b"honest", LIMIT).unwrap();
+    assert_eq!(&*reply, b"honest");
+}
+
+#[test]
 fn what_is_no_request_is_not_replied_to() {
     let scene = Scene::new("forged");
     let bus = scene.open();

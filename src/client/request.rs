@@ -396,7 +396,8 @@ impl Replies {
             None => (address.inbox.clone(), self.open(&address.inbox)?),
         };
         let envelope = Envelope::new().header(CORRELATION_ID, address.id.to_string().as_bytes());
-        match publisher.publish_with(payload, &envelope) {
+        // Whoever made the inbox may have said that publishers wait for its readers; we do not.
+        match publisher.publish_with_until(payload, &envelope, Some(Instant::now())) {
             Err(PublishError::Gone(_)) => Err(ReplyError::Gone),
             other => {
                 self.inboxes.push_back((name, publisher));
