@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Scene, await_that, hear, say};
+use common::{LIMIT, Scene, await_that, end_with_the_test, hear, say};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{Bus, Envelope, OpenError, Refusal, ReplyError, RequestError, Responder, Topic, Wait};
@@ -37,6 +37,7 @@ fn role() {
             hear();
             let _ = requester.request(b"never answered", LIMIT);
         }
+        "flood" => flood(&bus),
         other => panic!("unknown role {other}"),
     }
 }
@@ -51,6 +52,18 @@ fn echo(mut responder: Responder, prefix: &str) {
         assert!(request.deadline().is_some());
         // Requesters come and go.
         let _ = request.reply(&reply);
+    }
+}
+
+/// Fills the only inbox with what nobody has asked for, faster than it is read.
+fn flood(bus: &Bus) {
+    end_with_the_test();
+    let topics = bus.topics().unwrap();
+    let inbox = topics.into_iter().find(|topic| topic.name.starts_with("_inbox.")).unwrap().name;
+    let mut publisher = bus.publisher(Topic::<[u8]>::named(inbox).envelope()).unwrap();
+    say("ready");
+    loop {
+        let _ = publisher.publish_batch([&b""[..]; 512]);
     }
 }
 
@@ -119,6 +132,23 @@ fn a_deadline_is_kept_and_late_replies_are_passed_over() {
     assert!(matches!(requester.request(b"second", SOON), Err(RequestError::DeadlineExceeded { .. })));
     assert_eq!(&*requester.request(b"third", LIMIT).unwrap(), b"to the third");
     answering.join().unwrap();
+}
+
+#[test]
+fn a_deadline_is_kept_while_others_fill_the_inbox() {
+    let scene = Scene::new("flood");
+    let bus = scene.open();
+    let mut mute = scene.start("mute", "");
+    mute.expect("ready");
+    let mut requester = bus.requester(TOPIC).unwrap();
+    let mut floods = [scene.start("flood", ""), scene.start("flood", "")];
+    floods.iter_mut().for_each(|flood| flood.expect("ready"));
+    let start = Instant::now();
+    for _ in 0..5 {
+        let outcome = requester.request(b"never answered", SOON);
+        assert!(matches!(outcome, Err(RequestError::DeadlineExceeded { .. })), "{outcome:?}");
+    }
+    assert!(start.elapsed() < SOON * 5 + LIMIT / 10, "{:?}", start.elapsed());
 }
 
 #[test]
