@@ -399,6 +399,35 @@ fn who_ignores_its_children_can_try_again_to_start_a_coordinator() {
     ignorant.expect("open");
 }
 
+/// A program that starts the bus and then stops for ever; the second time it does so before.
+fn stopping_launcher(scene: &Scene) -> String {
+    let (path, shmbus) = (scene.directory().join("launcher"), scene.shmbus(&[]));
+    let (program, name) = (shmbus.get_program().display(), &scene.name);
+    let stop = format!("exec sh -c 'kill -STOP $$' launcher {name} serve --role launcher");
+    let text = format!(
+        "#!/bin/sh\nif test -e $0.first && ! test -e $0.second; then touch $0.second; {stop}; fi\n\
+         touch $0.first\n{program} \"$@\"\n{stop}\n"
+    );
+    // By another program: what we have open for writing while some thread forks cannot be executed.
+    let mut write = Command::new("sh");
+    write.args(["-c", "printf %s \"$2\" > \"$1\" && chmod 700 \"$1\"", "sh"]).arg(&path).arg(text);
+    assert!(write.status().unwrap().success());
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn who_starts_a_bus_does_not_wait_for_a_starter_that_is_stopped() {
+    let scene = Scene::new("launcher");
+    let launcher = format!("SHMBUS_BIN={}", stopping_launcher(&scene));
+    let mut holder = scene.start_inside(&["env", &launcher], "hold", "held");
+    holder.expect("held");
+    // Nor does it believe for ever that such a one will start another.
+    await_successors(&scene, kill_both(&scene));
+    holder.tell("read");
+    holder.expect("held");
+    assert_eq!(scene.open().topics().unwrap().len(), 1);
+}
+
 #[test]
 fn a_bus_hosted_on_a_thread_is_taken_up_by_another_process() {
     let (scene, elsewhere) = (Scene::new("hosted"), tempfile::tempdir().unwrap());

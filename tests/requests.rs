@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Scene, await_that, hear, say};
+use common::{LIMIT, Scene, await_that, end_with_the_test, hear, say};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{Bus, Envelope, OpenError, Refusal, ReplyError, RequestError, Responder, Topic, Wait};
@@ -37,6 +37,7 @@ fn role() {
             hear();
             let _ = requester.request(b"never answered", LIMIT);
         }
+        "flood" => flood(&bus),
         other => panic!("unknown role {other}"),
     }
 }
@@ -51,6 +52,18 @@ fn echo(mut responder: Responder, prefix: &str) {
         assert!(request.deadline().is_some());
         // Requesters come and go.
         let _ = request.reply(&reply);
+    }
+}
+
+/// Fills the only inbox with what nobody has asked for, faster than it is read.
+fn flood(bus: &Bus) {
+    end_with_the_test();
+    let topics = bus.topics().unwrap();
+    let inbox = topics.into_iter().find(|topic| topic.name.starts_with("_inbox.")).unwrap().name;
+    let mut publisher = bus.publisher(Topic::<[u8]>::named(inbox).envelope()).unwrap();
+    say("ready");
+    loop {
+        let _ = publisher.publish_batch([&b""[..]; 512]);
     }
 }
 
@@ -122,6 +135,23 @@ fn a_deadline_is_kept_and_late_replies_are_passed_over() {
 }
 
 #[test]
+fn a_deadline_is_kept_while_others_fill_the_inbox() {
+    let scene = Scene::new("flood");
+    let bus = scene.open();
+    let mut mute = scene.start("mute", "");
+    mute.expect("ready");
+    let mut requester = bus.requester(TOPIC).unwrap();
+    let mut floods = [scene.start("flood", ""), scene.start("flood", "")];
+    floods.iter_mut().for_each(|flood| flood.expect("ready"));
+    let start = Instant::now();
+    for _ in 0..5 {
+        let outcome = requester.request(b"never answered", SOON);
+        assert!(matches!(outcome, Err(RequestError::DeadlineExceeded { .. })), "{outcome:?}");
+    }
+    assert!(start.elapsed() < SOON * 5 + LIMIT / 10, "{:?}", start.elapsed());
+}
+
+#[test]
 fn the_last_responders_death_ends_the_wait() {
     let scene = Scene::new("death");
     let bus = scene.open();
@@ -179,6 +209,23 @@ fn a_dead_requester_leaves_no_inbox_and_delays_no_responder() {
         asker.kill();
         await_that("the inbox's end", || inboxes(&bus) == 0);
     }
+}
+
+#[test]
+fn an_inbox_that_would_have_its_responder_wait_does_not() {
+    let scene = Scene::new("trap");
+    let bus = scene.open();
+    let inbox = || Topic::<[u8]>::named("_inbox.trap").messages(16).envelope();
+    bus.create(&inbox()).unwrap();
+    let _never_reads = bus.subscriber(inbox()).open().unwrap();
+    let mut echo = scene.start("echo", "");
+    echo.expect("ready");
+    let mut trapper = bus.publisher(TOPIC.envelope()).unwrap();
+    let trap = Envelope::new().header("reply-to", b"_inbox.trap").header("correlation-id", b"1");
+    let trap = trap.header("deadline-ns", b"1");
+    (0..60).for_each(|_| assert!(trapper.publish_with(b"", &trap).is_ok()));
+    let reply = bus.requester(TOPIC).unwrap().request(b"honest", LIMIT).unwrap();
+    assert_eq!(&*reply, b"honest");
 }
 
 #[test]

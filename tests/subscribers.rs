@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, LOGS, MODES, Random, Scene, SetAtEnd, await_that, checksum, number, of_mode, raw, receive, seed};
+use common::{
+    LIMIT, LOGS, MODES, Random, Scene, SetAtEnd, await_that, checksum, hear, number, of_mode, raw, receive, say, seed,
+};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use shmbus::{
     Bus, Full, GoneReason, Holder, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Sequence, Start,
     Subscriber, Topic, Wait,
@@ -45,6 +48,36 @@ fn lagged(outcome: Result<Option<shmbus::Message<'_, [u8]>>, RecvError>) -> (u64
 
 fn open(bus: &Bus, topic: &Topic<[u8]>, start: Start) -> Subscriber<[u8]> {
     bus.subscriber(topic.clone()).start(start).open().unwrap()
+}
+
+/// Not a test: a subscriber that may have no more descriptors while an arena comes. Arguments: topic.
+#[test]
+fn role() {
+    let Some((_, topic)) = common::role() else { return };
+    let bus = Bus::open_default().unwrap();
+    let mut subscriber = open(&bus, &Topic::named(topic), Start::Latest);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
+    say("open");
+    hear();
+    say(if subscriber.try_recv().is_err() { "no room" } else { "received" });
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    say(&String::from_utf8_lossy(&receive(&mut subscriber).1));
+}
+
+#[test]
+fn an_arena_that_came_when_there_was_no_descriptor_for_it_comes_again() {
+    let scene = Scene::new("crowded");
+    let bus = scene.open();
+    let topic = Topic::<[u8]>::named("crowded");
+    let _has_the_first_arena = bus.publisher(topic.clone()).unwrap();
+    let mut subscriber = scene.start("subscribe", topic.name());
+    subscriber.expect("open");
+    let mut publisher = bus.publisher(topic).unwrap();
+    publisher.publish(b"first").unwrap();
+    subscriber.tell("receive");
+    subscriber.expect("no room");
+    subscriber.expect("first");
 }
 
 #[test]

@@ -38,6 +38,9 @@ const INBOX_MESSAGES: u64 = 64;
 /// The largest reply where nothing else is asked for.
 const REPLY_BYTES: u64 = 256 << 10;
 
+/// Messages of an inbox that are passed over between two looks at the clock: whoever fills it has no part in the deadline.
+const PASSED_OVER: usize = 64;
+
 /// Publishers to inboxes that a responder keeps open.
 const KEPT_INBOXES: usize = 64;
 
@@ -204,6 +207,7 @@ impl Requester {
             match (seen, left) {
                 (Look::Found(outcome), _) => Look::Found(outcome),
                 (_, Some(left)) if left.is_zero() => Look::Found(Err(requester.deadline_exceeded(limit))),
+                (Look::Within(again), Some(left)) => Look::Within(again.min(left)),
                 (_, Some(left)) => Look::Within(left),
                 (nothing, None) => nothing,
             }
@@ -214,8 +218,11 @@ impl Requester {
     /// What goes with a request that is sent now.
     fn prepare(&mut self, limit: Duration) -> Result<Question, RequestError> {
         let (started, now) = (Instant::now(), SystemTime::now());
+        let deadline = started.checked_add(limit);
         // What came too late takes room that the next reply needs.
-        while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some() {}
+        while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some()
+            && deadline.is_none_or(|deadline| Instant::now() < deadline)
+        {}
         if !self.requests.readers().any() {
             return Err(RequestError::NoResponder { topic: self.topic.clone() });
         }
@@ -225,7 +232,7 @@ impl Requester {
         let envelope = Envelope::new().header(REPLY_TO, self.inbox.as_bytes());
         let envelope = envelope.header(CORRELATION_ID, id.to_string().as_bytes());
         let envelope = envelope.header(DEADLINE, gives_up.to_string().as_bytes()).ttl(limit);
-        Ok(Question { id, envelope, deadline: started.checked_add(limit) })
+        Ok(Question { id, envelope, deadline })
     }
 
     fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
@@ -240,7 +247,7 @@ impl Requester {
     fn look_for(&mut self, id: u64) -> Look<Result<Reply, RequestError>> {
         // Asked before the look: who replied and left has replied.
         let alone = !self.requests.readers().any();
-        loop {
+        for _ in 0..PASSED_OVER {
             match self.replies.try_recv() {
                 Ok(Some(message)) if number(&message, CORRELATION_ID) == Some(id) => {
                     return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
@@ -253,6 +260,7 @@ impl Requester {
                 Err(error) => return Look::Found(Err(RequestError::Inbox(error))),
             }
         }
+        Look::Within(Duration::ZERO)
     }
 }
 
@@ -396,7 +404,8 @@ impl Replies {
             None => (address.inbox.clone(), self.open(&address.inbox)?),
         };
         let envelope = Envelope::new().header(CORRELATION_ID, address.id.to_string().as_bytes());
-        match publisher.publish_with(payload, &envelope) {
+        // Whoever made the inbox may have said that publishers wait for its readers; we do not.
+        match publisher.publish_with_until(payload, &envelope, Some(Instant::now())) {
             Err(PublishError::Gone(_)) => Err(ReplyError::Gone),
             other => {
                 self.inboxes.push_back((name, publisher));

@@ -125,6 +125,7 @@ impl Inner {
         self.expected.clear();
         self.holdings.forget_plan();
         self.unsent.clear();
+        self.missed_arenas.clear();
         self.generation += 1;
         let hello = Request::Hello {
             protocol: PROTOCOL_VERSION,

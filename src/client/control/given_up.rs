@@ -98,6 +98,7 @@ impl Inner {
         }
         let holds = &self.holds;
         self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
+        self.missed_arenas.retain(|(topic, _)| may_read(holds, *topic));
         self.receive_all();
         if self.socket.is_none() {
             // The Hello leaves them out. If that is not possible now, the next one will.

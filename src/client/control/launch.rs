@@ -30,6 +30,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// A start that shows no effect for so long has met a bus that was just leaving; it is repeated.
 const START_AGAIN: Duration = Duration::from_millis(250);
 
+/// How long the program that has started a bus may take to exit once somebody serves.
+const EXIT_PATIENCE: Duration = Duration::from_millis(250);
+
 /// Connects to the bus; with `spawn`, starts a coordinator where there is none.
 pub(crate) fn connect(place: &Place, spawn: bool) -> Result<Control, ConnectError> {
     let deadline = Instant::now() + PATIENCE;
@@ -81,7 +84,9 @@ impl Starter {
     pub(crate) fn start(&mut self) -> Result<(), ConnectError> {
         if let Some((program, mut child)) = self.child.take() {
             match child.try_wait() {
-                Ok(None) => self.child = Some((program, child)),
+                Ok(None) if Instant::now() < self.start_at + PATIENCE => self.child = Some((program, child)),
+                // Stopped, perhaps.
+                Ok(None) => end(&mut child),
                 Ok(Some(status)) if !status.success() => {
                     return Err(failed(&program, io::Error::other(status.to_string())));
                 }
@@ -121,10 +126,16 @@ impl Starter {
     }
 
     /// There is a coordinator: waits for the program that has started it. It exits once the bus is on its way; left alone it
-    /// would stay a zombie.
+    /// would stay a zombie. One that is stopped, or never exits, is ended: nobody needs it any more, and our caller goes on.
     pub(crate) fn finish(&mut self) {
-        if let Some((_, mut child)) = self.child.take() {
-            let _ = child.wait();
+        let Some((_, mut child)) = self.child.take() else { return };
+        let deadline = Instant::now() + EXIT_PATIENCE;
+        // An error: it has been reaped, or is our parent's, whose copy we are.
+        while let Ok(None) = child.try_wait() {
+            if Instant::now() >= deadline {
+                return end(&mut child);
+            }
+            thread::sleep(LOOK_AGAIN);
         }
     }
 }
@@ -133,6 +144,13 @@ impl Drop for Starter {
     fn drop(&mut self) {
         self.finish();
     }
+}
+
+/// Kills a child that has not been reaped.
+fn end(child: &mut Child) {
+    // Both fail where it has gone meanwhile.
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 /// `$SHMBUS_BIN`, beside this program (or one directory up, where cargo puts tests and examples below the binary), or

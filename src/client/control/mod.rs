@@ -90,6 +90,9 @@ struct Inner {
     holdings: Holdings,
     /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
     arenas: HashMap<(u64, u32), OwnedFd>,
+    /// Arenas whose descriptor did not get through, because this process had as many as it may have. A new connection brings all
+    /// of them again.
+    missed_arenas: HashSet<(u64, u32)>,
     /// Topics of wildcard subscriptions that nobody has taken yet.
     pushed: Pushed,
     /// Answers to come, in order, and whether anybody waits for them.
@@ -194,6 +197,7 @@ impl Inner {
             holds: HashSet::new(),
             holdings: Holdings::new(),
             arenas: HashMap::new(),
+            missed_arenas: HashSet::new(),
             pushed: Pushed::default(),
             expected: VecDeque::new(),
             answers: VecDeque::new(),

@@ -19,9 +19,11 @@ impl Control {
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
     /// was written there, so it waits in our socket, also when the coordinator has died since. If our socket was full it
     /// waits with the coordinator, which goes on as we read; if the connection broke before that, the coordinator is
-    /// asked for it by coming back. `None`: not there, and it does not come.
+    /// asked for it by coming back, and likewise if this process had no room for it when it came. `None`: not there, and it
+    /// does not come now.
     pub(crate) fn arena(&self, topic: u64, slot: u32) -> Option<OwnedFd> {
         self.check_process().ok()?;
+        self.line.hold().leave_for_missed(topic, slot);
         let deadline = Instant::now() + ARENA_PATIENCE;
         loop {
             if let Some(fd) = self.announced_arena(topic, slot) {
@@ -99,12 +101,14 @@ impl Inner {
 
     fn receive(&mut self, answer: Answer, mut fds: Vec<OwnedFd>) {
         match answer {
-            Answer::ArenaAdded { topic, slot } => {
-                if let Some(fd) = fds.pop().filter(|_| may_read(&self.holds, topic)) {
+            Answer::ArenaAdded { topic, slot } if may_read(&self.holds, topic) => match fds.pop() {
+                Some(fd) => {
                     self.holdings.keep(topic, arena_name(slot), &fd);
                     self.arenas.insert((topic, slot), fd);
                 }
-            }
+                None => drop(self.missed_arenas.insert((topic, slot))),
+            },
+            Answer::ArenaAdded { .. } => {}
             Answer::WildcardTopic { wildcard, told, ref info, cursor, .. } => {
                 let subscriber = HandleRef::Subscriber { topic: info.id, cursor };
                 if self.pushed.is_awaited(&self.holds, wildcard) {
@@ -154,6 +158,16 @@ impl Inner {
                 }
                 self.answers.push_back((answer, fds));
             }
+        }
+    }
+
+    /// Gives this connection up if the arena came over it and did not get through.
+    fn leave_for_missed(&mut self, topic: u64, slot: u32) {
+        if self.missed_arenas.remove(&(topic, slot))
+            && let Some(socket) = self.socket.take()
+        {
+            // Whoever watches over it sleeps until it ends.
+            socket::shut_down(socket.as_fd());
         }
     }
 

@@ -37,7 +37,11 @@ fn joined(mut runs: Vec<Run>) -> Vec<Run> {
     let mut joined: Vec<Run> = Vec::new();
     for run in runs {
         match joined.last_mut() {
-            Some(last) if last.number + last.count == run.number && last.sequence + last.count == run.sequence => {
+            // Numbers are what the records say: any publisher of the topic may have written them.
+            Some(last)
+                if last.number.checked_add(last.count) == Some(run.number)
+                    && last.sequence + last.count == run.sequence =>
+            {
                 last.count += run.count;
             }
             _ => joined.push(run),
@@ -57,5 +61,14 @@ mod tests {
         let mut find = |number| runs.sequence_of(number, 9, || vec![run(6, 20, 4), run(3, 10, 1), run(4, 11, 1)]);
         assert_eq!([3, 4, 5, 6, 9].map(&mut find), [Some(10), Some(11), None, Some(20), Some(23)]);
         assert_eq!((find(2), runs.runs.len()), (None, 2));
+    }
+
+    #[test]
+    fn numbers_that_nobody_has_are_no_runs_end() {
+        let run = |number, sequence| Run { number, sequence, count: 2 };
+        let mut runs = Runs::default();
+        let found =
+            runs.sequence_of(7, 8, || vec![run(u64::MAX, 3), run(u64::MAX - 1, 1), run(7, 9), run(u64::MAX, 5)]);
+        assert_eq!(found, Some(9));
     }
 }
