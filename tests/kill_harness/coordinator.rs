@@ -45,8 +45,8 @@ const IDLE: Duration = Duration::from_millis(50);
 /// How long a place may take to be reached; a coordinator that does not come there this time is killed all the same.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// How long one that is stepped there may sleep in a call: who adopts a bus waits for those who do not come.
-const SLEEP: Duration = Duration::from_secs(3);
+/// The same for one that is stepped there: who adopts a bus waits for those who do not come. Its clients wait for twice as long.
+const STEPPED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long recovery and what a client asks for may take; for a machine that is very busy.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
@@ -429,7 +429,7 @@ impl Point {
             }
         }
         match &self.place {
-            Some((place, visit)) if stepped => tracee.step_to(place, *visit, SLEEP),
+            Some((place, visit)) if stepped => tracee.step_to(place, *visit, STEPPED_PATIENCE),
             Some((place, visit)) => tracee.run_to(place, *visit, PATIENCE),
             None => tracee.run_to_call(START),
         }
@@ -530,8 +530,8 @@ fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Rep
     };
     let mut random = Random::new(seed);
     if let Victim::Successor(Some(_)) = victim {
-        // How it comes to its first segment was covered where the first one dies before the deed, and is the same.
-        points.retain(|point| point.place.is_some());
+        // How it comes to its first segment, and what it only reads, was covered where the first one dies before the deed.
+        points.retain(|point| point.place.is_some() && point.effect != Effect::Read);
     }
     let (kills_a_bus, short_kills) = match victim {
         Victim::Asked => (KILLS_A_BUS, SHORT_KILLS),

@@ -34,6 +34,9 @@ const NEW_LIVES: u64 = 24;
 /// How long a victim may take to come to its moment.
 const PATIENCE: Duration = Duration::from_millis(300);
 
+/// The same for one that is stepped there.
+const STEPPED_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What came of a scenario.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
@@ -250,7 +253,7 @@ fn kill_at(
     // Its first instruction it stands before.
     let reached = match moment {
         Moment { before_all: true, .. } => true,
-        Moment { stepped: true, .. } => tracee.step_to_address(moment.address, moment.visit, PATIENCE)?,
+        Moment { stepped: true, .. } => tracee.step_to_address(moment.address, moment.visit, STEPPED_PATIENCE)?,
         _ => tracee.run_to_address(moment.address, moment.visit, PATIENCE)?,
     };
     for _ in 0..if reached { moment.rounds } else { 0 } {

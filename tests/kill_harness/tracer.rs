@@ -316,7 +316,7 @@ impl Tracee {
     }
 
     /// [`Self::run_to`], instruction by instruction: it comes to see as much of the clock go by as when it was first stepped.
-    /// False: a system call took longer than `patience`, or it has come to its marker.
+    /// False: it did not within `patience`, or it has come to its marker.
     pub(crate) fn step_to(&mut self, place: &Place, visit: u64, patience: Duration) -> io::Result<bool> {
         let address = self.address_of(place).ok_or_else(|| io::Error::other(format!("{place:?} is not mapped")))?;
         self.step_to_address(address, visit, patience)
@@ -324,8 +324,9 @@ impl Tracee {
 
     /// The same for an address.
     pub(crate) fn step_to_address(&mut self, address: u64, visit: u64, patience: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + patience;
         let (mut visits, mut last) = (0, 0);
-        loop {
+        while Instant::now() < deadline {
             let at = self.registers()?.rip;
             visits += u64::from(at == address && last != address);
             if visits == visit {
@@ -335,7 +336,7 @@ impl Tracee {
             self.read(at, &mut code);
             let stop = match code {
                 [MARKER, _] => return Ok(false),
-                SYSTEM_CALL => self.step_patiently(patience)?,
+                SYSTEM_CALL => self.step_patiently(deadline.saturating_duration_since(Instant::now()))?,
                 _ => Some(self.step()?),
             };
             if stop != Some(Stop::Trap) {
@@ -343,6 +344,7 @@ impl Tracee {
             }
             last = at;
         }
+        Ok(false)
     }
 
     fn run_to_next(&mut self, address: u64, deadline: Instant) -> io::Result<bool> {
