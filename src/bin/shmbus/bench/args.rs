@@ -67,9 +67,9 @@ pub(super) enum Work {
     /// With --json one object a class: {workload, payload_bytes, mode, class, chunks, p50_ns, p99_ns, p999_ns,
     /// bare_p50_ns, bare_p99_ns, bare_p999_ns, ratio_p50, ratio_p99, messages_per_s, bytes_per_s, bare_bytes_per_s,
     /// lost, batch, publishers, bare_swaps_per_s, ratio_swaps}. Rates are both publishers' together. The bare figures:
-    /// one core's memcpy; how often the same processes compare-and-swap one word, which is what bounds a total
-    /// order without batches (ratio_swaps is the publishes, or batches, over those); and bare_p50_ns of the ping-pong. Other
-    /// latencies are null. lost counts messages that the subscriber did not get whole, once and in their publisher's order.
+    /// one core's memcpy; how often the same processes compare-and-swap one word, each as fast as it can (whoever has the
+    /// line goes on for a while), which no total order without batches exceeds (ratio_swaps is the publishes, or batches, over
+    /// those); and bare_p50_ns of the ping-pong. Other latencies are null. lost counts messages that the subscriber did not get whole, once and in their publisher's order.
     #[command(after_help = "Example: shmbus bench fanin --batch 16")]
     Fanin(fanin::Args),
     /// A queue: two consumers of one group lease and ack every message
@@ -95,7 +95,7 @@ pub(super) enum Work {
     /// Timed is each opening of a subscriber, of a publisher (whose memory is there from the one before), and of a new
     /// connection with a subscriber, until the handle is returned. The bare figure: the other process, woken by one byte
     /// on a socket, hands over a descriptor of memory as large as the topic's payloads, which is mapped, populated and
-    /// read. The topic is one for many, empty, with one publisher. The coordinator runs on whichever core is free.
+    /// read. The topic is one for many, empty, with one publisher. Coordinator and other process run on whichever core is free.
     ///
     /// With --json one object a class and kind of handle: {workload, payload_bytes, mode, class, chunks, p50_ns, p99_ns,
     /// p999_ns, bare_p50_ns, bare_p99_ns, bare_p999_ns, ratio_p50, ratio_p99, messages_per_s, bytes_per_s,

@@ -29,6 +29,8 @@ const ROUNDS: usize = 3;
 const HAND_OVER: u8 = b'h';
 const ENOUGH: u8 = b'e';
 
+const GONE: &str = "the other process hands nothing over any more";
+
 /// Where the other process has its end of the socket.
 const STANDARD_INPUT: i32 = 0;
 
@@ -104,10 +106,11 @@ fn measure(stage: &Stage<'_>, args: &Args, mut pair: Pair, socket: &UnixStream) 
         let mut joins = Joins::default();
         // The other process sleeps on the socket meanwhile: the coordinator needs a core, too.
         pair.begin(Order::Bus, args.bytes, 0);
+        // The first one, which does not count, finds it on its way there.
+        take_over(socket, args.bytes as usize)?;
         for _ in 0..ROUNDS {
             pair.check()?;
-            let bare = take_over(socket, args.bytes as usize).context("the other process handed nothing over");
-            joins.bare.push(bare?);
+            joins.bare.push(take_over(socket, args.bytes as usize)?);
             let [subscriber, publisher, both] = &mut joins.ours;
             subscriber.push(timed(|| Ok(stage.bus.subscriber(args.topic()).open()?))?);
             settle(stage.bus)?;
@@ -141,8 +144,8 @@ fn settle(bus: &Bus) -> anyhow::Result<()> {
 fn take_over(socket: &UnixStream, len: usize) -> anyhow::Result<u64> {
     let started = Instant::now();
     let mut socket = socket;
-    socket.write_all(&[HAND_OVER])?;
-    let fd = receive_descriptor(socket)?;
+    socket.write_all(&[HAND_OVER]).context(GONE)?;
+    let fd = receive_descriptor(socket).context(GONE)?;
     // As the bus maps segments.
     let map = MmapOptions::new().len(len).populate().map_raw_read_only(&fd)?;
     // SAFETY: the mapping is at least one byte long; the other process changes nothing in it any more.
@@ -178,7 +181,10 @@ pub(super) fn answer(mut peer: Peer) -> anyhow::Result<()> {
                     Some(memory) => memory,
                     none => none.insert(memory_of(received.count)?),
                 };
+                // As free to choose a core as the coordinator is.
+                peer.roam()?;
                 while hand_over(memory)? {}
+                peer.stay()?;
             }
             Order::Bare => {}
             Order::Quit => return Ok(()),

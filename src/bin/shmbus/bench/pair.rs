@@ -123,7 +123,7 @@ impl Pair {
             ensure!(Instant::now() < deadline, "the other process did not attach within {START_LIMIT:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
-        pin(stage.cores[0])?;
+        pin(&stage.cores[..1])?;
         Ok(pair)
     }
 
@@ -185,6 +185,8 @@ impl Drop for Pair {
 pub(super) struct Peer {
     region: Region,
     parent: Pid,
+    /// The first end's core, and ours.
+    cores: [usize; 2],
     seen: u64,
 }
 
@@ -201,15 +203,25 @@ impl Peer {
         // SAFETY: the starting process left this descriptor open for us under this number; nothing else here owns it.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(args.control_fd) });
         ensure!(file.metadata()?.len() == REGION_BYTES as u64, "descriptor {} is no control region", args.control_fd);
-        let peer = Peer { region: Region::map(&file)?, parent: getppid(), seen: 0 };
-        let [_, core] = args.task.setup.run.cores.context("the peer needs --cores")?;
-        pin(core)?;
+        let cores = args.task.setup.run.cores.context("the peer needs --cores")?;
+        let peer = Peer { region: Region::map(&file)?, parent: getppid(), cores, seen: 0 };
+        peer.stay()?;
         peer.lines().done.store(1, Ordering::Release);
         Ok(peer)
     }
 
     pub(super) fn lines(&self) -> &Lines {
         self.region.lines()
+    }
+
+    /// Runs on its own core alone, as from the beginning.
+    pub(super) fn stay(&self) -> anyhow::Result<()> {
+        pin(&self.cores[1..])
+    }
+
+    /// Runs on either core, whichever the kernel chooses.
+    pub(super) fn roam(&self) -> anyhow::Result<()> {
+        pin(&self.cores)
     }
 
     /// Waits for the next order.
@@ -303,8 +315,10 @@ pub(super) fn choose_cores(asked: Option<[usize; 2]>) -> anyhow::Result<[usize; 
     Ok([usable[0], second])
 }
 
-fn pin(core: usize) -> anyhow::Result<()> {
+fn pin(cores: &[usize]) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
-    set.set(core)?;
-    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot run on core {core}"))
+    for &core in cores {
+        set.set(core)?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot run on core {cores:?}"))
 }
