@@ -55,6 +55,14 @@ pub(crate) struct Quantiles {
 }
 
 impl Quantiles {
+    /// Of durations in nanoseconds, taken one by one.
+    pub(super) fn of_ns<'a>(durations: impl Iterator<Item = &'a u64>) -> Quantiles {
+        let mut histogram = Histogram::<u64>::new_with_bounds(1, 1 << 40, 3).expect("constant bounds are valid");
+        durations.for_each(|&ns| histogram.saturating_record(ns));
+        let quantile = |q| histogram.value_at_quantile(q) as f64;
+        Quantiles { p50_ns: quantile(0.5), p99_ns: quantile(0.99), p999_ns: quantile(0.999) }
+    }
+
     /// From the moments at which round trips ended; the first is when the first one began. Each round trip includes
     /// one read of the clock, bare and on the bus alike.
     pub(super) fn of_stamps(clock: &Clock, stamps: &[u64]) -> Quantiles {

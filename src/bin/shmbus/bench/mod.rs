@@ -5,161 +5,61 @@
 //! two chunks of the bare cache-line ping-pong (`canary`), counts only if both say the same class of machine, and is
 //! reported by class with the bare figure beside it.
 
+mod args;
 mod canary;
 mod clock;
+mod fanin;
+mod fanout;
+mod join;
+mod line;
 mod pair;
 mod pingpong;
 mod queue;
 mod report;
 mod stream;
+mod wake;
 mod wire;
 
-use std::os::fd::RawFd;
 use std::time::Duration;
 
-use anyhow::ensure;
 use indicatif::{ProgressBar, ProgressStyle};
-use shmbus::{Bus, Topic};
+use shmbus::{Bus, Wait};
 
 use crate::sandbox::Sandbox;
 use crate::signals;
-use crate::values::{self, ModeArg};
 use crate::{Ended, Globals};
+pub(crate) use args::Args;
+use args::{Command, PeerArgs, Task, Work, Workload};
 use canary::{Canary, Class};
 use pair::{Pair, Peer};
 use wire::{Bytes, Wire, Words};
 
 pub(crate) use report::{PingpongLine, StreamLine};
 
-/// Measure the bus against the bare machine: two processes on two cores, on a private bus.
-///
-/// Every few milliseconds the bare cache-line ping-pong of the same two processes is measured; its median tells the
-/// class of the two cores at that moment: SMT (one core), CCX (one L3 cache) or FAR. Chunks during which the class
-/// changed are dropped; figures are medians over the chunks of a class, with the bare figure beside them.
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    #[command(subcommand)]
-    workload: Command,
-}
-
-#[derive(clap::Subcommand)]
-enum Command {
-    /// Round trips: there on one topic, back on another
-    ///
-    /// With --json one object a class: {workload, payload_bytes, mode, class, chunks, p50_ns, p99_ns, p999_ns,
-    /// bare_p50_ns, bare_p99_ns, bare_p999_ns, ratio_p50, ratio_p99}. The ratios are to the bare ping-pong.
-    #[command(after_help = "Example: shmbus bench pingpong --size 64 --mode exclusive --seconds 5")]
-    Pingpong(Setup),
-    /// A stream one way; every message's number is checked
-    ///
-    /// With --json one object a class: {workload, payload_bytes, mode, class, chunks, batch, messages_per_s,
-    /// bytes_per_s, bare_bytes_per_s, bare_p50_ns, ratio_bytes, lost}. The bare figure is one core's memcpy.
-    #[command(after_help = "Example: shmbus bench stream --size 64K --mode exclusive")]
-    Stream(Setup),
-    /// A queue: two consumers of one group lease and ack every message
-    ///
-    /// With --json one object a class: {workload, payload_bytes, mode, class, chunks, batch, messages_per_s, bare_p50_ns,
-    /// lost}. lost counts messages that were not acknowledged exactly once.
-    #[command(after_help = "Example: shmbus bench queue --batch 32")]
-    Queue(Setup),
-    /// The other process of a bench; started by it
-    #[command(hide = true)]
-    Peer(PeerArgs),
-}
-
-/// What to measure; both processes get the same.
-#[derive(clap::Args, Clone, Debug)]
-pub(crate) struct Setup {
-    /// Payload bytes, 8 or more; 64 means one cache line on the bus, that is 56 bytes of payload
-    #[arg(long, value_name = "BYTES", default_value = "64", value_parser = values::size)]
-    size: u64,
-    /// Kind of topic
-    #[arg(long, value_enum, default_value_t = ModeArg::Exclusive)]
-    mode: ModeArg,
-    /// How long to measure
-    #[arg(long, value_name = "N", default_value_t = 3.0)]
-    seconds: f64,
-    /// Messages a publish (stream), or a receive and ack (queue)
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    batch: u32,
-    /// Messages the ring holds [default: 4096, or as many as fit in 4 MiB; queue: 32768]
-    #[arg(long, value_name = "N")]
-    ring: Option<u64>,
-    /// The two cores to run on [default: the first two of different physical cores]
-    #[arg(long, value_name = "A,B", value_parser = values::two_cores)]
-    cores: Option<[usize; 2]>,
-}
-
-#[derive(clap::Args, Clone, Debug)]
-pub(crate) struct PeerArgs {
-    workload: Workload,
-    #[command(flatten)]
-    setup: Setup,
-    /// Descriptor of the control region
-    #[arg(long)]
-    control_fd: RawFd,
-}
-
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Workload {
-    Pingpong,
-    Stream,
-    Queue,
-}
-
-/// In-flight bytes that the caches still hold; more makes large messages slower (RESEARCH.md §2).
-const IN_FLIGHT_BYTES: u64 = 4 << 20;
-
-impl Setup {
-    fn check(&self) -> anyhow::Result<()> {
-        ensure!(self.size >= 8, "--size is {}; at least 8, each message carries its number", self.size);
-        ensure!((1..=1024).contains(&self.batch), "--batch is {}; 1 to 1024 are allowed", self.batch);
-        ensure!(self.seconds > 0.0 && self.seconds <= 3600.0, "--seconds is {}; up to 3600 are allowed", self.seconds);
-        Ok(())
-    }
-
-    fn payload_bytes(&self) -> u64 {
-        if self.size == 64 { 56 } else { self.size }
-    }
-
-    fn topic<T: shmbus::Payload + ?Sized>(&self, name: &str) -> Topic<T> {
-        let fits = (IN_FLIGHT_BYTES / self.size).clamp(4, 4096);
-        let topic = Topic::named(name).messages(self.ring.unwrap_or(fits));
-        let topic = match self.mode {
-            ModeArg::Many => topic,
-            ModeArg::Exclusive => topic.exclusive(),
-            ModeArg::Channel => topic.channel(),
-        };
-        match self.size {
-            8 | 64 => topic, // typed: the library knows what it needs
-            size => topic.bytes((4 * size).max(IN_FLIGHT_BYTES)),
-        }
-    }
-}
-
 /// The topics of a bench: there (and, for round trips, back).
 const THERE: &str = "bench.there";
 const BACK: &str = "bench.back";
 
+/// Where a workload is measured.
+struct Stage<'a> {
+    json: bool,
+    sandbox: &'a Sandbox,
+    bus: &'a Bus,
+    task: &'a Task,
+    cores: [usize; 2],
+}
+
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
-    let (workload, setup) = match args.workload {
-        Command::Pingpong(setup) => (Workload::Pingpong, setup),
-        Command::Stream(setup) => (Workload::Stream, setup),
-        Command::Queue(mut setup) => {
-            setup.ring.get_or_insert(queue::RING);
-            (Workload::Queue, setup)
-        }
+    let work = match args.command {
+        Command::Measure(work) => work,
         Command::Peer(peer) => return run_peer(globals, &peer).map(|()| Ended::Well),
     };
-    setup.check()?;
+    let task = work.task();
+    task.setup.check()?;
     // A chunk takes milliseconds and every wait looks for signals: what the grace cannot end is stuck.
     signals::install(Duration::from_secs(15), Box::new(Sandbox::abandon))?;
     let sandbox = Sandbox::new()?;
-    let measured = match setup.size {
-        8 => measure(globals, workload, &setup, &sandbox, Words::<1>::new(&setup)),
-        64 => measure(globals, workload, &setup, &sandbox, Words::<7>::new(&setup)),
-        _ => measure(globals, workload, &setup, &sandbox, Bytes::new(workload, &setup)),
-    };
+    let measured = measure(globals, &work, &task, &sandbox);
     let closed = sandbox.close();
     if let Some(signal) = signals::caught() {
         return Ok(Ended::BySignal(signal));
@@ -168,69 +68,64 @@ pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
 }
 
 /// This process's side: controller and first end.
-fn measure<W: Wire>(
-    globals: &Globals,
-    workload: Workload,
-    setup: &Setup,
-    sandbox: &Sandbox,
-    wire: W,
-) -> anyhow::Result<()> {
+fn measure(globals: &Globals, work: &Work, task: &Task, sandbox: &Sandbox) -> anyhow::Result<()> {
+    let cores = pair::choose_cores(task.setup.run.cores)?;
     let bus = sandbox.open()?; // before pinning, or the coordinator would inherit our core
-    for topic in [setup.topic::<W::Payload>(THERE), setup.topic(BACK)] {
-        bus.create_topic(topic.name(), &topic.options(), false)?;
+    let stage = Stage { json: globals.json, sandbox, bus: &bus, task, cores };
+    match task.setup.size {
+        8 => measure_with(&stage, work, Words::<1>::new(&task.setup)),
+        64 => measure_with(&stage, work, Words::<7>::new(&task.setup)),
+        _ => measure_with(&stage, work, Bytes::new(task)),
     }
-    let cores = pair::choose_cores(setup.cores)?;
-    match workload {
-        Workload::Pingpong => {
-            let ends = pingpong::Ends::open(&bus, setup, wire, THERE, BACK)?;
-            let pair = Pair::start(sandbox, workload, setup, cores)?;
-            let chunks = pingpong::measure(ends, pair, setup)?;
-            report::pingpong(globals.json, setup, cores, &chunks)
-        }
-        Workload::Stream => {
-            let publisher = stream::open(&bus, setup)?;
-            let pair = Pair::start(sandbox, workload, setup, cores)?;
-            let (chunks, lost) = stream::measure(publisher, wire, pair, setup)?;
-            report::stream(globals.json, setup, cores, &chunks)?;
-            ensure!(lost == 0, "{lost} messages of the stream were lost or garbled");
-            Ok(())
-        }
-        Workload::Queue => {
-            let publisher = stream::open(&bus, setup)?;
-            let consumer = queue::open(&bus, setup)?;
-            let pair = Pair::start(sandbox, workload, setup, cores)?;
-            let (chunks, lost) = queue::measure(publisher, consumer, wire, pair, setup)?;
-            report::queue(globals.json, setup, cores, &chunks)?;
-            ensure!(lost == 0, "{lost} messages of the queue were not acknowledged exactly once");
-            Ok(())
-        }
+}
+
+fn measure_with<W: Wire>(stage: &Stage<'_>, work: &Work, wire: W) -> anyhow::Result<()> {
+    match work {
+        Work::Pingpong(_) => pingpong::run(stage, wire),
+        Work::Stream(_) => stream::run(stage, wire),
+        Work::Fanout(args) => fanout::run(stage, wire, args),
+        Work::Fanin(args) => fanin::run(stage, wire, args),
+        Work::Queue(_) => queue::run(stage, wire),
+        Work::Wake(args) => wake::run(stage, wire, args),
+        Work::Join(args) => join::run(stage, args),
     }
 }
 
 /// The other process's side.
 fn run_peer(globals: &Globals, args: &PeerArgs) -> anyhow::Result<()> {
     let bus = globals.open_bus()?;
-    match args.setup.size {
-        8 => answer(&bus, args, Words::<1>::new(&args.setup)),
-        64 => answer(&bus, args, Words::<7>::new(&args.setup)),
-        _ => answer(&bus, args, Bytes::new(args.workload, &args.setup)),
+    match args.task.setup.size {
+        8 => answer(&bus, args, Words::<1>::new(&args.task.setup)),
+        64 => answer(&bus, args, Words::<7>::new(&args.task.setup)),
+        _ => answer(&bus, args, Bytes::new(&args.task)),
     }
 }
 
 fn answer<W: Wire>(bus: &Bus, args: &PeerArgs, wire: W) -> anyhow::Result<()> {
-    match args.workload {
+    let setup = &args.task.setup;
+    match args.task.workload {
         Workload::Pingpong => {
-            let ends = pingpong::Ends::open(bus, &args.setup, wire, BACK, THERE)?;
+            let ends = pingpong::Ends::open(bus, setup, wire, BACK, THERE)?;
             pingpong::answer(ends, Peer::attach(args)?)
         }
         Workload::Stream => {
-            let subscriber = bus.subscriber(args.setup.topic::<W::Payload>(THERE)).wait(shmbus::Wait::Spin).open()?;
+            let subscriber = bus.subscriber(setup.topic::<W::Payload>(THERE)).wait(Wait::Spin).open()?;
             stream::answer(subscriber, wire, Peer::attach(args)?)
         }
-        Workload::Queue => {
-            let consumer = queue::open(bus, &args.setup)?;
-            queue::answer(consumer, wire, args.setup.batch, Peer::attach(args)?)
+        Workload::Fanout => {
+            let subscribers = fanout::open(bus, setup, args.task.subscribers)?;
+            fanout::answer(subscribers, wire, Peer::attach(args)?)
         }
+        Workload::Fanin => {
+            let publisher = stream::open(bus, setup)?;
+            fanin::answer(publisher, wire, setup.batch, Peer::attach(args)?)
+        }
+        Workload::Queue => {
+            let consumer = queue::open(bus, setup)?;
+            queue::answer(consumer, wire, setup.batch, Peer::attach(args)?)
+        }
+        Workload::Wake => wake::answer(wake::open(bus, setup)?, wire, Peer::attach(args)?),
+        Workload::Join => join::answer(Peer::attach(args)?),
     }
 }
 

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -15,9 +15,10 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Pid, getppid};
 
+use super::Stage;
+use super::args::{PeerArgs, Task};
 use super::clock::Clock;
-use super::{PeerArgs, Setup, Workload};
-use crate::sandbox::{Minder, Sandbox};
+use crate::sandbox::Minder;
 use crate::signals;
 
 /// How often (in polls) a spinning process looks whether the other is still there: every few milliseconds.
@@ -47,6 +48,11 @@ pub(super) struct Lines {
     /// Messages that the peer acknowledged in the last order, and the sum of their numbers (queues).
     pub(super) arrived: CachePadded<AtomicU64>,
     pub(super) sum: CachePadded<AtomicU64>,
+    /// The word that both processes swap (bare, fan-in).
+    pub(super) swapped: CachePadded<AtomicU64>,
+    /// What a bare sleeper sleeps on, and when the other process was last woken (wakes).
+    pub(super) bell: CachePadded<AtomicU32>,
+    pub(super) woken_ns: CachePadded<AtomicU64>,
 }
 
 const _: () = assert!(size_of::<Lines>() <= REGION_BYTES);
@@ -56,7 +62,9 @@ const _: () = assert!(size_of::<Lines>() <= REGION_BYTES);
 pub(super) enum Order {
     Canary = 1,
     Bus = 2,
-    Quit = 3,
+    /// What the workload has to compare the bus with, other than the canary.
+    Bare = 3,
+    Quit = 4,
 }
 
 /// The mapped region.
@@ -88,18 +96,18 @@ pub(super) struct Pair {
 
 impl Pair {
     /// Starts the other process on `cores[1]`, moves to `cores[0]` and waits until both are attached to the bus.
-    pub(super) fn start(
-        sandbox: &Sandbox,
-        workload: Workload,
-        setup: &Setup,
-        cores: [usize; 2],
-    ) -> anyhow::Result<Pair> {
+    pub(super) fn start(stage: &Stage<'_>) -> anyhow::Result<Pair> {
+        Pair::start_with(stage, Stdio::null())
+    }
+
+    /// The same with something on the other process's standard input.
+    pub(super) fn start_with(stage: &Stage<'_>, stdin: Stdio) -> anyhow::Result<Pair> {
         let file = File::from(memfd_create("shmbus-bench", MFdFlags::MFD_CLOEXEC).context("cannot make a memfd")?);
         file.set_len(REGION_BYTES as u64)?;
         let inherited = file.try_clone()?;
         fcntl(&inherited, FcntlArg::F_SETFD(FdFlag::empty()))?;
-        let arguments = peer_arguments(workload, setup, cores, inherited.as_raw_fd());
-        let child = sandbox.command(arguments)?.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+        let arguments = peer_arguments(stage.task, stage.cores, inherited.as_raw_fd());
+        let child = stage.sandbox.command(arguments)?.stdin(stdin).stdout(Stdio::null()).spawn()?;
         drop(inherited);
         let pair = Pair {
             region: Region::map(&file)?,
@@ -115,12 +123,16 @@ impl Pair {
             ensure!(Instant::now() < deadline, "the other process did not attach within {START_LIMIT:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
-        pin(cores[0])?;
+        pin(&stage.cores[..1])?;
         Ok(pair)
     }
 
     pub(super) fn lines(&self) -> &Lines {
         self.region.lines()
+    }
+
+    pub(super) fn peer_pid(&self) -> Pid {
+        self.child.borrow().pid()
     }
 
     /// Tells the peer what comes next.
@@ -150,9 +162,7 @@ impl Pair {
 
     /// Whether it makes sense to go on.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        if signals::caught().is_some() {
-            bail!("ended by a signal");
-        }
+        check_signals()?;
         match self.child.borrow_mut().0.try_wait()? {
             None => Ok(()),
             Some(status) => bail!("the other process of the measurement ended early: {status}"),
@@ -175,6 +185,8 @@ impl Drop for Pair {
 pub(super) struct Peer {
     region: Region,
     parent: Pid,
+    /// The first end's core, and ours.
+    cores: [usize; 2],
     seen: u64,
 }
 
@@ -191,15 +203,25 @@ impl Peer {
         // SAFETY: the starting process left this descriptor open for us under this number; nothing else here owns it.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(args.control_fd) });
         ensure!(file.metadata()?.len() == REGION_BYTES as u64, "descriptor {} is no control region", args.control_fd);
-        let peer = Peer { region: Region::map(&file)?, parent: getppid(), seen: 0 };
-        let [_, core] = args.setup.cores.context("the peer needs --cores")?;
-        pin(core)?;
+        let cores = args.task.setup.run.cores.context("the peer needs --cores")?;
+        let peer = Peer { region: Region::map(&file)?, parent: getppid(), cores, seen: 0 };
+        peer.stay()?;
         peer.lines().done.store(1, Ordering::Release);
         Ok(peer)
     }
 
     pub(super) fn lines(&self) -> &Lines {
         self.region.lines()
+    }
+
+    /// Runs on its own core alone, as from the beginning.
+    pub(super) fn stay(&self) -> anyhow::Result<()> {
+        pin(&self.cores[1..])
+    }
+
+    /// Runs on either core, whichever the kernel chooses.
+    pub(super) fn roam(&self) -> anyhow::Result<()> {
+        pin(&self.cores)
     }
 
     /// Waits for the next order.
@@ -212,6 +234,7 @@ impl Peer {
         let order = match word & 0xff {
             1 => Order::Canary,
             2 => Order::Bus,
+            3 => Order::Bare,
             _ => Order::Quit,
         };
         Ok(Received { order, count: lines.count.load(Ordering::Relaxed), first: lines.first.load(Ordering::Relaxed) })
@@ -238,6 +261,12 @@ impl Peer {
     }
 }
 
+/// Whether nobody has asked this process to end.
+pub(super) fn check_signals() -> anyhow::Result<()> {
+    ensure!(signals::caught().is_none(), "ended by a signal");
+    Ok(())
+}
+
 /// One PAUSE a poll, and now and then a look around.
 #[inline]
 pub(super) fn spin(
@@ -257,15 +286,12 @@ pub(super) fn spin(
 }
 
 /// The command line of the other process.
-fn peer_arguments(workload: Workload, setup: &Setup, cores: [usize; 2], control_fd: i32) -> Vec<String> {
-    let workload = match workload {
-        Workload::Pingpong => "pingpong",
-        Workload::Stream => "stream",
-        Workload::Queue => "queue",
-    };
+fn peer_arguments(task: &Task, cores: [usize; 2], control_fd: i32) -> Vec<String> {
+    let Task { workload, setup, subscribers } = task;
     let mode = shmbus::Mode::from(setup.mode);
     let mut arguments = format!(
-        "bench peer {workload} --control-fd {control_fd} --size {} --mode {mode} --batch {} --cores {},{}",
+        "bench peer {workload} --control-fd {control_fd} --size {} --mode {mode} --batch {} --cores {},{} \
+         --subscribers {subscribers}",
         setup.size, setup.batch, cores[0], cores[1]
     );
     if let Some(ring) = setup.ring {
@@ -289,8 +315,10 @@ pub(super) fn choose_cores(asked: Option<[usize; 2]>) -> anyhow::Result<[usize; 
     Ok([usable[0], second])
 }
 
-fn pin(core: usize) -> anyhow::Result<()> {
+fn pin(cores: &[usize]) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
-    set.set(core)?;
-    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot run on core {core}"))
+    for &core in cores {
+        set.set(core)?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot run on core {cores:?}"))
 }

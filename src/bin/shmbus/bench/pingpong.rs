@@ -3,10 +3,11 @@
 use anyhow::{anyhow, ensure};
 use shmbus::{Bus, Publisher, Subscriber, Wait};
 
+use super::args::Setup;
 use super::canary::{self, Quantiles};
 use super::pair::{Order, Pair, Peer};
 use super::wire::Wire;
-use super::{Chunks, Setup, interleave};
+use super::{BACK, Chunks, Stage, THERE, interleave, report};
 
 /// Length of one chunk on the bus.
 const CHUNK_NS: f64 = 2_000_000.0;
@@ -47,10 +48,20 @@ impl<W: Wire> Ends<W> {
     }
 }
 
-pub(super) fn measure<W: Wire>(mut ends: Ends<W>, mut pair: Pair, setup: &Setup) -> anyhow::Result<Chunks<Quantiles>> {
+pub(super) fn run<W: Wire>(stage: &Stage<'_>, wire: W) -> anyhow::Result<()> {
+    let setup = &stage.task.setup;
+    for name in [THERE, BACK] {
+        stage.bus.create(&setup.topic::<W::Payload>(name))?;
+    }
+    let ends = Ends::open(stage.bus, setup, wire, THERE, BACK)?;
+    let chunks = measure(ends, Pair::start(stage)?, setup)?;
+    report::pingpong(stage.json, setup, stage.cores, &chunks)
+}
+
+fn measure<W: Wire>(mut ends: Ends<W>, mut pair: Pair, setup: &Setup) -> anyhow::Result<Chunks<Quantiles>> {
     let mut number = 0;
     let mut expected_ns = 1000.0;
-    interleave(&mut pair, setup.seconds, |pair| {
+    interleave(&mut pair, setup.run.seconds, |pair| {
         let count = (CHUNK_NS / expected_ns).clamp(50.0, 50_000.0) as u64;
         let quantiles = chunk(&mut ends, pair, &mut number, count)?;
         expected_ns = quantiles.p50_ns.max(1.0);
@@ -88,6 +99,7 @@ pub(super) fn answer<W: Wire>(mut ends: Ends<W>, mut peer: Peer) -> anyhow::Resu
                     ends.wire.send(&mut ends.outgoing, number)?;
                 }
             }
+            Order::Bare => {}
             Order::Quit => return Ok(()),
         }
         peer.done();

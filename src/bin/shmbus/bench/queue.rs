@@ -4,11 +4,13 @@
 
 use std::sync::atomic::Ordering;
 
+use anyhow::ensure;
 use shmbus::{Bus, Consumer, GroupOptions, Payload, Publisher, Wait};
 
+use super::args::Setup;
 use super::pair::{Order, Pair, Peer};
 use super::wire::Wire;
-use super::{Chunks, Setup, canary, interleave, stream};
+use super::{Chunks, Stage, THERE, canary, interleave, report, stream};
 
 /// The group's name.
 const GROUP: &str = "bench";
@@ -31,22 +33,33 @@ struct Share {
 
 pub(super) fn open<T: Payload + ?Sized>(bus: &Bus, setup: &Setup) -> anyhow::Result<Consumer<T>> {
     // The longest window that a group may have.
-    let window = setup.ring.unwrap_or(RING).next_power_of_two().min(1 << 20);
+    let window = setup.ring().next_power_of_two().min(1 << 20);
     let options = GroupOptions::new().window(window);
-    Ok(bus.consumer(setup.topic(super::THERE), GROUP).options(options).wait(Wait::Spin).open()?)
+    Ok(bus.consumer(setup.topic(THERE), GROUP).options(options).wait(Wait::Spin).open()?)
+}
+
+pub(super) fn run<W: Wire>(stage: &Stage<'_>, wire: W) -> anyhow::Result<()> {
+    let setup = &stage.task.setup;
+    stage.bus.create(&setup.topic::<W::Payload>(THERE))?;
+    let publisher = stream::open(stage.bus, setup)?;
+    let consumer = open(stage.bus, setup)?;
+    let (chunks, lost) = measure(publisher, consumer, wire, Pair::start(stage)?, setup)?;
+    report::queue(stage.json, setup, stage.cores, &chunks)?;
+    ensure!(lost == 0, "{lost} messages of the queue were not acknowledged exactly once");
+    Ok(())
 }
 
 /// The chunks, and how many messages were not acknowledged exactly once.
-pub(super) fn measure<W: Wire>(
+fn measure<W: Wire>(
     mut publisher: Publisher<W::Payload>,
     mut consumer: Consumer<W::Payload>,
     mut wire: W,
     mut pair: Pair,
     setup: &Setup,
 ) -> anyhow::Result<(Chunks<Drained>, u64)> {
-    let count = setup.ring.unwrap_or(RING);
+    let count = setup.held();
     let (mut number, mut lost_in_all) = (0, 0);
-    let chunks = interleave(&mut pair, setup.seconds, |pair| {
+    let chunks = interleave(&mut pair, setup.run.seconds, |pair| {
         stream::send(&mut publisher, &mut wire, number, count, 1)?;
         pair.begin(Order::Bus, count, number);
         let started = pair.clock.ticks();
@@ -82,6 +95,7 @@ pub(super) fn answer<W: Wire>(
                 lines.arrived.store(share.count, Ordering::Relaxed);
                 lines.sum.store(share.sum, Ordering::Relaxed);
             }
+            Order::Bare => {}
             Order::Quit => return Ok(()),
         }
         peer.done();

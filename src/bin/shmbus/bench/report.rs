@@ -3,10 +3,11 @@
 use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
+use super::args::Setup;
 use super::canary::{Class, Quantiles};
 use super::queue::Drained;
 use super::stream::Flow;
-use super::{Chunk, Chunks, Setup};
+use super::{Chunk, Chunks};
 use crate::output::{Table, grouped, json_line, line, times};
 
 /// `bench pingpong --json`.
@@ -173,10 +174,10 @@ fn queue_line(setup: &Setup, class: Class, chunks: &[&Chunk<Drained>]) -> QueueL
 }
 
 /// A class and its chunks.
-type Of<'a, S> = (Class, Vec<&'a Chunk<S>>);
+pub(super) type Of<'a, S> = (Class, Vec<&'a Chunk<S>>);
 
 /// The chunks of each class that occurred.
-fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<Of<'_, S>>> {
+pub(super) fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<Of<'_, S>>> {
     ensure!(
         !chunks.kept.is_empty(),
         "nothing was measured: there was time for {} chunks, and the cores moved in each; set --seconds higher",
@@ -186,26 +187,40 @@ fn by_class<S>(chunks: &Chunks<S>) -> anyhow::Result<Vec<Of<'_, S>>> {
     Ok([Class::Smt, Class::Ccx, Class::Far].map(of).into_iter().filter(|(_, chunks)| !chunks.is_empty()).collect())
 }
 
-fn title(what: &str, setup: &Setup, [a, b]: [usize; 2]) -> std::io::Result<()> {
+pub(super) fn title(what: &str, setup: &Setup, cores: [usize; 2]) -> std::io::Result<()> {
     let mode = shmbus::Mode::from(setup.mode);
     let batch = if setup.batch > 1 { format!(", batches of {}", setup.batch) } else { String::new() };
     let payload = setup.payload_bytes();
-    line(format_args!("{what}: {payload} B payload, topic mode {mode}{batch}, two processes on cores {a} and {b}\n"))
+    title_of(format_args!("{what}: {payload} B payload, topic mode {mode}{batch}"), cores)
 }
 
-fn footnote(dropped: usize) -> anyhow::Result<()> {
+pub(super) fn title_of(what: impl std::fmt::Display, [a, b]: [usize; 2]) -> std::io::Result<()> {
+    line(format_args!("{what}, two processes on cores {a} and {b}\n"))
+}
+
+pub(super) fn footnote(dropped: usize) -> anyhow::Result<()> {
     line("\nmedians over chunks of some ms; bare: the same two processes without the bus, in the same chunks' gaps")?;
+    tell_dropped(dropped)
+}
+
+/// The same where quantiles are not those of chunks.
+pub(super) fn footnote_of_all(bare: &str, dropped: usize) -> anyhow::Result<()> {
+    line(format_args!("\nquantiles of all in a class; bare: {bare}, by turns with the others"))?;
+    tell_dropped(dropped)
+}
+
+fn tell_dropped(dropped: usize) -> anyhow::Result<()> {
     if dropped > 0 {
         line(format_args!("{dropped} chunks dropped: the cores moved meanwhile"))?;
     }
     Ok(())
 }
 
-fn rounded(value: f64, parts: f64) -> f64 {
+pub(super) fn rounded(value: f64, parts: f64) -> f64 {
     (value * parts).round() / parts
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     match values.len() {

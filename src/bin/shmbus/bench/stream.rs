@@ -3,12 +3,14 @@
 use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
+use anyhow::ensure;
 use shmbus::{Bus, Publisher, RecvError, Subscriber, Wait};
 
+use super::args::Setup;
 use super::clock::Clock;
 use super::pair::{Order, Pair, Peer};
 use super::wire::Wire;
-use super::{Chunks, Setup, canary, interleave};
+use super::{Chunks, Stage, THERE, canary, interleave, report};
 
 /// Length of one chunk of the stream, and of the memcpy beside it.
 const CHUNK_NS: f64 = 4_000_000.0;
@@ -28,11 +30,21 @@ pub(super) struct Flow {
 }
 
 pub(super) fn open<T: shmbus::Payload + ?Sized>(bus: &Bus, setup: &Setup) -> anyhow::Result<Publisher<T>> {
-    Ok(bus.publisher(setup.topic(super::THERE))?.wait(Wait::Spin))
+    Ok(bus.publisher(setup.topic(THERE))?.wait(Wait::Spin))
+}
+
+pub(super) fn run<W: Wire>(stage: &Stage<'_>, wire: W) -> anyhow::Result<()> {
+    let setup = &stage.task.setup;
+    stage.bus.create(&setup.topic::<W::Payload>(THERE))?;
+    let publisher = open(stage.bus, setup)?;
+    let (chunks, lost) = measure(publisher, wire, Pair::start(stage)?, setup)?;
+    report::stream(stage.json, setup, stage.cores, &chunks)?;
+    ensure!(lost == 0, "{lost} messages of the stream were lost or garbled");
+    Ok(())
 }
 
 /// The chunks, and how many messages were lost in all, those that no chunk counts included.
-pub(super) fn measure<W: Wire>(
+fn measure<W: Wire>(
     mut publisher: Publisher<W::Payload>,
     mut wire: W,
     mut pair: Pair,
@@ -42,7 +54,7 @@ pub(super) fn measure<W: Wire>(
     let mut copy = Memcpy::new(setup.payload_bytes());
     let (mut number, mut lost_in_all) = (0, 0);
     let mut expected_ns = 1000.0;
-    let chunks = interleave(&mut pair, setup.seconds, |pair| {
+    let chunks = interleave(&mut pair, setup.run.seconds, |pair| {
         let count = (CHUNK_NS / expected_ns).clamp(4.0, MAX_CHUNK) as u64;
         let count = count.next_multiple_of(batch);
         pair.begin(Order::Bus, count, number);
@@ -94,6 +106,7 @@ pub(super) fn answer<W: Wire>(
                 let arrived = receive(&mut subscriber, &mut wire, &peer, received.first, received.count)?;
                 peer.lines().lost.store(received.count - arrived, Ordering::Relaxed);
             }
+            Order::Bare => {}
             Order::Quit => return Ok(()),
         }
         peer.done();
@@ -137,18 +150,18 @@ fn receive<W: Wire>(
 }
 
 /// The bare limit: copying blocks of a message's size, at least 64 KiB, that stay in this core's own caches.
-struct Memcpy {
+pub(super) struct Memcpy {
     from: Vec<u8>,
     to: Vec<u8>,
 }
 
 impl Memcpy {
-    fn new(payload_bytes: u64) -> Memcpy {
+    pub(super) fn new(payload_bytes: u64) -> Memcpy {
         let len = payload_bytes.max(64 << 10) as usize;
         Memcpy { from: vec![1; len], to: vec![2; len] }
     }
 
-    fn bytes_per_s(&mut self, clock: &Clock) -> f64 {
+    pub(super) fn bytes_per_s(&mut self, clock: &Clock) -> f64 {
         let started = clock.ticks();
         let (mut copied, mut ns) = (0, 0.0);
         while ns < MEMCPY_NS {

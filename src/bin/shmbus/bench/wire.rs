@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use shmbus::{Payload, PublishError, Publisher};
 
-use super::{Setup, Workload};
+use super::args::{Setup, Task, Workload};
 
 /// How numbered messages go out and come in.
 pub(super) trait Wire {
@@ -57,8 +57,8 @@ impl<const N: usize> Wire for Words<N> {
 /// Messages from this size on are written in place, in the publisher's own memory.
 const LOAN_BYTES: usize = 1024;
 
-/// Any number of bytes, the number in the first eight. Round trips touch only those (zero copy); a stream copies every
-/// byte in and reads every byte.
+/// Any number of bytes, the number in the first eight. Round trips, wakes and queues touch only those (zero copy); what is
+/// a stream copies every byte in and reads every byte.
 pub(super) struct Bytes {
     whole: bool,
     /// One message's bytes a batch place.
@@ -66,9 +66,10 @@ pub(super) struct Bytes {
 }
 
 impl Bytes {
-    pub(super) fn new(workload: Workload, setup: &Setup) -> Bytes {
-        let message = vec![0x5a; setup.size as usize];
-        Bytes { whole: workload == Workload::Stream, batch: vec![message; setup.batch as usize] }
+    pub(super) fn new(task: &Task) -> Bytes {
+        let message = vec![0x5a; task.setup.size as usize];
+        let whole = matches!(task.workload, Workload::Stream | Workload::Fanout | Workload::Fanin);
+        Bytes { whole, batch: vec![message; task.setup.batch as usize] }
     }
 }
 
