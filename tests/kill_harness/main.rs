@@ -17,9 +17,10 @@
 //! instructions, densest on the fast paths; of what coordinators do it takes a sample. `SHMBUS_TEST_SEED` repeats it.
 //!
 //! Long runs are for a release build. `SHMBUS_KILL_LONG=1` covers every instruction of publish, receive and ack, and each
-//! read, write and system call of everything else: some hours, most of them over coordinators and their successors.
-//! `SHMBUS_KILL_LONG=writes` leaves out what only reads, or nothing: half an hour. `SHMBUS_KILL_ONLY=move` runs only what
-//! has that in its name. Where processes must not be traced the tests say so and pass.
+//! read, write and system call of everything else (of a successor whose predecessor died amid its deed, each write and call): two
+//! hours, most of them over coordinators and their successors. `SHMBUS_KILL_LONG=writes` leaves out what only reads, or nothing:
+//! half an hour. `SHMBUS_KILL_ONLY=move` runs only what has that in its name, so that several can run side by side. Where
+//! processes must not be traced the tests say so and pass.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod checker;
