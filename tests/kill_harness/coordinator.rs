@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs;
 use std::io;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -473,7 +473,13 @@ fn count(deed: &Deed, victim: &Victim) -> io::Result<(usize, Vec<Point>)> {
         };
         // It sleeps: the deed is done, or the client busy with its part.
         while stop.is_none() && !done {
-            done = outcome.try_recv().is_ok();
+            done = match outcome.try_recv() {
+                Ok(_) => true,
+                Err(TryRecvError::Empty) => false,
+                Err(TryRecvError::Disconnected) => {
+                    return Err(io::Error::other("the deed failed while it was counted"));
+                }
+            };
             stop = tracee.step_on(IDLE)?;
         }
         match stop {
