@@ -2,7 +2,7 @@
 //! behind what its successor can finish or undo. And that successor as the victim: killed anywhere from its first instruction on,
 //! over its start, the replay of the registry and what it repairs, it must leave behind what a third one can.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -26,6 +26,9 @@ const KILLS_A_BUS: usize = 6;
 
 /// The same where each kill is that of two coordinators.
 const DOUBLE_KILLS_A_BUS: usize = 3;
+
+/// So many buses at a time.
+const SIDE_BY_SIDE: usize = 4;
 
 /// Kills of a short run, for each deed.
 const SHORT_KILLS: usize = 8;
@@ -507,15 +510,11 @@ pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
         true => (0..FIRST_PLACES).map(|n| n * places.len() / FIRST_PLACES).collect(),
         false => vec![random.below(places.len() as u64) as usize],
     };
-    let run = &|first: usize| {
+    let run = |first: usize| {
         let victim = Victim::Successor((first > 0).then(|| places[first].clone()));
         run_as(deed, &format!("successor, {first}: {}", deed.name), &victim, seed)
     };
-    // Each on a bus of its own, and most of the time asleep.
-    thread::scope(|scope| {
-        let running: Vec<_> = firsts.into_iter().map(|first| scope.spawn(move || run(first))).collect();
-        running.into_iter().map(|run| run.join().expect("it reports violations instead of panicking")).collect()
-    })
+    firsts.into_iter().map(run).collect()
 }
 
 /// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
@@ -539,19 +538,34 @@ fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Rep
         // How it comes to its first segment, and what it only reads, was covered where the first one dies before the deed.
         points.retain(|point| point.place.is_some() && point.effect != Effect::Read);
     }
-    let (kills_a_bus, short_kills) = match victim {
-        Victim::Asked => (KILLS_A_BUS, SHORT_KILLS),
-        Victim::Successor(_) | Victim::Adopter => (DOUBLE_KILLS_A_BUS, SHORT_DOUBLE_KILLS),
-    };
+    let short_kills = if let Victim::Asked = victim { SHORT_KILLS } else { SHORT_DOUBLE_KILLS };
     while !is_long() && points.len() > short_kills {
         points.remove(random.below(points.len() as u64) as usize);
     }
-    let (mut points, mut tries) = (VecDeque::from(points), 0);
-    while !points.is_empty() && report.violations.len() < MAX_VIOLATIONS {
+    let part = points.len().div_ceil(SIDE_BY_SIDE).max(1);
+    // Most of the time they sleep.
+    let reports = thread::scope(|scope| -> io::Result<Vec<Report>> {
+        let parts = points.chunks(part).map(|points| scope.spawn(|| kill_at_each(deed, victim, points)));
+        let running: Vec<_> = parts.collect();
+        running.into_iter().map(|part| part.join().expect("it reports violations instead of panicking")).collect()
+    })?;
+    for part in reports {
+        report.kills += part.kills;
+        report.missed += part.missed;
+        report.violations.extend(part.violations);
+    }
+    Ok(report)
+}
+
+/// Kills one coordinator at each of these places, or several until one comes there.
+fn kill_at_each(deed: &Deed, victim: &Victim, points: &[Point]) -> io::Result<Report> {
+    let kills_a_bus = if let Victim::Asked = victim { KILLS_A_BUS } else { DOUBLE_KILLS_A_BUS };
+    let (mut points, mut tries, mut report) = (points.iter().peekable(), 0, Report::default());
+    while points.peek().is_some() && report.violations.len() < MAX_VIOLATIONS {
         let scene = Scene::new("coordinator");
         let mut stage = Stage::new(&scene).map_err(io::Error::other)?;
         for _ in 0..kills_a_bus {
-            let Some(point) = points.front() else { break };
+            let Some(point) = points.peek() else { break };
             report.kills += 1;
             tries += 1;
             let (reached, survived) = kill_at(&mut stage, deed, victim, point, tries % 2 == 0)?;
@@ -560,7 +574,7 @@ fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Rep
             }
             if reached || tries == most_tries() || survived.is_err() {
                 report.missed += usize::from(!reached);
-                points.pop_front();
+                points.next();
                 tries = 0;
             }
             if survived.is_err() {
