@@ -37,6 +37,10 @@ const SPIN: Duration = Duration::from_micros(50);
 /// Between two looks for what rings no bell.
 pub(crate) const MOMENT: Duration = Duration::from_millis(5);
 
+/// Messages that one look passes over at most because they are not for who looks: whoever publishes them, however fast, has no
+/// part in deadlines, and delays nobody else that the same thread serves.
+pub(crate) const PASSED_OVER: usize = 64;
+
 /// Polls between two looks at the clock.
 const POLLS_PER_LOOK: u32 = 64;
 

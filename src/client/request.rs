@@ -38,9 +38,6 @@ const INBOX_MESSAGES: u64 = 64;
 /// The largest reply where nothing else is asked for.
 const REPLY_BYTES: u64 = 256 << 10;
 
-/// Messages of an inbox that are passed over between two looks at the clock: whoever fills it has no part in the deadline.
-const PASSED_OVER: usize = 64;
-
 /// Publishers to inboxes that a responder keeps open.
 const KEPT_INBOXES: usize = 64;
 
@@ -247,7 +244,7 @@ impl Requester {
     fn look_for(&mut self, id: u64) -> Look<Result<Reply, RequestError>> {
         // Asked before the look: who replied and left has replied.
         let alone = !self.requests.readers().any();
-        for _ in 0..PASSED_OVER {
+        for _ in 0..wait::PASSED_OVER {
             match self.replies.try_recv() {
                 Ok(Some(message)) if number(&message, CORRELATION_ID) == Some(id) => {
                     return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
@@ -308,6 +305,12 @@ impl Responder {
     /// As [`Subscriber::try_recv`].
     pub fn try_recv(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
         let message = self.requests.try_recv()?;
+        Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
+    }
+
+    /// What one look finds; see [`Subscriber::look`].
+    pub(crate) fn look(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
+        let message = self.requests.look()?;
         Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
     }
 

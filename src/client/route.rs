@@ -132,6 +132,9 @@ impl Sources<'_> {
                 Err(error) => return Look::Found(Woken::Input(index, Err(error))),
             }
         }
+        if self.legs.iter().any(|leg| leg.pipeline.consumer().has_left_off()) {
+            return Look::Within(Duration::ZERO);
+        }
         match self.next_due() {
             None => Look::Nothing,
             Some(due) if due <= Instant::now() + SOON => Look::Within(wait::MOMENT),

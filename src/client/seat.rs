@@ -36,7 +36,7 @@ impl Seat {
             Ok(result) => return self.leave(result),
             Err(interval) => interval,
         };
-        loop {
+        while interval != Some(Duration::ZERO) {
             let armed_bells = present(state);
             // Bells that have not been rung since are armed yet.
             let as_before = |known: &Registration| known.is_for(&armed_bells) && known.renew(waker, interval);
@@ -57,6 +57,8 @@ impl Seat {
             }
             return Poll::Pending;
         }
+        waker.wake_by_ref();
+        Poll::Pending
     }
 
     fn leave<R>(&mut self, result: R) -> Poll<R> {
@@ -65,7 +67,7 @@ impl Seat {
     }
 }
 
-/// What was found; else in what time to look again at the latest.
+/// What was found; else in what time to look again at the latest. Zero: at once, but after others have had their turn.
 fn pause<R>(seen: Look<R>) -> Result<R, Option<Duration>> {
     match seen {
         Look::Found(result) => Ok(result),

@@ -11,6 +11,7 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::{Control, Granted};
 use crate::client::held::Held;
 use crate::client::message::{Message, OwnedMessage};
+use crate::client::read::Step;
 use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::{Start, SubscriberCore};
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
@@ -225,8 +226,17 @@ impl WildcardCore {
         }
     }
 
-    /// Finds the next message, beginning with the topic whose turn it is.
+    /// Finds the next message, beginning with the topic whose turn it is. In each it passes over a few messages at most that are
+    /// not for us, so that no topic delays the others.
     pub(super) fn look(&mut self) -> Look<Result<(), WildcardError>> {
+        self.look_by(SubscriberCore::look)
+    }
+
+    /// Finds the next message by looking at each topic in this way.
+    fn look_by(
+        &mut self,
+        look: impl Fn(&mut SubscriberCore) -> Result<Step, RecvError>,
+    ) -> Look<Result<(), WildcardError>> {
         if let Err(forked) = self.control.check_process() {
             return Look::Found(Err(forked.into()));
         }
@@ -239,16 +249,19 @@ impl WildcardCore {
         if let Some(trouble) = self.troubles.pop_front() {
             return Look::Found(Err(trouble));
         }
-        let mut unvisited = self.topics.len();
+        let (mut unvisited, mut has_passed) = (self.topics.len(), false);
         while unvisited > 0 {
             unvisited -= 1;
             let turn = if self.next < self.topics.len() { self.next } else { 0 };
-            match self.topics[turn].core.poll() {
-                Ok(true) => {
+            match look(&mut self.topics[turn].core) {
+                Ok(Step::Found) => {
                     (self.found, self.next) = (turn, turn + 1);
                     return Look::Found(Ok(()));
                 }
-                Ok(false) => self.next = turn + 1,
+                Ok(step) => {
+                    self.next = turn + 1;
+                    has_passed |= step == Step::Passed;
+                }
                 // Also where it says that the bus was stopped: a publisher can make it say so. The notice knows.
                 Err(RecvError::Gone(_)) => drop(self.remove(turn)),
                 Err(RecvError::Lagged { from, to }) => {
@@ -265,6 +278,7 @@ impl WildcardCore {
             }
         }
         match cut_off {
+            _ if has_passed => Look::Within(Duration::ZERO),
             Some(error) => Look::Found(Err(error)),
             None => self.nothing(before, &news),
         }
@@ -395,7 +409,19 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     /// [`WildcardError`]; what concerns one topic names it, and the next call goes on with the others.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
-        match self.core.look() {
+        let seen = self.core.look_by(SubscriberCore::poll);
+        self.found(seen)
+    }
+
+    /// Receives the next message if one look finds it. `None` also where it has only passed over a few that are not for us:
+    /// for who looks again when [`Parts::glance`] says so, and has others to look after meanwhile.
+    pub(crate) fn look(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        let seen = self.core.look();
+        self.found(seen)
+    }
+
+    fn found(&self, seen: Look<Result<(), WildcardError>>) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        match seen {
             Look::Found(found) => found.map(|()| Some(self.message())),
             Look::Nothing | Look::OtherBells | Look::Within(_) => Ok(None),
         }

@@ -44,7 +44,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
     /// Takes up to `count` messages, at least one.
     async fn taken_async(&mut self, count: usize) -> Result<(), RecvError> {
         let mut seat = Seat::default();
-        let look = |consumer: &mut Self| match consumer.core.poll(count) {
+        let look = |consumer: &mut Self| match consumer.core.look(count) {
             Ok(true) => Look::Found(Ok(())),
             Ok(false) => consumer.nap().map_or(Look::Nothing, Look::Within),
             Err(error) => Look::Found(Err(error)),

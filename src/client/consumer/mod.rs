@@ -287,7 +287,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// Receives up to `count` messages at once, as many as are there, waiting for the first. Together they cost little
-    /// more than one. An empty batch is returned only for a `count` of 0.
+    /// more than one. It does not look for more behind many that have expired. An empty batch is returned only for a
+    /// `count` of 0.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.
@@ -376,9 +377,14 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.readers.part(|header| &header.readers)
     }
 
-    /// Takes a message for [`Self::taken`], which must come next. Never waits. `false`: there is none.
+    /// Takes a message for [`Self::taken`], which must come next, if one look finds it. Never waits.
     pub(crate) fn take(&mut self) -> Result<bool, RecvError> {
-        self.core.poll(1)
+        self.core.look(1)
+    }
+
+    /// Whether the last [`Self::take`] has found nothing because it ended before it had seen everything.
+    pub(crate) fn has_left_off(&self) -> bool {
+        self.core.left_off
     }
 
     /// What was taken.
@@ -388,7 +394,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
 
     /// How long to sleep at most before the next look; `None`: until the bell rings.
     pub(crate) fn nap(&self) -> Option<Duration> {
-        self.core.scan.nap()
+        self.core.nap()
     }
 
     /// When something comes due, as far as is known.

@@ -14,9 +14,13 @@ use super::fetch::Got;
 use crate::client::envelope;
 use crate::error::RecvError;
 use crate::ring::ledger::State;
+use crate::wait::PASSED_OVER;
 
 /// Messages read along at a time.
 const READ_AHEAD: u64 = 64;
+
+/// How often one look reads along.
+const ROUNDS: usize = 16;
 
 /// When to look again at what another consumer is moving to the dead-letter topic.
 const MOVE_LOOK_MS: u64 = 10;
@@ -60,44 +64,75 @@ impl Ordered {
     }
 }
 
+/// How far one look at the heads has come.
+#[derive(Default)]
+struct Along {
+    /// The heads below have been tried.
+    from: u64,
+    /// How many of them had been settled, or were now, because they had expired.
+    passed: usize,
+    /// In how many milliseconds the first of the others may be had.
+    due_in: Option<u64>,
+}
+
+impl Along {
+    /// A head is not to be had before so many milliseconds have passed; `None`: it is settled.
+    fn rests(&mut self, due_in: Option<u64>) {
+        match due_in {
+            None => self.passed += 1,
+            Some(ms) => self.due_in = Some(self.due_in.map_or(ms, |least| least.min(ms))),
+        }
+    }
+}
+
 impl Core {
     /// Takes up to `count` messages, no two of one key.
     pub(super) fn take_ordered(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
-        let (mut from, mut due_in) = (0, None);
-        loop {
-            while self.items.len() < count
-                && let Some(head) = self.ordered.head(from)
-            {
-                from = head + 1;
-                match self.try_head(head, now) {
-                    Ok(Some(ms)) => due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms))),
-                    Ok(None) => {}
-                    Err(error) if self.items.is_empty() => return Err(error),
-                    // What has been taken comes first.
-                    Err(_) => return Ok(true),
-                }
+        let mut along = Along::default();
+        for _ in 0..ROUNDS {
+            if let Err(error) = self.try_heads(&mut along, count, now) {
+                // What has been taken comes first.
+                return if self.items.is_empty() { Err(error) } else { Ok(true) };
             }
-            if self.items.len() == count || !self.read_along()? {
-                break;
+            self.left_off = along.passed >= PASSED_OVER;
+            if self.items.len() == count || self.left_off || !self.read_along()? {
+                self.scan.wake_in(now, along.due_in);
+                return Ok(!self.items.is_empty());
             }
         }
-        self.scan.wake_in(now, due_in);
+        self.left_off = true;
         Ok(!self.items.is_empty())
     }
 
-    /// Takes a head if it is to be had; otherwise in how many milliseconds it may be.
-    fn try_head(&mut self, head: u64, now: u64) -> Result<Option<u64>, RecvError> {
-        let due_in = self.head_due_in(head, now);
-        if due_in != Some(0) {
-            return Ok(due_in);
+    /// Tries the heads from where the look has come to, until there are `count` messages.
+    fn try_heads(&mut self, along: &mut Along, count: usize, now: u64) -> Result<(), RecvError> {
+        while self.items.len() < count
+            && along.passed < PASSED_OVER
+            && let Some(head) = self.ordered.head(along.from)
+        {
+            along.from = head + 1;
+            let due_in = self.head_due_in(head, now);
+            match due_in {
+                Some(0) => self.try_head(along, head, now)?,
+                _ => along.rests(due_in),
+            }
         }
+        Ok(())
+    }
+
+    /// Takes a head if it is still to be had.
+    fn try_head(&mut self, along: &mut Along, head: u64, now: u64) -> Result<(), RecvError> {
         let taken = self.items.len();
         self.try_take(head, now)?;
-        if self.items.len() > taken {
-            return Ok(None);
+        if self.items.len() == taken {
+            // It had expired: the next of its key comes at once. Or somebody was faster: until the end of that lease.
+            let due_in = self.head_due_in(head, now);
+            // Zero: its owner is overdue and has the coordinator to answer to, which is not the others' affair.
+            if due_in != Some(0) {
+                along.rests(due_in);
+            }
         }
-        // It had expired: the next of its key comes at once. Or somebody was faster: until the end of that lease.
-        Ok(self.head_due_in(head, now).filter(|ms| *ms > 0))
+        Ok(())
     }
 
     /// In how many milliseconds a head may be had. `None`: it is settled, and the next of its key in its place.

@@ -75,6 +75,11 @@ impl Scan {
 }
 
 impl Core {
+    /// How long to sleep at most before the next look; `None`: until the bell rings.
+    pub(super) fn nap(&self) -> Option<Duration> {
+        if self.left_off { Some(Duration::ZERO) } else { self.scan.nap() }
+    }
+
     /// Looks for messages to be delivered again, if there is reason to: something was given back, the earliest moment known
     /// has come, or it is long since. Not more often than the clock moves on.
     #[inline]

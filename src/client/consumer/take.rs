@@ -11,6 +11,7 @@ use crate::group::Guarantee;
 use crate::os::clock;
 use crate::ring::ledger::{MoveReason, RUN, Seen, State};
 use crate::sync::{Ordering, fence};
+use crate::wait::PASSED_OVER;
 
 /// Fewest and most sequences reserved at a time: two lines of the ledger, and what takes well below a step of the clock.
 const STRIDES: std::ops::RangeInclusive<u64> = 16..=256;
@@ -49,11 +50,32 @@ impl Stride {
 }
 
 impl Core {
-    /// Takes up to `count` messages into `items`, as many as are there. Never waits.
+    /// Takes up to `count` messages into `items`. Never waits, but looks at as many messages as the group's window holds before
+    /// it says that none is to be had.
     #[inline]
     pub(super) fn poll(&mut self, count: usize) -> Result<bool, RecvError> {
+        let taken = self.look(count)?;
+        if taken || !self.left_off { Ok(taken) } else { self.poll_window(count) }
+    }
+
+    #[cold]
+    fn poll_window(&mut self, count: usize) -> Result<bool, RecvError> {
+        for _ in 0..=self.ledger.window() / PASSED_OVER as u64 {
+            let taken = self.look(count)?;
+            if taken || !self.left_off {
+                return Ok(taken);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes up to `count` messages into `items`, or passes over a few that nobody is to have (`left_off`): for who has a
+    /// deadline, or others to look after.
+    #[inline]
+    pub(super) fn look(&mut self, count: usize) -> Result<bool, RecvError> {
         self.items.clear();
         self.copies.clear();
+        self.left_off = false;
         if !self.home.is_here() {
             return Err(RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
@@ -76,9 +98,9 @@ impl Core {
             self.scan_if_due(now);
         }
         let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
-        let taken = taken || self.take_idle(count, now)?;
+        let taken = taken || !self.left_off && self.take_idle(count, now)?;
         let taken = if self.group.options.exclusive { self.confirm_taken(taken) } else { taken };
-        if taken { Ok(true) } else { self.nothing() }
+        if taken || self.left_off { Ok(taken) } else { self.nothing() }
     }
 
     /// Forgets what others have settled while we were away: far behind the floor, words are those of other messages.
@@ -101,8 +123,14 @@ impl Core {
 
     #[inline]
     fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+        let mut passed = 0;
         while self.items.len() < count {
-            let wanted = count - self.items.len();
+            if passed == PASSED_OVER {
+                self.left_off = true;
+                break;
+            }
+            let had = self.items.len();
+            let wanted = count - had;
             let sequence = match self.candidates.pop_front() {
                 // What comes back goes before what is new.
                 Some(sequence) => sequence,
@@ -118,6 +146,7 @@ impl Core {
                 self.candidates.push_front(sequence);
                 break;
             }
+            passed += usize::from(self.items.len() == had);
         }
         Ok(!self.items.is_empty())
     }
