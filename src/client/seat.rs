@@ -49,6 +49,9 @@ impl Seat {
                 Ok(result) => return self.leave(result),
                 Err(interval) => interval,
             };
+            if interval == Some(Duration::ZERO) {
+                break;
+            }
             match Registration::new(armed_bells, armed, interval, waker) {
                 // The look may have brought others to wait on.
                 Ok(registration) if registration.is_for(&present(state)) => self.registration = Some(registration),
