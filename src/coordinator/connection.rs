@@ -1,6 +1,6 @@
 //! One client's connection as the coordinator sees it: it never waits for the client, and what waits is bounded.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -60,6 +60,8 @@ pub(crate) struct Connection {
     max_fds: usize,
     /// Those of the last one.
     fds: Vec<OwnedFd>,
+    /// Lost topics that it was asked for and has not presented.
+    asked: BTreeSet<u64>,
 }
 
 impl Connection {
@@ -73,6 +75,7 @@ impl Connection {
             is_short: false,
             max_fds: 0,
             fds: Vec::new(),
+            asked: BTreeSet::new(),
         }
     }
 
@@ -89,6 +92,16 @@ impl Connection {
     /// No more descriptors from this client.
     pub(crate) fn refuse_fds(&mut self) {
         self.max_fds = 0;
+    }
+
+    /// Of these lost topics it is asked for what it holds.
+    pub(crate) fn ask_for(&mut self, topics: &[u64]) {
+        self.asked.extend(topics);
+    }
+
+    /// Whether it was asked for this topic, and has not presented it. `is_heard`: now it has.
+    pub(crate) fn was_asked_for(&mut self, topic: u64, is_heard: bool) -> bool {
+        if is_heard { self.asked.remove(&topic) } else { self.asked.contains(&topic) }
     }
 
     /// Those that rode along with the last request.

@@ -82,6 +82,7 @@ impl Server {
         let asked = |client: &&mut Connection| wanted && !self.barred.contains(&client.peer.uid);
         let Some(client) = self.clients.get_mut(&id).filter(asked) else { return Ok(()) };
         client.accept_fds();
+        client.ask_for(&topics);
         self.send(id, &Answer::Present { topics, wildcards }, Vec::new())
     }
 
