@@ -1,10 +1,12 @@
 //! Taking handles out of force, and settling what publishers committed last.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::Estate;
-use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::protocol::{HandleRef, StartAt};
 use crate::coordinator::state::{Event, SubscriberEntry};
 use crate::error::Refusal;
+use crate::ring::ledger::Owners;
 
 impl Estate {
     /// Stops a publisher by the log itself and settles its identity. Idempotent: twice leaves one more hole.
@@ -38,6 +40,28 @@ impl Estate {
         Ok(self.memory(topic)?.last_number(slot, publisher)?.or(entry.number_before(publisher)))
     }
 
+    /// Takes handles out of force in memory, consumers first: those of one group together. Idempotent. Fails only where the
+    /// registry cannot be written.
+    pub(super) fn release_all(&mut self, mut handles: BTreeSet<HandleRef>) -> Result<(), Refusal> {
+        let consumers = self.release_consumers_among(&handles);
+        handles.retain(|handle| !consumers.contains(handle));
+        handles.into_iter().try_for_each(|handle| self.release(handle))
+    }
+
+    /// Takes the consumers among these handles out of force, and returns them.
+    pub(super) fn release_consumers_among(&self, handles: &BTreeSet<HandleRef>) -> BTreeSet<HandleRef> {
+        let (mut groups, mut released) = (BTreeMap::<_, Owners>::new(), BTreeSet::new());
+        for handle in handles {
+            if let HandleRef::Consumer { topic, group, consumer } = *handle {
+                // The state gives numbers below the ledger's limit only.
+                groups.entry((topic, group)).or_default().insert(consumer as u8);
+                released.insert(*handle);
+            }
+        }
+        groups.iter().for_each(|((topic, group), consumers)| self.release_consumers(*topic, *group, consumers));
+        released
+    }
+
     /// Takes a handle out of force in memory. Idempotent. Fails only where the registry cannot be written.
     pub(super) fn release(&mut self, handle: HandleRef) -> Result<(), Refusal> {
         match handle {
@@ -50,7 +74,7 @@ impl Estate {
                 }
             }
             HandleRef::Consumer { topic, group, consumer } => {
-                self.release_consumer(ConsumerRef { topic, group, consumer });
+                self.release_consumers(topic, group, &Owners::from_iter([consumer as u8]));
             }
             HandleRef::Subscriber { topic, cursor } => {
                 if let Ok(memory) = self.memory(topic) {
