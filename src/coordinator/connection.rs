@@ -60,6 +60,8 @@ pub(crate) struct Connection {
     max_fds: usize,
     /// Those of the last one.
     fds: Vec<OwnedFd>,
+    /// Its last request is done in parts: until it is done nothing else is heard.
+    put_off: bool,
     /// Lost topics that it was asked for and has not presented.
     asked: BTreeSet<u64>,
 }
@@ -75,6 +77,7 @@ impl Connection {
             is_short: false,
             max_fds: 0,
             fds: Vec::new(),
+            put_off: false,
             asked: BTreeSet::new(),
         }
     }
@@ -82,6 +85,16 @@ impl Connection {
     /// Whether answers wait for the client to read. Until it does, its requests wait.
     pub(crate) fn is_congested(&self) -> bool {
         !self.queue.is_empty()
+    }
+
+    /// Whether its last request is not done yet.
+    pub(crate) fn is_put_off(&self) -> bool {
+        self.put_off
+    }
+
+    /// Its last request is done in parts, or has been.
+    pub(crate) fn set_put_off(&mut self, put_off: bool) {
+        self.put_off = put_off;
     }
 
     /// From now on descriptors may ride along: this client was asked to present some.

@@ -8,6 +8,9 @@ use crate::coordinator::state::{Event, SubscriberEntry};
 use crate::error::Refusal;
 use crate::ring::ledger::Owners;
 
+/// Words of ledgers that are walked before others have their turn: the longest window.
+const WORDS_AT_ONCE: u64 = 1 << 20;
+
 impl Estate {
     /// Stops a publisher by the log itself and settles its identity. Idempotent: twice leaves one more hole.
     pub(super) fn fence(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
@@ -46,6 +49,28 @@ impl Estate {
         let consumers = self.release_consumers_among(&handles);
         handles.retain(|handle| !consumers.contains(handle));
         handles.into_iter().try_for_each(|handle| self.release(handle))
+    }
+
+    /// Closes some of the consumers among these handles, where all of them would take too long at once: those of so many groups as
+    /// one may wait for. Whether to come again for the others.
+    pub(crate) fn close_in_part(&mut self, handles: impl IntoIterator<Item = HandleRef>) -> Result<bool, Refusal> {
+        let mut groups: BTreeMap<_, Vec<HandleRef>> = BTreeMap::new();
+        for handle in handles {
+            if let HandleRef::Consumer { topic, group, .. } = handle {
+                groups.entry((topic, group)).or_default().push(handle);
+            }
+        }
+        let (mut walked, mut closed) = (0, Vec::new());
+        for ((topic, group), consumers) in groups {
+            if walked >= WORDS_AT_ONCE {
+                let events = closed.into_iter().map(|handle| Event::Closed { handle });
+                return self.carry_out_all(events.collect()).map(|()| true);
+            }
+            let entry = self.state.topic(topic).zip(self.state.group(topic, group));
+            walked += entry.map_or(0, |(topic, group)| group.info.options.window_words(topic.info.options.messages));
+            closed.extend(consumers);
+        }
+        Ok(false)
     }
 
     /// Takes the consumers among these handles out of force, and returns them.

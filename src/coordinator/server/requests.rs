@@ -12,7 +12,13 @@ use crate::coordinator::protocol::{Answer, Request, TopicInfo};
 impl Server {
     pub(super) fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
-        match (client.incarnation, request) {
+        let incarnation = client.incarnation;
+        // None of what is done in part has a number.
+        if once == 0 && self.is_done_in_part(id, &request) {
+            self.put_off(id, request);
+            return Ok(());
+        }
+        match (incarnation, request) {
             (None, Request::Hello { protocol, token, incarnation, holds }) => {
                 self.hello(id, protocol, token, incarnation, &holds)
             }
