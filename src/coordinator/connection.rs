@@ -1,6 +1,6 @@
 //! One client's connection as the coordinator sees it: it never waits for the client, and what waits is bounded.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -60,6 +60,10 @@ pub(crate) struct Connection {
     max_fds: usize,
     /// Those of the last one.
     fds: Vec<OwnedFd>,
+    /// Its last request is done in parts: until it is done nothing else is heard.
+    put_off: bool,
+    /// Lost topics that it was asked for and has not presented.
+    asked: BTreeSet<u64>,
 }
 
 impl Connection {
@@ -73,12 +77,24 @@ impl Connection {
             is_short: false,
             max_fds: 0,
             fds: Vec::new(),
+            put_off: false,
+            asked: BTreeSet::new(),
         }
     }
 
     /// Whether answers wait for the client to read. Until it does, its requests wait.
     pub(crate) fn is_congested(&self) -> bool {
         !self.queue.is_empty()
+    }
+
+    /// Whether its last request is not done yet.
+    pub(crate) fn is_put_off(&self) -> bool {
+        self.put_off
+    }
+
+    /// Its last request is done in parts, or has been.
+    pub(crate) fn set_put_off(&mut self, put_off: bool) {
+        self.put_off = put_off;
     }
 
     /// From now on descriptors may ride along: this client was asked to present some.
@@ -89,6 +105,16 @@ impl Connection {
     /// No more descriptors from this client.
     pub(crate) fn refuse_fds(&mut self) {
         self.max_fds = 0;
+    }
+
+    /// Of these lost topics it is asked for what it holds.
+    pub(crate) fn ask_for(&mut self, topics: &[u64]) {
+        self.asked.extend(topics);
+    }
+
+    /// Whether it was asked for this topic, and has not presented it. `is_heard`: now it has.
+    pub(crate) fn was_asked_for(&mut self, topic: u64, is_heard: bool) -> bool {
+        if is_heard { self.asked.remove(&topic) } else { self.asked.contains(&topic) }
     }
 
     /// Those that rode along with the last request.

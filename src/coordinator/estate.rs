@@ -21,7 +21,7 @@ mod resume;
 mod retention;
 mod wildcards;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -72,6 +72,8 @@ pub(crate) struct Estate {
     notices: Notices,
     /// Subscribers opened for wildcard subscriptions whose owners have not been told.
     news: Vec<News>,
+    /// Consumers released whose events are about to be carried out.
+    released: BTreeSet<HandleRef>,
 }
 
 impl Estate {
@@ -99,6 +101,7 @@ impl Estate {
             announcements: Vec::new(),
             notices: Notices::default(),
             news: Vec::new(),
+            released: BTreeSet::new(),
         }
     }
 

@@ -8,8 +8,9 @@ mod connections;
 mod keeper;
 mod participants;
 mod requests;
+mod unfinished;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,6 +28,7 @@ use crate::coordinator::estate::Estate;
 use crate::coordinator::link::{self, GIVEN_LISTENER, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::MAX_PACKET_BYTES;
 use crate::coordinator::server::connections::{decline, spare};
+use crate::coordinator::server::unfinished::Unfinished;
 use crate::error::Refusal;
 use crate::os::socket;
 
@@ -80,6 +82,8 @@ pub(crate) struct Server {
     look: Option<(Instant, Duration)>,
     /// When to try again what could not be sent for want of descriptors.
     retry_at: Option<Instant>,
+    /// What is done in parts, one a round.
+    unfinished: VecDeque<Unfinished>,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -163,6 +167,7 @@ impl Server {
             burial: Burial::default(),
             look: None,
             retry_at: None,
+            unfinished: VecDeque::new(),
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
@@ -207,6 +212,9 @@ impl Server {
                 if self.ended {
                     break;
                 }
+            }
+            if !self.ended {
+                self.go_on()?;
             }
             self.look_at_the_clock()?;
         }

@@ -1,5 +1,7 @@
 //! Groups across coordinators that die between two steps.
 
+use std::time::Instant;
+
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
@@ -372,4 +374,36 @@ fn the_largest_status_of_a_topic_fits_in_a_packet() {
     let total = groups + consumers + subscribers;
     // What is left is for 64 publishers and the topic's own options.
     assert!(total < MAX_PACKET_BYTES - 8192, "{groups} + {consumers} + {subscribers} = {total} bytes");
+}
+
+/// How long the coordinator takes for whoever gives back all consumers of a group at once, or dies, is not for him to say.
+#[test]
+fn the_consumers_of_a_group_are_released_in_one_walk_of_its_ledger() {
+    const CONSUMERS: u32 = 200;
+    for by_death in [false, true] {
+        let (mut keeper, mut estate, _) = Keeper::with_topic();
+        let options = GroupOptions { window: 1 << 18, ..GroupOptions::default() };
+        ask(&mut estate, create("g", options, StartAt::Oldest)).unwrap();
+        let consumers: Vec<Consumer> = (0..CONSUMERS).map(|_| Consumer::open(&mut estate, &mut keeper, "g")).collect();
+        for (sequence, consumer) in (0..).zip(&consumers) {
+            consumer.take(sequence, in_a_minute());
+        }
+        let ledger = consumers[0].ledger.clone();
+        ledger.raise_hint(u64::MAX);
+        let walk = || {
+            let began = Instant::now();
+            assert!(ledger.leased(None, clock::now_ms()) <= CONSUMERS.into());
+            began.elapsed()
+        };
+        let (before, began) = (walk(), Instant::now());
+        if by_death {
+            estate.release_participant(us()).unwrap();
+        } else {
+            let handles = (0..CONSUMERS).map(|consumer| HandleRef::Consumer { topic: 0, group: 0, consumer });
+            ask(&mut estate, Request::Close { handles: handles.collect() }).unwrap();
+        }
+        let (took, walk) = (began.elapsed(), before.max(walk()));
+        assert!((0..CONSUMERS).all(|sequence| consumers[0].sees(sequence.into()) == Word::Returned));
+        assert!(took < walk * CONSUMERS / 4, "it took {took:?}, a walk takes {walk:?}");
+    }
 }

@@ -12,6 +12,7 @@ use crate::client::envelope::now_ns;
 use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
 use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, ledger_name};
+use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -19,7 +20,7 @@ use crate::coordinator::state::{Event, GroupEntry, TopicEntry};
 use crate::error::Refusal;
 use crate::group::Guarantee;
 use crate::os::clock;
-use crate::ring::ledger::Seen;
+use crate::ring::ledger::{Owners, Seen};
 use crate::topic::Mode;
 
 /// A consumer by topic, group and number in the group.
@@ -122,11 +123,12 @@ impl Estate {
         }
     }
 
-    /// Takes back what a consumer holds that is dead, has left or is fenced. Idempotent.
-    pub(super) fn release_consumer(&self, who: ConsumerRef) {
-        let Ok(memory) = self.memory(who.topic) else { return };
-        let finished = self.finished_inputs(who);
-        memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
+    /// Takes back what consumers of a group hold that are dead, have left or are fenced. Idempotent.
+    pub(super) fn release_consumers(&self, topic: u64, group: u32, consumers: &Owners) {
+        let Ok(memory) = self.memory(topic) else { return };
+        let finished = self.finished_inputs(topic, group, consumers);
+        let committed = |consumer, sequence| finished.contains(&(consumer, input_number(sequence)));
+        memory.release_consumers(group, consumers, committed);
     }
 
     /// Another consumer of the group found that `who` holds what is overdue, be it the role of an exclusive group. Only that, on the ledger's own word, gives
@@ -150,7 +152,7 @@ impl Estate {
         }
         if self.fence_outputs(who)? {
             self.memory(who.topic)?.fence_consumer(who.group, who.slot());
-            self.release_consumer(who);
+            self.release_consumers(who.topic, who.group, &Owners::from_iter([who.slot()]));
         }
         Ok(())
     }
@@ -324,19 +326,28 @@ impl Estate {
 
 /// Outputs.
 impl Estate {
-    /// The numbers of the inputs that the consumer committed last, one for each topic that it publishes to: what it still
-    /// held of them it had finished. Final once it is dead, closed or fenced.
-    fn finished_inputs(&self, who: ConsumerRef) -> Vec<u64> {
-        let origin = who.origin();
-        let last = |entry: &TopicEntry| {
-            let known = entry.identities.get(&origin)?;
+    /// The numbers of the inputs that these consumers of a group committed last, one for each topic that one publishes to: what
+    /// it still held of them it had finished. Final once it is dead, closed or fenced.
+    fn finished_inputs(&self, topic: u64, group: u32, consumers: &Owners) -> BTreeSet<(u8, u64)> {
+        let origin = |consumer| Identity::Origin { topic, group, consumer };
+        let of_group = origin(0)..=origin(u32::MAX);
+        let last = |entry: &TopicEntry, known: &NameEntry| {
             let holder = known.holder.and_then(|slot| Some((slot, entry.publishers.get(&slot)?)));
             let noted = holder.and_then(|(slot, publisher)| {
                 self.memory(entry.info.id).and_then(|memory| memory.last_number(slot, publisher)).ok().flatten()
             });
-            Some(noted.unwrap_or(known.last_number))
+            noted.unwrap_or(known.last_number)
         };
-        self.state.topics().values().filter_map(last).collect()
+        let of_topic = |entry: &TopicEntry| {
+            let known = entry.identities.range(of_group.clone()).filter_map(|(identity, known)| match identity {
+                // The state gives numbers below the ledger's limit only.
+                Identity::Origin { consumer, .. } => Some((*consumer as u8, known)),
+                Identity::Named(_) => None,
+            });
+            let released = known.filter(|(consumer, _)| consumers.contains(*consumer));
+            released.map(|(consumer, known)| (consumer, last(entry, known))).collect::<Vec<_>>()
+        };
+        self.state.topics().values().flat_map(of_topic).collect()
     }
 
     /// Fences the publishers through which the consumer publishes its outputs and dead letters. `false`: one of them cannot

@@ -8,7 +8,7 @@ use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
 use crate::ring::cursor::Cursor;
-use crate::ring::ledger::{Ledger, Seen, State};
+use crate::ring::ledger::{Ledger, Owners, Seen, State};
 use crate::ring::log::{Place, find_place};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic;
@@ -149,14 +149,16 @@ impl TopicMemory {
         Ok(())
     }
 
-    /// Gives back what a consumer held that is proven dead, has left or is fenced; settles what `committed` says it
-    /// had finished. Idempotent.
-    pub(crate) fn release_consumer(&self, group: u32, consumer: u8, committed: impl Fn(u64) -> bool) {
+    /// Gives back what consumers held that are proven dead, have left or are fenced; settles what `committed` says one
+    /// had finished. Idempotent. For all of them in one walk: a window may be long.
+    pub(crate) fn release_consumers(&self, group: u32, consumers: &Owners, committed: impl Fn(u8, u64) -> bool) {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
-        ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
+        ledger.release_owners(consumers, clock::now_ms(), |consumer, sequence, _| committed(consumer, sequence));
         // Last: what it leases after that, fenced and alive, has no outputs, and is ended by who takes the role.
-        ledger.leave_role(consumer);
+        if let Some(active) = ledger.active().filter(|active| consumers.contains(*active)) {
+            ledger.leave_role(active);
+        }
         self.raise_floor(memory);
         self.wake_readers();
     }

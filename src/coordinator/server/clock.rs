@@ -19,6 +19,9 @@ const EXPIRY_LOOK: Duration = Duration::from_millis(500);
 impl Server {
     /// Until the next thing to do.
     pub(super) fn timeout(&self) -> EpollTimeout {
+        if !self.unfinished.is_empty() {
+            return EpollTimeout::ZERO;
+        }
         let look_at = self.look.map(|(at, _)| at);
         let sometimes =
             self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);

@@ -74,6 +74,10 @@ impl Server {
 
     pub(super) fn serve_client(&mut self, id: u64, flags: EpollFlags) -> io::Result<()> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        if client.is_put_off() {
+            // It may have hung up: what it said before is done first.
+            return Ok(());
+        }
         if client.flush(&|push| self.estate.resolve(push)).is_err() {
             self.expel(id);
             return Ok(());
@@ -94,9 +98,10 @@ impl Server {
     }
 
     /// A client that does not read is not listened to.
-    fn update_interest(&mut self, id: u64) -> io::Result<()> {
+    pub(super) fn update_interest(&mut self, id: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let flags = match (client.is_short(), client.is_congested()) {
+            _ if client.is_put_off() => EpollFlags::empty(),
             // It could be sent, if we had it: nobody tells us when we can.
             (true, _) => EpollFlags::empty(),
             (_, true) => EpollFlags::EPOLLOUT,

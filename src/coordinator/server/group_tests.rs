@@ -106,3 +106,83 @@ fn consumers_are_told_of_new_arenas_and_their_places_end_with_the_connection() {
     wait_for("the departure", || status(&a).consumers.is_empty());
     a.request(&Request::Stop).unwrap();
 }
+
+const LONG: u32 = 3;
+
+fn open_long(group: u32) -> Request {
+    let options = GroupOptions { window: 1 << 20, ..GroupOptions::default() };
+    let (topic, group) = ("t".to_owned(), format!("g{group}"));
+    Request::OpenConsumer { topic, group, schema: None, create: Some((options, StartAt::Oldest)) }
+}
+
+fn consumers(control: &Control) -> usize {
+    topic_status(control).groups.iter().map(|group| group.consumers.len()).sum()
+}
+
+/// Whoever closes more consumers than others may wait for is answered when all of them are closed, and in order.
+#[test]
+fn what_takes_long_is_done_in_parts_and_answered_in_order() {
+    let stage = Stage::set();
+    let bus = stage.bus();
+    drop(bus.publisher(TOPIC).unwrap());
+    let client = stage.raw();
+    let (Answer::Welcome { incarnation, .. }, _) = ask(&client, &hello(), &[]) else { panic!() };
+    let open_all = |client: &OwnedFd| -> Vec<HandleRef> {
+        let open = |group| {
+            say(client, &open_long(group)).unwrap();
+            loop {
+                match hear(client).0 {
+                    Answer::ConsumerOpened { info, group, consumer, .. } => {
+                        return HandleRef::Consumer { topic: info.id, group: group.id, consumer };
+                    }
+                    // Who comes back is told of what there is.
+                    Answer::ArenaAdded { .. } => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        (0..LONG).map(open).collect()
+    };
+    let handles = open_all(&client);
+    say(&client, &Request::Close { handles }).unwrap();
+    assert!(matches!(ask(&client, &Request::Report, &[]).0, Answer::Done));
+    assert!(matches!(hear(&client).0, Answer::Report(_)), "it comes behind");
+    assert_eq!(consumers(bus.control()), 0);
+    // Who comes back without them.
+    let kept = open_all(&client)[1];
+    let second = stage.raw();
+    let back =
+        Request::Hello { protocol: PROTOCOL_VERSION, token: 1, incarnation: Some(incarnation), holds: vec![kept] };
+    assert!(matches!(ask(&second, &back, &[]).0, Answer::Welcome { .. }));
+    assert_eq!(consumers(bus.control()), 1);
+    // Who takes leave and does not wait for the answer.
+    open_all(&second);
+    say(&second, &Request::Goodbye).unwrap();
+    drop(second);
+    wait_for("the release of what was left", || consumers(bus.control()) == 0);
+}
+
+#[test]
+fn the_dead_are_released_in_parts() {
+    let stage = tempfile::tempdir().unwrap();
+    let place = Place::find("test", Some(stage.path())).unwrap();
+    let (lock, listener) = (place.lock().unwrap().unwrap(), place.listen().unwrap());
+    let mut server = Server::host(place, lock, listener).unwrap();
+    let dead = server.estate.admit_us();
+    server.watch(&server.estate.pidfds()[&dead], token(KIND_PARTICIPANT, dead)).unwrap();
+    let options = TOPIC.options().clone();
+    let create =
+        Request::CreateTopic { topic: "t".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    server.estate.request(dead, &create).unwrap();
+    (0..LONG).for_each(|group| drop(server.estate.request(dead, &open_long(group)).unwrap()));
+    server.release_participant(dead).unwrap();
+    let held = |server: &Server| server.estate.state().handles_of(dead).len() as u32;
+    assert_eq!(held(&server), LONG - 1, "others may have something to say");
+    // Somebody finds it dead once more.
+    server.release_participant(dead).unwrap();
+    server.look_after_the_lost(Duration::ZERO).unwrap();
+    server.go_on().unwrap();
+    assert_eq!(held(&server), LONG - 2);
+    server.go_on().unwrap();
+    assert!(server.estate.state().participant(dead).is_none() && server.unfinished.is_empty());
+}
