@@ -15,6 +15,10 @@ use crate::topic::Mode;
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
 
+/// Words of ledgers that are looked at for one status page, unless one topic has more: who asks comes back for the rest, and others
+/// are served in between.
+const STATUS_WORDS: u64 = 1 << 20;
+
 impl Estate {
     pub(super) fn granted(&mut self, reply: Reply) -> Result<Granted, Refusal> {
         match reply {
@@ -81,10 +85,14 @@ impl Estate {
         Ok(Answer::Names { names, more })
     }
 
-    /// As many topics as fit in a packet, at least one.
+    /// As many topics as fit in a packet and are counted soon, at least one.
     fn status(&self, topics: &[u64], more: bool) -> Answer {
-        let (mut page, mut bytes) = (Vec::new(), 0);
+        let (mut page, mut bytes, mut words) = (Vec::new(), 0, 0);
         for entry in topics.iter().filter_map(|topic| self.state.topic(*topic)) {
+            words += self.words_handed_out(entry);
+            if words > STATUS_WORDS && !page.is_empty() {
+                return Answer::Status { topics: page, more: true };
+            }
             let status = self.topic_status(entry);
             bytes += postcard::to_stdvec(&status).map_or(0, |encoded| encoded.len());
             if bytes > STATUS_BYTES && !page.is_empty() {

@@ -336,6 +336,46 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     assert_eq!(consumer.sees(1), Word::Settled);
 }
 
+/// A page of a list of topics counts one long ledger and not all of them; what it says is exact, and what it leaves is on the next.
+#[test]
+fn a_list_of_topics_with_long_ledgers_comes_in_pages() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let (topics, handed_out) = (["a", "b", "c", "t"], 1 << 20);
+    for name in topics {
+        let topic = name.to_owned();
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        let create = Request::CreateTopic { topic, options, access: None, exist_ok: true, ephemeral: false };
+        ask(&mut estate, create).unwrap();
+        let (topic, group) = (name.to_owned(), "g".to_owned());
+        let options = GroupOptions { window: handed_out, ..GroupOptions::default() };
+        let create = (name != "c").then_some((options, StartAt::Oldest));
+        let create = create.or(Some((GroupOptions::default(), StartAt::Oldest)));
+        let opened = ask(&mut estate, Request::OpenConsumer { topic, group, schema: None, create }).unwrap();
+        let Answer::ConsumerOpened { info, group, consumer, .. } = opened else { panic!("{opened:?}") };
+        keeper.listen();
+        let fd = &keeper.store[&segment_name(info.id, &ledger_name(group.id))];
+        let segment = Segment::attach(fd.as_fd(), &info.ledger(&group), Access::ReadWrite).unwrap();
+        let ledger = topic::ledger(&segment, &info, &group);
+        Consumer { group, number: consumer as u8, ledger: ledger.clone() }.take(3, in_a_minute());
+        ledger.raise_hint(if name == "c" { 4 } else { handed_out - 4 });
+    }
+    let (mut pages, mut after) = (Vec::new(), None);
+    loop {
+        let answer = ask(&mut estate, Request::Status { topic: None, after }).unwrap();
+        let Answer::Status { topics, more } = answer else { panic!("{answer:?}") };
+        assert!(
+            topics.iter().all(|topic| topic.groups[0].in_flight == 1 && topic.groups[0].consumers[0].in_flight == 1)
+        );
+        let names: Vec<String> = topics.into_iter().map(|topic| topic.name).collect();
+        after = names.last().cloned();
+        pages.push(names.concat());
+        if !more {
+            break;
+        }
+    }
+    assert_eq!(pages, ["a", "bc", "t"]);
+}
+
 #[test]
 fn the_largest_status_of_a_topic_fits_in_a_packet() {
     let (name, most) = ("x".repeat(200), u64::MAX);

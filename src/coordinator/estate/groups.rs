@@ -273,6 +273,12 @@ impl Estate {
         Ok((Answer::ConsumerOpened { info, group, consumer, position, sequence, segments }, fds))
     }
 
+    /// How many words of ledgers [`Self::group_statuses`] looks at.
+    pub(super) fn words_handed_out(&self, entry: &TopicEntry) -> u64 {
+        let Some(memory) = self.memories.get(&entry.info.id) else { return 0 };
+        entry.living_groups().map(|group| memory.words_handed_out(group.info.id)).sum()
+    }
+
     /// The groups of a topic whose next sequence is `tail`, by name.
     pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64) -> Vec<GroupStatus> {
         let memory = self.memories.get(&entry.info.id);
