@@ -27,6 +27,7 @@ use std::path::Path;
 
 use nix::unistd::Uid;
 
+use crate::coordinator::estate::groups::Reclaims;
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
@@ -64,6 +65,7 @@ pub(crate) struct Estate {
     ageing: Vec<u64>,
     /// Groups on topics whose messages may have a time-to-live, with some that are gone.
     expiring: Vec<(u64, u32)>,
+    reclaims: Reclaims,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
@@ -92,6 +94,7 @@ impl Estate {
             memories: BTreeMap::new(),
             ageing: Vec::new(),
             expiring: Vec::new(),
+            reclaims: Reclaims::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
             link,

@@ -1,5 +1,7 @@
 //! Groups across coordinators that die between two steps.
 
+use std::time::Instant;
+
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
@@ -259,6 +261,33 @@ fn only_what_is_overdue_is_reclaimed() {
     assert_eq!([0, 1, 2].map(|sequence| slow.sees(sequence)), [Word::Leased, Word::Returned, Word::Leased]);
     assert!(!slow.ledger.is_fenced(slow.number));
     ask(&mut estate, reclaim(9)).unwrap();
+}
+
+/// It would keep everybody else waiting: it is done between requests, once, however many ask for it, and followed by a rest.
+#[test]
+fn a_reclaim_that_takes_long_is_put_off() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let window = 1 << 15;
+    ask(&mut estate, create("g", GroupOptions { window, ..GroupOptions::default() }, StartAt::Oldest)).unwrap();
+    let slow = Consumer::open(&mut estate, &mut keeper, "g");
+    Consumer::open(&mut estate, &mut keeper, "g");
+    let due = clock::now_ms().saturating_sub(1);
+    slow.take(0, due);
+    slow.ledger.raise_hint(window);
+    assert_eq!(estate.reclaim_at(), None);
+    (0..3).for_each(|_| drop(ask(&mut estate, reclaim(0)).unwrap()));
+    let at = estate.reclaim_at().unwrap();
+    assert!(at <= Instant::now(), "nothing was done yet, so there is nothing to rest from");
+    assert_eq!(slow.sees(0), Word::Leased);
+    estate.reclaim_next();
+    assert_eq!((slow.sees(0), estate.reclaim_at()), (Word::Returned, None));
+    slow.take(0, due);
+    ask(&mut estate, reclaim(0)).unwrap();
+    assert!(estate.reclaim_at().unwrap() > at);
+    // Its consumer goes first.
+    ask(&mut estate, close(0, 0)).unwrap();
+    estate.reclaim_next();
+    assert_eq!((slow.sees(0), estate.reclaim_at()), (Word::Returned, None));
 }
 
 fn output() -> Request {

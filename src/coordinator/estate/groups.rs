@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use super::{Estate, Granted, broken};
 use crate::client::envelope::now_ns;
@@ -22,8 +23,38 @@ use crate::os::clock;
 use crate::ring::ledger::Seen;
 use crate::topic::Mode;
 
+/// Words of a ledger that are gone through for a reclaim while who asks for it is served.
+const RECLAIM_WORDS: u64 = 1 << 14;
+
+/// How long to rest after a reclaim of more, in times of what it took.
+const RECLAIM_REST: u32 = 3;
+
+/// Reclaims that are put off because they take long.
+pub(super) struct Reclaims {
+    /// Whose the topic is, and from whom to reclaim.
+    waiting: BTreeSet<(u32, ConsumerRef)>,
+    /// Whose topic the last one was on: it is others' turn.
+    last_uid: Option<u32>,
+    not_before: Instant,
+}
+
+impl Reclaims {
+    pub(super) fn new() -> Reclaims {
+        Reclaims { waiting: BTreeSet::new(), last_uid: None, not_before: Instant::now() }
+    }
+
+    fn take_next(&mut self) -> Option<ConsumerRef> {
+        let from = self.last_uid.map_or(0, |uid| uid.wrapping_add(1));
+        let behind = self.waiting.range((from, ConsumerRef::FIRST)..).next();
+        let next = *behind.or(self.waiting.first())?;
+        self.waiting.remove(&next);
+        self.last_uid = Some(next.0);
+        Some(next.1)
+    }
+}
+
 /// A consumer by topic, group and number in the group.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ConsumerRef {
     pub(super) topic: u64,
     pub(super) group: u32,
@@ -31,6 +62,8 @@ pub(super) struct ConsumerRef {
 }
 
 impl ConsumerRef {
+    const FIRST: ConsumerRef = ConsumerRef { topic: 0, group: 0, consumer: 0 };
+
     fn origin(self) -> Identity {
         Identity::Origin { topic: self.topic, group: self.group, consumer: self.consumer }
     }
@@ -129,9 +162,36 @@ impl Estate {
         memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
     }
 
-    /// Another consumer of the group found that `who` holds what is overdue, be it the role of an exclusive group. Only that, on the ledger's own word, gives
-    /// it away: all of it, once its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
+    /// Another consumer of the group found that `who` holds what is overdue. Where that takes long it is done later, see
+    /// [`Self::reclaim_next`]: who asked does not wait for it, but others would.
     pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
+        if self.memory(who.topic)?.words_handed_out(who.group) <= RECLAIM_WORDS {
+            return self.reclaim_now(who);
+        }
+        let uid = self.entry(who.topic)?.uid;
+        self.reclaims.waiting.insert((uid, who));
+        Ok(())
+    }
+
+    /// When to call [`Self::reclaim_next`]; `None`: nothing waits for it.
+    pub(crate) fn reclaim_at(&self) -> Option<Instant> {
+        (!self.reclaims.waiting.is_empty()).then_some(self.reclaims.not_before)
+    }
+
+    /// Does one reclaim that was put off, of each topics' owner in turn, and then rests for longer than it took.
+    pub(crate) fn reclaim_next(&mut self) {
+        let Some(who) = self.reclaims.take_next() else { return };
+        let began = Instant::now();
+        // Gone meanwhile, say.
+        if let Err(error) = self.reclaim_now(who) {
+            eprintln!("shmbus coordinator: reclaiming what is overdue: {error}");
+        }
+        self.reclaims.not_before = Instant::now() + began.elapsed() * RECLAIM_REST;
+    }
+
+    /// Gives away what `who` holds and is overdue, be it the role of an exclusive group, on the ledger's own word: all of it, once
+    /// its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
+    fn reclaim_now(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
         let Some(group) = self.state.group(who.topic, who.group) else { return Ok(()) };
         if group.retired || !group.consumers.contains_key(&who.consumer) {
             return Ok(());
