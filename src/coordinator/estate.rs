@@ -27,6 +27,7 @@ use std::path::Path;
 
 use nix::unistd::Uid;
 
+pub(crate) use crate::coordinator::estate::groups::Expired;
 use crate::coordinator::estate::groups::Reclaims;
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
@@ -65,6 +66,8 @@ pub(crate) struct Estate {
     ageing: Vec<u64>,
     /// Groups on topics whose messages may have a time-to-live, with some that are gone.
     expiring: Vec<(u64, u32)>,
+    /// What the looks under way have still to look at.
+    rest: Rest,
     reclaims: Reclaims,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
@@ -74,6 +77,16 @@ pub(crate) struct Estate {
     notices: Notices,
     /// Subscribers opened for wildcard subscriptions whose owners have not been told.
     news: Vec<News>,
+}
+
+/// What a look has not come to: each topic or group has its turn before any has the next, however long they take.
+#[derive(Default)]
+struct Rest {
+    ageing: Vec<u64>,
+    expiring: Vec<(u64, u32)>,
+    /// What those found that had their turn.
+    expired: Expired,
+    to_renew: Vec<(u64, u32)>,
 }
 
 impl Estate {
@@ -94,6 +107,7 @@ impl Estate {
             memories: BTreeMap::new(),
             ageing: Vec::new(),
             expiring: Vec::new(),
+            rest: Rest::default(),
             reclaims: Reclaims::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),

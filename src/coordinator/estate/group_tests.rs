@@ -1,6 +1,6 @@
 //! Groups across coordinators that die between two steps.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
@@ -288,6 +288,40 @@ fn a_reclaim_that_takes_long_is_put_off() {
     ask(&mut estate, close(0, 0)).unwrap();
     estate.reclaim_next();
     assert_eq!((slow.sees(0), estate.reclaim_at()), (Word::Returned, None));
+}
+
+/// Connections are served before it goes on with the next group; then all of them have had their turn.
+#[test]
+fn a_look_goes_on_where_the_last_one_had_no_time_left() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let max_age_ms = 60_000;
+    let options = TopicOptions { messages: 16, bytes: 4096, envelope: true, max_age_ms, ..TopicOptions::default() };
+    let create =
+        Request::CreateTopic { topic: "e".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    ask(&mut estate, create).unwrap();
+    keeper.listen();
+    let groups = ["f", "g", "h"];
+    for group in groups {
+        let (topic, group) = ("e".to_owned(), group.to_owned());
+        let options = GroupOptions::default();
+        ask(&mut estate, Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: false })
+            .unwrap();
+    }
+    // A hole is nobody's, and has always been dead.
+    let info = estate.entry(1).unwrap().info.clone();
+    keeper.listen();
+    Handle::on(&keeper, &info).0.many(&info).fence(&info.policy(), 5, 1).unwrap();
+    let settled = |estate: &Estate| {
+        let floors = (0..3).map(|group| estate.memory(1).unwrap().count_ledger(group).unwrap().floor);
+        floors.sum::<u64>()
+    };
+    for look in 1..=3 {
+        let found = estate.settle_expired(Duration::ZERO);
+        assert_eq!((found, settled(&estate)), ((look == 3).then(Expired::default), look));
+    }
+    assert_eq!([(); 4].map(|()| estate.renew_due(Duration::ZERO)), [false, false, true, false]);
+    assert!(estate.renew_due(Duration::from_secs(60)));
+    assert!(estate.give_up_old(Duration::ZERO), "one topic");
 }
 
 fn output() -> Request {

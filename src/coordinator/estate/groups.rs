@@ -6,13 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Estate, Granted, broken};
 use crate::client::envelope::now_ns;
 use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
-use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, ledger_name};
+use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, TopicMemory, ledger_name};
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -51,6 +51,15 @@ impl Reclaims {
         self.last_uid = Some(next.0);
         Some(next.1)
     }
+}
+
+/// What was found when what has expired was settled.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Expired {
+    /// There is more to settle.
+    pub(crate) more: bool,
+    /// The groups that nobody consumes where something is to go to the dead-letter topic.
+    pub(crate) letters: Vec<GroupNames>,
 }
 
 /// A consumer by topic, group and number in the group.
@@ -263,31 +272,53 @@ impl Estate {
         !self.expiring.is_empty()
     }
 
-    /// Settles what has expired at the groups' floors. Whether there is more, and the groups that nobody consumes where
-    /// something is to go to the dead-letter topic.
-    pub(crate) fn settle_expired(&mut self) -> (bool, Vec<GroupNames>) {
+    /// Settles what has expired at the groups' floors, until `time` is up; what was found, once every group has had its turn.
+    pub(crate) fn settle_expired(&mut self, time: Duration) -> Option<Expired> {
+        let (end, now_ns) = (Instant::now() + time, now_ns());
         let state = &self.state;
         self.expiring.retain(|(topic, group)| state.group(*topic, *group).is_some_and(|group| !group.retired));
-        let (now_ns, mut more, mut letters) = (now_ns(), false, Vec::new());
-        for (topic, group) in &self.expiring {
-            let (Some(entry), Ok(memory)) = (self.state.group(*topic, *group), self.memory(*topic)) else { continue };
-            match memory.settle_expired(*group, entry.info.options.dead_letter_expired, now_ns) {
-                Ok(AtFloor::More) => more = true,
-                Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
-                    let topic = self.state.topic(*topic).map(|topic| topic.info.name.clone());
-                    letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
-                }
-                Ok(_) => {}
-                Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+        if self.rest.expiring.is_empty() {
+            self.rest.expiring.clone_from(&self.expiring);
+        }
+        while let Some((topic, group)) = self.rest.expiring.pop() {
+            self.settle_expired_of(topic, group, now_ns);
+            if Instant::now() >= end {
+                break;
             }
         }
-        (more, letters)
+        self.rest.expiring.is_empty().then(|| std::mem::take(&mut self.rest.expired))
     }
 
-    /// Keeps the due times of all ledgers from coming round; for every few hours.
-    pub(crate) fn renew_due(&self) {
-        let now_ms = clock::now_ms();
-        self.memories.values().for_each(|memory| memory.renew_due(now_ms));
+    fn settle_expired_of(&mut self, topic: u64, group: u32, now_ns: u64) {
+        let (Some(entry), Ok(memory)) = (self.state.group(topic, group), self.memory(topic)) else { return };
+        match memory.settle_expired(group, entry.info.options.dead_letter_expired, now_ns) {
+            Ok(AtFloor::More) => self.rest.expired.more = true,
+            Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
+                let topic = self.state.topic(topic).map(|topic| topic.info.name.clone());
+                self.rest.expired.letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
+            }
+            Ok(_) => {}
+            Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+        }
+    }
+
+    /// Keeps the due times of all ledgers from coming round, until `time` is up; for every few hours. Whether those were all.
+    pub(crate) fn renew_due(&mut self, time: Duration) -> bool {
+        let (end, now_ms) = (Instant::now() + time, clock::now_ms());
+        if self.rest.to_renew.is_empty() {
+            let groups = |(topic, memory): (&u64, &TopicMemory)| {
+                let topic = *topic;
+                memory.groups().map(move |group| (topic, group)).collect::<Vec<_>>()
+            };
+            self.rest.to_renew = self.memories.iter().flat_map(groups).collect();
+        }
+        while let Some((topic, group)) = self.rest.to_renew.pop() {
+            self.memories.get(&topic).inspect(|memory| memory.renew_due(group, now_ms));
+            if Instant::now() >= end {
+                break;
+            }
+        }
+        self.rest.to_renew.is_empty()
     }
 
     fn adopt_group(

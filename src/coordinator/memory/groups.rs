@@ -226,9 +226,16 @@ impl TopicMemory {
         self.wake_readers();
     }
 
-    /// Keeps due times from coming round in groups on which nobody looks.
-    pub(crate) fn renew_due(&self, now_ms: u64) {
-        self.groups.values().for_each(|group| group.ledger(&self.info).renew_due(now_ms));
+    /// Keeps due times from coming round in a group on which nobody looks.
+    pub(crate) fn renew_due(&self, group: u32, now_ms: u64) {
+        if let Ok(memory) = self.group(group) {
+            memory.ledger(&self.info).renew_due(now_ms);
+        }
+    }
+
+    /// The groups that have a ledger.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = u32> {
+        self.groups.keys().copied()
     }
 
     /// Tells publishers how many consumers a group has.
