@@ -1,12 +1,14 @@
 //! What participants are answered, and what is pushed to them.
 
+use std::collections::BTreeSet;
+
 use super::{Estate, Granted, broken, system};
 use crate::coordinator::connection::Push;
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::MAX_PAGE_NAMES;
 use crate::coordinator::memory::Joined;
 use crate::coordinator::protocol::{
-    Answer, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, SegmentRef, SubscriberStatus, TopicStatus,
+    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, SegmentRef, SubscriberStatus, TopicStatus,
 };
 use crate::coordinator::state::{Reply, TopicEntry};
 use crate::error::Refusal;
@@ -136,12 +138,17 @@ impl Estate {
         self.state.participant(incarnation).map_or(0, |participant| participant.pid)
     }
 
-    /// Every arena that a returning participant must know.
+    /// Every arena that a returning participant must know: of each topic whose readers it is among ([`TopicEntry::readers`]).
     pub(crate) fn arenas_for(&self, incarnation: u64) -> Vec<(u64, u32)> {
-        let reads = |entry: &&TopicEntry| entry.readers().any(|reader| reader == incarnation);
+        let many = |topic: &u64| self.state.topic(*topic).filter(|entry| entry.info.options.mode == Mode::Many);
+        let read = |handle: &HandleRef| match handle {
+            HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => Some(*topic),
+            HandleRef::Publisher { topic, .. } => many(topic).filter(|entry| entry.info.options.dedup).map(|_| *topic),
+            HandleRef::Wildcard { .. } => None,
+        };
+        let topics: BTreeSet<u64> = self.state.handles_of(incarnation).iter().filter_map(read).collect();
         let arenas = |entry: &TopicEntry| entry.arenas.iter().map(|slot| (entry.info.id, *slot)).collect::<Vec<_>>();
-        let many = |entry: &&TopicEntry| entry.info.options.mode == Mode::Many;
-        self.state.topics().values().filter(many).filter(reads).flat_map(arenas).collect()
+        topics.iter().filter_map(many).flat_map(arenas).collect()
     }
 
     /// What a push says now, when it is its turn; `None` where its topic has gone meanwhile. Fails for want of descriptors.
