@@ -56,6 +56,8 @@ pub(crate) struct Connection {
     pub(crate) incarnation: Option<u64>,
     /// Somebody whom the bus does not let in.
     pub(crate) stranger: bool,
+    /// Its request is answered later; until then it is not listened to.
+    pub(crate) waits: bool,
     queue: VecDeque<Waiting>,
     /// How many there are of what is bounded by what the client holds; they come first.
     owed: usize,
@@ -75,6 +77,7 @@ impl Connection {
             peer,
             incarnation: None,
             stranger: false,
+            waits: false,
             queue: VecDeque::new(),
             owed: 0,
             queued_fds: 0,

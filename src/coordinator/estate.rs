@@ -24,6 +24,7 @@ mod wildcards;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Instant;
 
 use nix::unistd::Uid;
 
@@ -32,7 +33,7 @@ use crate::coordinator::estate::groups::Reclaims;
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
-use crate::coordinator::memory::{Joined, TopicMemory};
+use crate::coordinator::memory::{Joined, LedgerCount, TopicMemory};
 use crate::coordinator::notices::Notices;
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry};
@@ -69,6 +70,8 @@ pub(crate) struct Estate {
     /// What the looks under way have still to look at.
     rest: Rest,
     reclaims: Reclaims,
+    /// What was counted in ledgers for a status that is to be given, and when, by topic and group.
+    counted: BTreeMap<(u64, u32), (Instant, LedgerCount)>,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
@@ -109,6 +112,7 @@ impl Estate {
             expiring: Vec::new(),
             rest: Rest::default(),
             reclaims: Reclaims::new(),
+            counted: BTreeMap::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
             link,

@@ -403,7 +403,7 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
 #[test]
 fn a_list_of_topics_with_long_ledgers_comes_in_pages() {
     let (mut keeper, mut estate, _) = Keeper::with_topic();
-    let (topics, handed_out) = (["a", "b", "c", "t"], 1 << 20);
+    let (topics, handed_out) = (["a", "b", "c", "t"], 1 << 18);
     for name in topics {
         let topic = name.to_owned();
         let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
@@ -437,6 +437,33 @@ fn a_list_of_topics_with_long_ledgers_comes_in_pages() {
         }
     }
     assert_eq!(pages, ["a", "bc", "t"]);
+}
+
+/// Group by group where there is no more time; what was counted before the question is no answer to it.
+#[test]
+fn long_ledgers_are_counted_piece_by_piece() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let window = 1 << 18;
+    let consumers = ["f", "g"].map(|group| {
+        let options = GroupOptions { window, ..GroupOptions::default() };
+        ask(&mut estate, create(group, options, StartAt::Oldest)).unwrap();
+        Consumer::open(&mut estate, &mut keeper, group)
+    });
+    let request = Request::Status { topic: Some("t".to_owned()), after: None };
+    assert_eq!(estate.long_status(us(), &request), None);
+    consumers.iter().for_each(|consumer| consumer.ledger.raise_hint(window));
+    assert_eq!(estate.long_status(us(), &request), Some(0));
+    let counted = |estate: &mut Estate, taken_meanwhile| {
+        let since = Instant::now();
+        let looks = (1..9).find(|_| estate.count_ahead(us(), &request, since, since)).unwrap();
+        consumers[1].take(taken_meanwhile, in_a_minute());
+        let Answer::Status { topics, .. } = estate.counted_status(us(), &request, since).unwrap() else { panic!() };
+        (looks, topics[0].groups.iter().map(|group| group.in_flight).collect::<Vec<_>>())
+    };
+    consumers[0].take(0, in_a_minute());
+    assert_eq!(counted(&mut estate, 0), (2, vec![1, 0]));
+    assert_eq!(counted(&mut estate, 1), (2, vec![1, 1]));
+    assert_eq!(status(&mut estate)[1].in_flight, 2);
 }
 
 #[test]

@@ -370,13 +370,18 @@ impl Estate {
         entry.living_groups().map(|group| memory.words_handed_out(group.info.id)).sum()
     }
 
-    /// The groups of a topic whose next sequence is `tail`, by name.
-    pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64) -> Vec<GroupStatus> {
-        let memory = self.memories.get(&entry.info.id);
-        let count =
-            |group: &GroupEntry| memory.and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default();
-        let mut groups: Vec<GroupStatus> =
-            entry.living_groups().map(|group| self.group_status(group, &count(group), tail)).collect();
+    /// The groups of a topic whose next sequence is `tail`, by name. What was counted `since` then is not counted again.
+    pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64, since: Instant) -> Vec<GroupStatus> {
+        let topic = entry.info.id;
+        let memory = self.memories.get(&topic);
+        let status = |group: &GroupEntry| match self.counted_since(topic, group.info.id, since) {
+            Some(count) => self.group_status(group, count, tail),
+            None => {
+                let count = memory.and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default();
+                self.group_status(group, &count, tail)
+            }
+        };
+        let mut groups: Vec<GroupStatus> = entry.living_groups().map(status).collect();
         groups.sort_by(|a, b| a.name.cmp(&b.name));
         groups
     }

@@ -24,6 +24,7 @@ impl Server {
         let sometimes =
             self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
         let sometimes = sometimes.chain(self.retry_at).chain(self.estate.reclaim_at());
+        let sometimes = sometimes.chain((!self.counting.is_empty()).then(Instant::now));
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -50,6 +51,9 @@ impl Server {
         }
         if self.expiry_at.is_none() && self.estate.may_expire() {
             self.expiry_at = Some(now + EXPIRY_LOOK);
+        }
+        if !self.counting.is_empty() {
+            self.go_on_counting()?;
         }
         if self.estate.reclaim_at().is_some_and(|at| at <= now) {
             self.estate.reclaim_next();
