@@ -5,6 +5,7 @@
 
 mod clock;
 mod connections;
+mod counting;
 mod keeper;
 mod participants;
 mod requests;
@@ -28,6 +29,7 @@ use crate::coordinator::estate::Estate;
 use crate::coordinator::link::{self, GIVEN_LISTENER, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::MAX_PACKET_BYTES;
 use crate::coordinator::server::connections::{decline, spare};
+use crate::coordinator::server::counting::Asked;
 use crate::coordinator::server::unfinished::Unfinished;
 use crate::error::Refusal;
 use crate::os::socket;
@@ -80,6 +82,10 @@ pub(crate) struct Server {
     burial: Burial,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
+    /// By user and connection: who waits for the status of a topic with long ledgers.
+    counting: BTreeMap<(u32, u64), Asked>,
+    /// For which user that was done last.
+    counted_for: u32,
     /// When to try again what could not be sent for want of descriptors.
     retry_at: Option<Instant>,
     /// What is done in parts, one a round.
@@ -166,6 +172,8 @@ impl Server {
             expiry_at: None,
             burial: Burial::default(),
             look: None,
+            counting: BTreeMap::new(),
+            counted_for: 0,
             retry_at: None,
             unfinished: VecDeque::new(),
             hosted,

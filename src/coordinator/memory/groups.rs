@@ -228,9 +228,16 @@ impl TopicMemory {
         self.wake_readers();
     }
 
-    /// Keeps due times from coming round in groups on which nobody looks.
-    pub(crate) fn renew_due(&self, now_ms: u64) {
-        self.groups.values().for_each(|group| group.ledger(&self.info).renew_due(now_ms));
+    /// Keeps due times from coming round in a group on which nobody looks.
+    pub(crate) fn renew_due(&self, group: u32, now_ms: u64) {
+        if let Ok(memory) = self.group(group) {
+            memory.ledger(&self.info).renew_due(now_ms);
+        }
+    }
+
+    /// The groups that have a ledger.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = u32> {
+        self.groups.keys().copied()
     }
 
     /// Tells publishers how many consumers a group has.
@@ -269,6 +276,14 @@ impl TopicMemory {
         Ok(fds)
     }
 
+    /// How many words there are to look at where all that has been handed out is: a window's length at most.
+    pub(crate) fn words_handed_out(&self, group: u32) -> u64 {
+        self.group(group).map_or(0, |memory| {
+            let handed_out = memory.ledger(&self.info).handed_out();
+            handed_out.end - handed_out.start
+        })
+    }
+
     /// Counts what lies between floor and hint, which is a window's length at most.
     pub(crate) fn count_ledger(&self, group: u32) -> Option<LedgerCount> {
         let ledger = self.group(group).ok()?.ledger(&self.info);
@@ -284,18 +299,20 @@ impl TopicMemory {
             active: ledger.active(),
             ..LedgerCount::default()
         };
-        let mut lowest = None;
+        let (mut lowest, mut leases) = (None, [0_u32; 1 << u8::BITS]);
         for seen in ledger.handed_out().map(|sequence| ledger.look(sequence)) {
             if seen.state() != State::Settled {
                 lowest = lowest.or(Some(seen));
             }
             match (seen.state(), seen.owner()) {
-                (State::Leased, Some(owner)) => *count.leases.entry(owner.into()).or_default() += 1,
+                (State::Leased, Some(owner)) => leases[usize::from(owner)] += 1,
                 (State::Returned, _) => count.returned += 1,
                 (State::Moving(_), _) => count.moving += 1,
                 _ => {}
             }
         }
+        let held = (0..).zip(leases).filter(|(_, leases)| *leases > 0);
+        count.leases = held.map(|(owner, leases)| (owner, u64::from(leases))).collect();
         count.oldest = lowest.filter(|seen| seen.state() == State::Leased);
         Some(count)
     }

@@ -83,7 +83,12 @@ impl Server {
             return Ok(());
         }
         let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
-        if !client.is_congested() {
+        if gone && client.waits {
+            // What it said behind that, a good-bye say, is heard.
+            self.stop_counting_for(id);
+        }
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        if !client.is_congested() && !client.waits {
             match client.receive(&mut self.buffer) {
                 Received::Request(request, once) => self.serve_request(id, request, once)?,
                 Received::HungUp => return self.hang_up(id),
@@ -97,7 +102,7 @@ impl Server {
         self.update_interest(id)
     }
 
-    /// A client that does not read is not listened to.
+    /// A client that does not read is not listened to, nor one whose request is under way.
     pub(super) fn update_interest(&mut self, id: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let flags = match (client.is_short(), client.is_congested()) {
@@ -105,6 +110,7 @@ impl Server {
             // It could be sent, if we had it: nobody tells us when we can.
             (true, _) => EpollFlags::empty(),
             (_, true) => EpollFlags::EPOLLOUT,
+            _ if client.waits => EpollFlags::empty(),
             _ => EpollFlags::EPOLLIN,
         };
         if client.is_short() && self.retry_at.is_none() {

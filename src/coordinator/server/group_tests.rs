@@ -5,6 +5,9 @@ use crate::client::Bus;
 use crate::coordinator::protocol::{GroupInfo, GroupStatus, TopicStatus};
 use crate::error::PublishError;
 use crate::group::GroupOptions;
+use crate::ring::ledger::Ledger;
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic;
 use crate::topic::{Full, Topic};
 
 const TOPIC: Topic<u64> = Topic::new("t").messages(16).full(Full::Reject);
@@ -87,6 +90,74 @@ fn a_rewound_group_begins_where_asked_and_what_it_needs_was_kept_for_it() {
     // A publisher that has looked before the group came may go on for a chunk: nothing is overwritten by that.
     assert!((0..1000).any(|n| publisher.publish(&n).is_err()), "it holds the ring");
     assert!(topic_status(bus.control()).oldest_sequence <= 6);
+}
+
+/// Consumers of two groups that have handed out long windows, the first one's number and ledger.
+fn with_long_ledgers(control: &Control) -> (u8, Ledger) {
+    open_publisher(control, "t", Mode::Many).unwrap();
+    let mut consumers = ["g", "h"].map(|group| {
+        let (topic, group, window) = ("t".to_owned(), group.to_owned(), 1 << 20);
+        let create = Some((GroupOptions { window, ..GroupOptions::default() }, StartAt::Oldest));
+        let request = Request::OpenConsumer { topic, group, schema: None, create };
+        let (answer, fds) = control.request(&request).unwrap();
+        let Answer::ConsumerOpened { info, group, consumer, segments, .. } = answer else { panic!("{answer:?}") };
+        let at = segments.iter().position(|segment| *segment == SegmentRef::Ledger).unwrap();
+        let segment = Segment::attach(fds[at].as_fd(), &info.ledger(&group), Access::ReadWrite).unwrap();
+        let ledger = topic::ledger(&segment, &info, &group);
+        ledger.raise_hint(window);
+        Some((consumer as u8, ledger))
+    });
+    consumers[0].take().unwrap()
+}
+
+#[test]
+fn the_status_of_a_long_ledger_is_answered_exactly_and_in_order() {
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    let (consumer, ledger) = with_long_ledgers(&a);
+    for taken in 1..=3 {
+        ledger.take(ledger.look(taken * 1000), consumer, crate::os::clock::now_ms() + 60_000).unwrap();
+        let [seen_by_a, seen_by_b] = [&a, &b].map(|control| status(control).in_flight);
+        assert_eq!([seen_by_a, seen_by_b], [taken; 2]);
+    }
+    // Several at once, with something behind one of them.
+    let raw = stage.raw();
+    say(&raw, &hello()).unwrap();
+    let asked = Request::Status { topic: Some("t".to_owned()), after: None };
+    (0..3).for_each(|_| say(&raw, &asked).unwrap());
+    say(&raw, &Request::Goodbye).unwrap();
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let mut answers = Vec::new();
+    while answers.last() != Some(&"farewell") {
+        assert!(socket::wait(raw.as_fd(), nix::poll::PollFlags::POLLIN, Some(Instant::now() + DEADLINE)).unwrap());
+        let packet = socket::recv(raw.as_fd(), &mut buffer, 1).unwrap();
+        answers.push(match postcard::from_bytes(&buffer[..packet.len]).unwrap() {
+            Answer::Welcome { .. } => "welcome",
+            Answer::Status { topics, .. } if topics[0].groups[0].in_flight == 3 => "status",
+            Answer::Farewell => "farewell",
+            other => panic!("{other:?}"),
+        });
+    }
+    assert_eq!(answers, ["welcome", "status", "status", "status", "farewell"]);
+    a.request(&Request::Stop).unwrap();
+}
+
+/// It is neither counted for any more, nor is what it said last lost.
+#[test]
+fn who_goes_while_a_long_ledger_is_counted_is_heard() {
+    let stage = Stage::set();
+    let a = stage.connect();
+    with_long_ledgers(&a);
+    let raw = stage.raw();
+    let (topic, start) = ("t".to_owned(), StartAt::Latest);
+    say(&raw, &hello()).unwrap();
+    say(&raw, &Request::OpenSubscriber { topic, schema: None, start, droppable: false }).unwrap();
+    wait_for("the subscriber", || !topic_status(&a).subscribers.is_empty());
+    say(&raw, &Request::Status { topic: Some("t".to_owned()), after: None }).unwrap();
+    say(&raw, &Request::Goodbye).unwrap();
+    drop(raw);
+    wait_for("the good-byes", || topic_status(&a).subscribers.is_empty());
+    a.request(&Request::Stop).unwrap();
 }
 
 #[test]

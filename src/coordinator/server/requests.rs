@@ -41,6 +41,10 @@ impl Server {
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
             (Some(incarnation), Request::Report) => self.report(id, incarnation),
+            (Some(incarnation), request) if self.estate.long_status(incarnation, &request).is_some() => {
+                self.answer_once_counted(id, incarnation, request);
+                Ok(())
+            }
             (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
         }
     }
