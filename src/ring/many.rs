@@ -16,15 +16,12 @@
 use crate::ring::arena::{Arena, Span};
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
-use crate::ring::log::{COORDINATOR, LogHeader, MAX_PLACE, Place};
+use crate::ring::log::{COORDINATOR, JUMPS, LogHeader, MAX_PLACE, Place};
 use crate::ring::notes::Note;
 use crate::ring::slot::Ring;
 use crate::shm::layout::RECORD_HEADER_BYTES;
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
-
-/// Times that a walk goes on from a checkpoint, a publisher's within one publish. All checkpoints are looked at each time.
-const JUMPS: u32 = 100;
 
 /// Entries, beyond a few laps, that publishers may put before a fence while it is being written: a few milliseconds of theirs.
 const FENCE_STEPS: u64 = 1 << 16;
