@@ -598,6 +598,20 @@ impl Reader {
         self.next = after(self.next, word);
     }
 
+    /// Steps over the entries that end at or below `sequence`, at most `steps` of them, which are counted down. Says what stopped
+    /// it; `None`: there were no more steps to take. As many as the ring is long lead over all that was committed when it began.
+    #[inline]
+    pub(crate) fn walk_to(&mut self, sequence: u64, steps: &mut u64) -> Option<Poll> {
+        while *steps > 0 {
+            match self.poll() {
+                Poll::Ready(word) if self.next.sequence + word.count() <= sequence => self.step(word),
+                other => return Some(other),
+            }
+            *steps -= 1;
+        }
+        None
+    }
+
     /// Continues somewhere else.
     pub fn move_to(&mut self, place: Place) {
         self.next = place;
@@ -664,5 +678,34 @@ mod tests {
             }
             assert!(format.precedes(0, 0) && !format.commits(0, 0));
         }
+    }
+
+    const SLOTS: u64 = 1024;
+
+    fn log(unit_bits: u32) -> ManyLog {
+        let header = Shared::<[LogHeader]>::zeroed(1).part(|headers| &headers[0]);
+        header.format(0);
+        let readers = Shared::<[CursorsHeader]>::zeroed(1).part(|headers| &headers[0]);
+        ManyLog::new(header, readers, Shared::zeroed(1), Ring::new(Shared::zeroed(SLOTS as usize)), unit_bits, 1)
+    }
+
+    /// A ring whose walk never ends, as where somebody keeps committing ahead of it: there is only one lap to tell apart.
+    fn endless_log() -> ManyLog {
+        let log = log(63 - COUNT_BITS);
+        let word = log.format.word(0, 1, 0);
+        (0..SLOTS).for_each(|at| log.ring.at(at).word.store(word.raw, Ordering::Relaxed));
+        log
+    }
+
+    #[test]
+    fn a_reader_walks_a_lap_at_most_and_goes_on_where_it_stopped() {
+        let mut reader = Reader::new(endless_log(), 5, 50);
+        for lap in 1..4 {
+            assert_eq!(reader.walk_to(u64::MAX, &mut SLOTS.clone()), None);
+            assert_eq!(reader.next(), Place { position: 5 + lap * SLOTS, sequence: 50 + lap * SLOTS });
+        }
+        let (next, mut steps) = (reader.next(), SLOTS);
+        assert!(matches!(reader.walk_to(next.sequence + 9, &mut steps), Some(Poll::Ready(_))));
+        assert_eq!((reader.next().position, steps), (next.position + 9, SLOTS - 9));
     }
 }
