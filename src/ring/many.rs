@@ -26,6 +26,13 @@ use crate::sync::{AtomicU64, Ordering};
 /// Entries, beyond a few laps, that publishers may put before a fence while it is being written: a few milliseconds of theirs.
 const FENCE_STEPS: u64 = 1 << 16;
 
+/// Entries, beyond a few laps, that others may put before a publisher within one publish: seconds of theirs, if they keep to the rules
+/// and win every single race.
+const PUBLISH_STEPS: u64 = 1 << 26;
+
+/// What making room is counted as, beside what it walks: about as much as it costs.
+const ROOM_STEPS: u64 = 100;
+
 /// Bits of an entry word that count messages.
 const COUNT_BITS: u32 = 10;
 
@@ -211,8 +218,13 @@ impl ManyLog {
 
     /// Walks from `place`, or from the newest checkpoint where that is further on, to the first free entry.
     pub fn tail_from(&self, place: Option<Place>) -> Option<Place> {
+        self.tail_within(place, &mut (4 * self.ring.len()))
+    }
+
+    /// The same, by so many steps at most, which are counted down.
+    fn tail_within(&self, place: Option<Place>, steps: &mut u64) -> Option<Place> {
         let mut place = place.or_else(|| self.header.newest_checkpoint())?;
-        let (mut steps, mut jumps) = (0, 0);
+        let mut jumps = 0;
         loop {
             match self.look(place.position) {
                 Look::Committed(word) => place = after(place, word),
@@ -223,11 +235,11 @@ impl ManyLog {
                     jumps += 1;
                 }
             }
-            steps += 1;
             // Garbage in the ring must not keep us for ever; publishers that run on while we walk may.
-            if steps > 4 * self.ring.len() {
+            if *steps == 0 {
                 return Some(place);
             }
+            *steps -= 1;
         }
     }
 
@@ -260,7 +272,7 @@ impl ManyLog {
                     }
                 }
                 Look::Free(_) | Look::Lapped => {
-                    writer.make_room(0, writer.policy.slack)?;
+                    writer.make_room_within(0, writer.policy.slack, &mut steps)?;
                     jumps -= 1;
                 }
             }
@@ -393,8 +405,15 @@ impl Writer {
     /// Makes room for one entry at the tail, and gives up what lies below `give_up_below`.
     #[cold]
     pub fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
+        self.make_room_within(give_up_below, slack, &mut (4 * self.log.ring.len()))
+    }
+
+    /// The same, by a walk of so many steps at most, which are counted down.
+    #[cold]
+    fn make_room_within(&mut self, give_up_below: u64, slack: u64, steps: &mut u64) -> Result<(), Stop> {
         // A publisher that slept may stand below the floor by now; what it would announce must be true.
-        self.at = self.log.tail_from(Some(self.at)).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
+        let tail = self.log.tail_within(Some(self.at), steps);
+        self.at = tail.ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
         // What was walked, or jumped, over may have been a fence.
         self.fenced = self.fenced || self.log.header.note(self.slot).is_fenced(self.opening);
         if self.fenced {
@@ -418,7 +437,8 @@ impl Writer {
         number: u64,
         mut check: impl FnMut(&ManyLog, Place) -> Result<(), Stop>,
     ) -> Result<Place, Stop> {
-        let mut expected = self.walk_to_free()?;
+        let mut steps = PUBLISH_STEPS + 4 * self.log.ring.len();
+        let mut expected = self.walk_to_free(&mut steps)?;
         check(&self.log, self.at)?;
         if let Some(last) = self.last {
             self.note().prepare(self.at.position, last, number);
@@ -432,7 +452,7 @@ impl Writer {
             if self.claim(expected, new) {
                 return Ok(self.committed(new, number));
             }
-            expected = self.walk_to_free()?;
+            expected = self.walk_to_free(&mut steps)?;
             check(&self.log, self.at)?;
         }
     }
@@ -453,9 +473,9 @@ impl Writer {
         self.log.header.note(self.slot)
     }
 
-    /// Walks to the first free entry that may be written. Returns what it holds now.
+    /// Walks to the first free entry that may be written, by so many steps at most, which are counted down. Returns what it holds now.
     #[inline]
-    fn walk_to_free(&mut self) -> Result<u64, Stop> {
+    fn walk_to_free(&mut self, steps: &mut u64) -> Result<u64, Stop> {
         if self.fenced {
             return Err(Stop::Fenced);
         }
@@ -466,14 +486,19 @@ impl Writer {
                     self.fenced = true;
                     return Err(Stop::Fenced);
                 }
-                Look::Committed(word) => self.at = after(self.at, word),
+                Look::Committed(_) if *steps == 0 => return Err(Stop::Corrupt("its publishers leave no entry free")),
+                Look::Committed(word) => {
+                    self.at = after(self.at, word);
+                    *steps -= 1;
+                }
                 Look::Free(expected) if self.at.position < self.limit => return Ok(expected),
                 // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today. The rest
                 // of the ring cannot have been overwritten each time: then it is garbage.
                 Look::Lapped if jumps == JUMPS => return Err(Stop::Corrupt("the ring holds what nobody wrote")),
                 Look::Free(_) | Look::Lapped => {
                     jumps += 1;
-                    self.make_room(0, self.policy.slack)?;
+                    self.make_room_within(0, self.policy.slack, steps)?;
+                    *steps = steps.saturating_sub(ROOM_STEPS);
                 }
             }
         }
@@ -495,7 +520,7 @@ impl Writer {
     pub fn stop_before_claim(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<Claim, Stop> {
         Record::write(arena, offset, 1, 8, 1);
         arena.store(offset + RECORD_HEADER_BYTES, value);
-        let expected = self.walk_to_free()?;
+        let expected = self.walk_to_free(&mut PUBLISH_STEPS.clone())?;
         Record::write_place(arena, offset, self.at);
         Ok(Claim { expected, new: self.log.format.word(self.at.position >> self.log.lap_shift, 1, unit) })
     }
@@ -695,6 +720,40 @@ mod tests {
         let word = log.format.word(0, 1, 0);
         (0..SLOTS).for_each(|at| log.ring.at(at).word.store(word.raw, Ordering::Relaxed));
         log
+    }
+
+    fn writer(log: &ManyLog) -> Writer {
+        let policy = Policy { messages: SLOTS / 2, slots: SLOTS, overwrite: true, hold: false, slack: SLOTS / 16 };
+        Writer::new(log.clone(), policy, 0).unwrap()
+    }
+
+    #[test]
+    fn a_publisher_gives_up_where_others_commit_ahead_of_it_for_ever() {
+        let mut writer = writer(&endless_log());
+        for mut steps in [1, SLOTS, 10 * SLOTS] {
+            let before = writer.at().position;
+            assert_eq!(writer.walk_to_free(&mut steps), Err(Stop::Corrupt("its publishers leave no entry free")));
+            assert!(steps == 0 && writer.at().position > before);
+        }
+        let published = writer.publish(&Arena::new(Shared::zeroed(8)), 0, 0, 1, 1, |_, _| Ok(()));
+        assert_eq!(published, Err(Stop::Corrupt("its publishers leave no entry free")));
+    }
+
+    #[test]
+    fn a_publisher_is_where_it_was_after_many_laps_of_others() {
+        let log = log(20);
+        let (mut others, mut slow) = (writer(&log), writer(&log));
+        let publish = |writer: &mut Writer| loop {
+            let expected = writer.walk_to_free(&mut SLOTS.clone()).unwrap();
+            let new = writer.log.format.word(writer.at.position >> writer.log.lap_shift, 1, 7);
+            if writer.claim(expected, new) {
+                return writer.committed(new, 0).position;
+            }
+        };
+        for round in 0..5 {
+            let last = (0..=round * SLOTS).map(|_| publish(&mut others)).last().unwrap();
+            assert_eq!(publish(&mut slow), last + 1);
+        }
     }
 
     #[test]
