@@ -19,7 +19,7 @@ use crate::ring::gate::{Gate, Policy, Stop, Want};
 use crate::ring::log::{COORDINATOR, JUMPS, LogHeader, MAX_PLACE, Place};
 use crate::ring::notes::Note;
 use crate::ring::slot::Ring;
-use crate::shm::layout::RECORD_HEADER_BYTES;
+use crate::shm::layout::{MAX_SLACK, RECORD_HEADER_BYTES};
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -29,6 +29,13 @@ const FENCE_STEPS: u64 = 1 << 16;
 /// Entries, beyond a few laps, that others may put before a publisher within one publish: seconds of theirs, if they keep to the rules
 /// and win every single race.
 const PUBLISH_STEPS: u64 = 1 << 26;
+
+/// Fences in a row (for the coordinator: and garbled records) that a search for a place steps over: more than names are ever taken over
+/// without a message.
+pub(crate) const MAX_BETWEEN: u64 = 1 << 16;
+
+/// Entries between two looks at whether the walk to the tail can be true.
+const LOOK_BACK_EVERY: u64 = 1 << 12;
 
 /// What making room is counted as, beside what it walks: about as much as it costs.
 const ROOM_STEPS: u64 = 100;
@@ -221,13 +228,18 @@ impl ManyLog {
         self.tail_within(place, &mut (4 * self.ring.len()))
     }
 
-    /// The same, by so many steps at most, which are counted down.
+    /// The same, by so many steps at most, which are counted down. Where they, or what can be true, come to an end: as far as it came.
     fn tail_within(&self, place: Option<Place>, steps: &mut u64) -> Option<Place> {
         let mut place = place.or_else(|| self.header.newest_checkpoint())?;
         let mut jumps = 0;
         loop {
             match self.look(place.position) {
-                Look::Committed(word) => place = after(place, word),
+                Look::Committed(word) => {
+                    place = after(place, word);
+                    if place.position % LOOK_BACK_EVERY == 0 && self.is_out_of_reach(place.position) {
+                        return Some(place);
+                    }
+                }
                 Look::Free(_) => return Some(place),
                 Look::Lapped if jumps == JUMPS => return None,
                 Look::Lapped => {
@@ -243,11 +255,18 @@ impl ManyLog {
         }
     }
 
+    /// Whether nobody who keeps to the rules has committed what we saw committed below `position`: a publisher leaves a checkpoint in
+    /// its gate and commits no more than `MAX_SLACK` positions beyond it before it goes there again (`Gate::make_room`), and who sees what it
+    /// committed sees that checkpoint (A-CLAIM).
+    fn is_out_of_reach(&self, position: u64) -> bool {
+        self.header.newest_checkpoint().is_none_or(|newest| newest.position.saturating_add(MAX_SLACK) < position)
+    }
+
     /// The first position from `position` on that is no fence, and thus has a record or is not committed yet: sequences are found
-    /// in records, and a fence is one sequence.
+    /// in records, and a fence is one sequence. Where there are too many of them, one of them.
     pub(crate) fn past_fences(&self, position: u64) -> u64 {
         // Saturating: an intent that is garbage must not overflow.
-        let end = position.saturating_add(self.ring.len());
+        let end = position.saturating_add(self.ring.len().min(MAX_BETWEEN));
         (position..end).find(|at| !self.committed(*at).is_some_and(EntryWord::is_fence)).unwrap_or(end)
     }
 
@@ -707,19 +726,21 @@ mod tests {
 
     const SLOTS: u64 = 1024;
 
-    fn log(unit_bits: u32) -> ManyLog {
+    fn log(slots: u64, unit_bits: u32) -> ManyLog {
         let header = Shared::<[LogHeader]>::zeroed(1).part(|headers| &headers[0]);
         header.format(0);
         let readers = Shared::<[CursorsHeader]>::zeroed(1).part(|headers| &headers[0]);
-        ManyLog::new(header, readers, Shared::zeroed(1), Ring::new(Shared::zeroed(SLOTS as usize)), unit_bits, 1)
+        ManyLog::new(header, readers, Shared::zeroed(1), Ring::new(Shared::zeroed(slots as usize)), unit_bits, 1)
     }
 
-    /// A ring whose walk never ends, as where somebody keeps committing ahead of it: there is only one lap to tell apart.
+    /// A log whose walk never ends once it is filled, as where somebody keeps committing ahead of it: there is only one lap to tell
+    /// apart.
     fn endless_log() -> ManyLog {
-        let log = log(63 - COUNT_BITS);
-        let word = log.format.word(0, 1, 0);
-        (0..SLOTS).for_each(|at| log.ring.at(at).word.store(word.raw, Ordering::Relaxed));
-        log
+        log(SLOTS, 63 - COUNT_BITS)
+    }
+
+    fn fill(log: &ManyLog, word: EntryWord) {
+        (0..log.ring.len()).for_each(|at| log.ring.at(at).word.store(word.raw, Ordering::Relaxed));
     }
 
     fn writer(log: &ManyLog) -> Writer {
@@ -729,7 +750,9 @@ mod tests {
 
     #[test]
     fn a_publisher_gives_up_where_others_commit_ahead_of_it_for_ever() {
-        let mut writer = writer(&endless_log());
+        let log = endless_log();
+        let mut writer = writer(&log);
+        fill(&log, log.format.word(0, 1, 0));
         for mut steps in [1, SLOTS, 10 * SLOTS] {
             let before = writer.at().position;
             assert_eq!(writer.walk_to_free(&mut steps), Err(Stop::Corrupt("its publishers leave no entry free")));
@@ -740,8 +763,28 @@ mod tests {
     }
 
     #[test]
+    fn a_tail_is_not_far_from_a_checkpoint() {
+        let log = endless_log();
+        fill(&log, log.format.word(0, 1, 0));
+        let at = |position| Some(Place { position, sequence: position });
+        assert_eq!(log.tail_from(None), at(LOOK_BACK_EVERY));
+        // Who runs on leaves checkpoints.
+        log.header.store_checkpoint(1, Place { position: LOOK_BACK_EVERY - MAX_SLACK, sequence: 7 });
+        assert_eq!(log.tail_within(Some(Place::default()), &mut (3 * LOOK_BACK_EVERY)), at(2 * LOOK_BACK_EVERY));
+    }
+
+    #[test]
+    fn a_ring_of_fences_is_not_walked_round() {
+        for (slots, passed) in [(SLOTS, SLOTS), (4 * MAX_BETWEEN, MAX_BETWEEN)] {
+            let log = log(slots, 20);
+            fill(&log, log.format.fence(0, 3));
+            assert_eq!(log.past_fences(0), passed);
+        }
+    }
+
+    #[test]
     fn a_publisher_is_where_it_was_after_many_laps_of_others() {
-        let log = log(20);
+        let log = log(SLOTS, 20);
         let (mut others, mut slow) = (writer(&log), writer(&log));
         let publish = |writer: &mut Writer| loop {
             let expected = writer.walk_to_free(&mut SLOTS.clone()).unwrap();
@@ -758,7 +801,9 @@ mod tests {
 
     #[test]
     fn a_reader_walks_a_lap_at_most_and_goes_on_where_it_stopped() {
-        let mut reader = Reader::new(endless_log(), 5, 50);
+        let log = endless_log();
+        fill(&log, log.format.word(0, 1, 0));
+        let mut reader = Reader::new(log, 5, 50);
         for lap in 1..4 {
             assert_eq!(reader.walk_to(u64::MAX, &mut SLOTS.clone()), None);
             assert_eq!(reader.next(), Place { position: 5 + lap * SLOTS, sequence: 50 + lap * SLOTS });
