@@ -41,8 +41,11 @@ pub(crate) const MOMENT: Duration = Duration::from_millis(5);
 /// part in deadlines, and delays nobody else that the same thread serves.
 pub(crate) const PASSED_OVER: usize = 64;
 
-/// Polls between two looks at the clock.
+/// Polls between two looks at the clock, at most.
 const POLLS_PER_LOOK: u32 = 64;
+
+/// How many times more of them there are after those before took hardly any time.
+const MORE_POLLS: u32 = 8;
 
 /// Polls until there is a result or the deadline has passed. `state` is what `poll` works on and what owns the bell.
 pub(crate) fn until<S, R>(
@@ -142,10 +145,11 @@ fn spin<S, R>(
     deadline: Option<Instant>,
     poll: &mut impl FnMut(&mut S) -> Option<R>,
 ) -> Option<Option<R>> {
-    // Set at the first look at the clock: what comes within the first polls should not wait for it.
-    let mut spin_end = None;
+    // Set at the first look at the clock: what comes with the first poll should not wait for it.
+    let (mut spin_end, mut looked_at) = (None, None);
+    let mut polls = 1;
     loop {
-        for _ in 0..POLLS_PER_LOOK {
+        for _ in 0..polls {
             if let Some(result) = poll(state) {
                 return Some(Some(result));
             }
@@ -161,6 +165,9 @@ fn spin<S, R>(
         if wait == Wait::Adaptive && now >= *spin_end.get_or_insert(now + SPIN) {
             return None;
         }
+        // What a poll costs may be up to others; before the second look nothing is known about it.
+        let is_cheap = looked_at.replace(now).is_some_and(|last| now - last < SPIN / MORE_POLLS);
+        polls = if is_cheap { (polls * MORE_POLLS).min(POLLS_PER_LOOK) } else { 1 };
     }
 }
 
@@ -190,4 +197,22 @@ fn park<S, R>(
 fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::thread::sleep;
+
+    #[test]
+    fn a_deadline_waits_for_no_more_than_one_long_poll() {
+        let (deadline, mut long_ones) = (Instant::now() + Duration::from_millis(30), 0);
+        let seen = until_seen(&mut long_ones, Wait::Spin, Some(deadline), |long_ones| {
+            *long_ones += 1;
+            sleep(Duration::from_millis(20));
+            None::<()>
+        });
+        assert_eq!(seen, None);
+        assert!(long_ones <= 2, "{long_ones} polls of 20 ms each in 30 ms");
+    }
 }

@@ -29,6 +29,7 @@ fn role() {
     match role.as_str() {
         "flood" => flood(&arguments),
         "rival" => rival(&arguments),
+        "returner" => returner(&arguments),
         _ => panic!("no role {role}"),
     }
 }
@@ -70,6 +71,22 @@ fn rival(arguments: &str) {
     while consumer.recv().is_ok() {}
 }
 
+/// Role: takes all there is and gives it back, to be taken again when the test is over. Arguments: topic and group.
+fn returner(arguments: &str) {
+    end_with_the_test();
+    let (topic, group) = arguments.split_once(' ').unwrap();
+    let bus = Bus::open_default().unwrap();
+    let mut consumer = bus.consumer(Topic::<[u8]>::named(topic), group).existing().open().unwrap();
+    say("open");
+    for count in 0.. {
+        let Ok(delivery) = consumer.recv() else { return };
+        delivery.nack_after(Duration::from_secs(3600)).unwrap();
+        if count == 1 << 16 {
+            say("half");
+        }
+    }
+}
+
 /// A flooded topic; one at a time, since each takes all the processors there are.
 struct Flooded {
     scene: Scene,
@@ -79,14 +96,18 @@ struct Flooded {
 
 impl Flooded {
     fn new(mode: Mode, name: &str) -> Flooded {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let turn = Flooded::turn();
         let scene = Scene::new("floods");
         let publishers = if mode == Mode::Many { 3 } else { 1 };
         let mut processes: Vec<Process> =
             (0..publishers).map(|_| scene.start("flood", &format!("{name} {mode}"))).collect();
         processes.iter_mut().for_each(|process| process.expect("open"));
         Flooded { scene, _processes: processes, _turn: turn }
+    }
+
+    fn turn() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -264,4 +285,33 @@ fn what_lies_behind_many_expired_messages_is_found_in_one_call() {
             delivery.ack().unwrap();
         }
     }
+}
+
+#[test]
+fn a_consumer_keeps_its_deadline_while_another_one_gives_back_a_long_window() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let jobs = || Topic::<[u8]>::named("jobs");
+    let mut publisher = bus.publisher(jobs().messages(1 << 18).bytes(1 << 16)).unwrap();
+    let options = GroupOptions::new().window(1 << 18);
+    let mut mine = bus.consumer(jobs(), "group").options(options).max_in_flight(1).open().unwrap().into_iter();
+    for _ in 0..(1 << 18) / BATCH {
+        publisher.publish_batch([&b"a job"[..]; BATCH]).unwrap();
+    }
+    // What is in hand holds the floor, so that every look at what was handed out sees all of it.
+    let in_hand = mine.recv_timeout(LIMIT).unwrap();
+    let mut returner = scene.start("returner", "jobs group");
+    returner.expect("open");
+    returner.expect("half");
+    let mut took: Vec<Duration> = Vec::new();
+    for _ in 0..8 {
+        let start = Instant::now();
+        assert_eq!(mine.recv_timeout(SOON).map(|_| ()), Err(RecvError::TimedOut));
+        took.push(start.elapsed());
+    }
+    took.sort();
+    // Half of them: this machine may be busy, and the other one may have come to an end.
+    assert!(took[took.len() / 2] < 6 * SOON, "receives of {SOON:?} took {took:?}");
+    in_hand.ack().unwrap();
 }
