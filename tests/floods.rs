@@ -1,5 +1,6 @@
-//! Publishers that flood a topic with messages nobody is to have: whoever waits there keeps its deadline, and whatever else its
-//! thread serves is not delayed (SPEC §7.4). What is to be had behind such messages is found all the same.
+//! Clients that flood a topic with messages nobody is to have, give messages back without end, or create and remove topics all the
+//! time: whoever waits keeps its deadline, and whatever else its thread serves is not delayed (SPEC §7.4). What is to be had behind
+//! such messages is found all the same.
 
 mod common;
 
@@ -30,6 +31,7 @@ fn role() {
         "flood" => flood(&arguments),
         "rival" => rival(&arguments),
         "returner" => returner(&arguments),
+        "flicker" => flicker(&arguments),
         _ => panic!("no role {role}"),
     }
 }
@@ -85,6 +87,24 @@ fn returner(arguments: &str) {
             say("half");
         }
     }
+}
+
+/// Role: creates and removes topics as fast as it can. Argument: what their names begin with.
+fn flicker(prefix: &str) {
+    end_with_the_test();
+    let bus = Bus::open_default().unwrap();
+    let end = Instant::now() + FLOOD;
+    say("open");
+    for number in 0.. {
+        let name = format!("{prefix}{}", number % 8);
+        drop(bus.publisher(topic(Mode::Many, &name)).unwrap());
+        bus.remove_topic(&name, true).unwrap();
+        if Instant::now() >= end {
+            break;
+        }
+    }
+    say("over");
+    std::thread::sleep(LIMIT);
 }
 
 /// A flooded topic; one at a time, since each takes all the processors there are.
@@ -314,4 +334,44 @@ fn a_consumer_keeps_its_deadline_while_another_one_gives_back_a_long_window() {
     // Half of them: this machine may be busy, and the other one may have come to an end.
     assert!(took[took.len() / 2] < 6 * SOON, "receives of {SOON:?} took {took:?}");
     in_hand.ack().unwrap();
+}
+
+#[test]
+fn a_route_keeps_its_deadline_and_serves_its_inputs_while_topics_come_and_go() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let mut route = bus.route("mixed.*", "routed").open().unwrap();
+    let mut flickers: Vec<Process> = (0..3).map(|at| scene.start("flicker", &format!("mixed.flicker-{at}-"))).collect();
+    flickers.iter_mut().for_each(|flicker| flicker.expect("open"));
+    for _ in 0..3 {
+        calm.publish(b"an input").unwrap();
+        assert!(promptly("an input", || route.step(LIMIT).unwrap()));
+        assert!(!promptly("a step", || route.step(SOON).unwrap()));
+    }
+}
+
+#[test]
+fn a_route_of_a_pattern_passes_over_what_cannot_be_its_input() {
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let refused =
+        |name: &str| drop(bus.publisher(topic(Mode::Many, name).full(shmbus::Full::Overwrite).hold()).unwrap());
+    refused("mixed.first");
+    let mut route = bus.route("mixed.*", "routed").open().unwrap();
+    refused("mixed.second");
+    calm.publish(b"an input").unwrap();
+    assert!(route.step(LIMIT).unwrap());
+    let passed_over: Vec<&str> = route.passed_over().map(|(topic, _)| topic).collect();
+    assert_eq!(passed_over, ["mixed.first", "mixed.second"]);
+    assert_eq!(route.topics().collect::<Vec<_>>(), ["mixed.calm"]);
+    assert!(!route.step(SOON).unwrap());
+    assert_eq!((route.counts().routed, route.counts().passed_over), (1, 2));
+    // Created anew, it is another topic.
+    bus.remove_topic("mixed.first", true).unwrap();
+    let mut first = bus.publisher(topic(Mode::Many, "mixed.first")).unwrap();
+    first.publish(b"an input").unwrap();
+    assert!(route.step(LIMIT).unwrap());
 }
