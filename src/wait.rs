@@ -122,13 +122,17 @@ pub(crate) fn until_any<S: ?Sized, R>(
         let armed = arm_all(&armed_bells);
         let again = match look(state) {
             Look::Found(result) => return Some(result),
-            Look::OtherBells => continue,
+            // Whoever brings new ones all the time moves no deadline.
+            Look::OtherBells => Some(Duration::ZERO),
             Look::Within(again) => Some(again),
             Look::Nothing => None,
         };
         let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if limit.is_some_and(|limit| limit.is_zero()) {
             return None;
+        }
+        if again == Some(Duration::ZERO) {
+            continue;
         }
         // Still those to wait on: `look` would have said otherwise.
         sleep_any(&armed_bells, armed, limit.into_iter().chain(again).min());
@@ -214,5 +218,14 @@ mod tests {
         });
         assert_eq!(seen, None);
         assert!(long_ones <= 2, "{long_ones} polls of 20 ms each in 30 ms");
+    }
+
+    #[test]
+    fn bells_that_are_others_all_the_time_move_no_deadline() {
+        let deadline = Instant::now() + Duration::from_millis(10);
+        for wait in [Wait::Adaptive, Wait::Park] {
+            let seen = until_any(&mut (), wait, Some(deadline), |_, _| {}, |_| Look::<()>::OtherBells);
+            assert_eq!(seen, None);
+        }
     }
 }

@@ -9,7 +9,9 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Process, Scene, end_with_the_test, mode_of, of_mode, say};
-use shmbus::{Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError};
+use shmbus::{
+    Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
+};
 
 /// A flood ends by itself after so long: then even who cannot get past it is through.
 const FLOOD: Duration = Duration::from_secs(10);
@@ -350,6 +352,58 @@ fn a_route_keeps_its_deadline_and_serves_its_inputs_while_topics_come_and_go() {
         assert!(promptly("an input", || route.step(LIMIT).unwrap()));
         assert!(!promptly("a step", || route.step(SOON).unwrap()));
     }
+}
+
+#[test]
+fn a_wildcard_keeps_its_deadline_and_its_topics_while_others_come_and_go() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut wildcard = bus.wildcard::<[u8]>("mixed.*").open().unwrap();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let mut flickers: Vec<Process> = (0..3).map(|at| scene.start("flicker", &format!("mixed.flicker-{at}-"))).collect();
+    flickers.iter_mut().for_each(|flicker| flicker.expect("open"));
+    for _ in 0..3 {
+        calm.publish(b"to a wildcard").unwrap();
+        promptly("a message", || assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"to a wildcard"));
+        let late = promptly("a receive", || wildcard.recv_timeout(SOON).map(|_| ()));
+        assert!(matches!(late, Err(WildcardError::TimedOut)), "{late:?}");
+    }
+}
+
+#[test]
+fn a_wildcard_takes_many_topics_at_once_one_after_the_other() {
+    // More than a look takes or lets go of.
+    const TOPICS: usize = 50;
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let open = || bus.wildcard::<[u8]>("many.*").open().unwrap();
+    let (mut waited, mut looked, mut served) = (open(), open(), open());
+    for number in 0..TOPICS {
+        let mut publisher = bus.publisher(topic(Mode::Many, &format!("many.{number}"))).unwrap();
+        publisher.publish(&[number as u8]).unwrap();
+    }
+    let all: Vec<u8> = (0..TOPICS as u8).collect();
+    let sorted = |mut seen: Vec<u8>| {
+        seen.sort();
+        seen
+    };
+    let mut seen: Vec<u8> = (0..TOPICS).map(|_| waited.recv_timeout(LIMIT).unwrap()[0]).collect();
+    assert_eq!(sorted(seen), all);
+    // Whoever has been told that there is nothing has been told the truth.
+    seen = std::iter::from_fn(|| looked.try_recv().unwrap().map(|message| message[0])).collect();
+    assert_eq!(sorted(seen), all);
+    seen = Vec::new();
+    while wait_any(&mut [&mut served], Some(SOON)).is_some() {
+        seen.extend(served.try_recv().unwrap().map(|message| message[0]));
+    }
+    assert_eq!(sorted(seen), all);
+    for number in 0..TOPICS {
+        bus.remove_topic(&format!("many.{number}"), true).unwrap();
+    }
+    assert!(matches!(waited.recv_timeout(SOON), Err(WildcardError::TimedOut)));
+    assert!(looked.try_recv().unwrap().is_none());
+    assert_eq!((waited.topics().count(), looked.topics().count()), (0, 0));
 }
 
 #[test]

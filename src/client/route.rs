@@ -345,7 +345,7 @@ impl Route {
     fn find_topics(&mut self) -> Result<(), RouteError> {
         if let Some(arrivals) = &mut self.arrivals {
             // Before the list, which then has them all.
-            arrivals.take().map_err(OpenError::from)?;
+            arrivals.take();
         }
         let topics = self.plan.topics()?;
         self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
