@@ -41,8 +41,11 @@ pub(crate) const MOMENT: Duration = Duration::from_millis(5);
 /// part in deadlines, and delays nobody else that the same thread serves.
 pub(crate) const PASSED_OVER: usize = 64;
 
-/// Polls between two looks at the clock.
+/// Polls between two looks at the clock, at most.
 const POLLS_PER_LOOK: u32 = 64;
+
+/// How many times more of them there are after those before took hardly any time.
+const MORE_POLLS: u32 = 8;
 
 /// Polls until there is a result or the deadline has passed. `state` is what `poll` works on and what owns the bell.
 pub(crate) fn until<S, R>(
@@ -119,13 +122,17 @@ pub(crate) fn until_any<S: ?Sized, R>(
         let armed = arm_all(&armed_bells);
         let again = match look(state) {
             Look::Found(result) => return Some(result),
-            Look::OtherBells => continue,
+            // Whoever brings new ones all the time moves no deadline.
+            Look::OtherBells => Some(Duration::ZERO),
             Look::Within(again) => Some(again),
             Look::Nothing => None,
         };
         let limit = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if limit.is_some_and(|limit| limit.is_zero()) {
             return None;
+        }
+        if again == Some(Duration::ZERO) {
+            continue;
         }
         // Still those to wait on: `look` would have said otherwise.
         sleep_any(&armed_bells, armed, limit.into_iter().chain(again).min());
@@ -142,10 +149,11 @@ fn spin<S, R>(
     deadline: Option<Instant>,
     poll: &mut impl FnMut(&mut S) -> Option<R>,
 ) -> Option<Option<R>> {
-    // Set at the first look at the clock: what comes within the first polls should not wait for it.
-    let mut spin_end = None;
+    // Set at the first look at the clock: what comes with the first poll should not wait for it.
+    let (mut spin_end, mut looked_at) = (None, None);
+    let mut polls = 1;
     loop {
-        for _ in 0..POLLS_PER_LOOK {
+        for _ in 0..polls {
             if let Some(result) = poll(state) {
                 return Some(Some(result));
             }
@@ -161,6 +169,9 @@ fn spin<S, R>(
         if wait == Wait::Adaptive && now >= *spin_end.get_or_insert(now + SPIN) {
             return None;
         }
+        // What a poll costs may be up to others; before the second look nothing is known about it.
+        let is_cheap = looked_at.replace(now).is_some_and(|last| now - last < SPIN / MORE_POLLS);
+        polls = if is_cheap { (polls * MORE_POLLS).min(POLLS_PER_LOOK) } else { 1 };
     }
 }
 
@@ -190,4 +201,31 @@ fn park<S, R>(
 fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::thread::sleep;
+
+    #[test]
+    fn a_deadline_waits_for_no_more_than_one_long_poll() {
+        let (deadline, mut long_ones) = (Instant::now() + Duration::from_millis(30), 0);
+        let seen = until_seen(&mut long_ones, Wait::Spin, Some(deadline), |long_ones| {
+            *long_ones += 1;
+            sleep(Duration::from_millis(20));
+            None::<()>
+        });
+        assert_eq!(seen, None);
+        assert!(long_ones <= 2, "{long_ones} polls of 20 ms each in 30 ms");
+    }
+
+    #[test]
+    fn bells_that_are_others_all_the_time_move_no_deadline() {
+        let deadline = Instant::now() + Duration::from_millis(10);
+        for wait in [Wait::Adaptive, Wait::Park] {
+            let seen = until_any(&mut (), wait, Some(deadline), |_, _| {}, |_| Look::<()>::OtherBells);
+            assert_eq!(seen, None);
+        }
+    }
 }

@@ -1,5 +1,6 @@
-//! Publishers that flood a topic with messages nobody is to have: whoever waits there keeps its deadline, and whatever else its
-//! thread serves is not delayed (SPEC §7.4). What is to be had behind such messages is found all the same.
+//! Clients that flood a topic with messages nobody is to have, give messages back without end, or create and remove topics all the
+//! time: whoever waits keeps its deadline, and whatever else its thread serves is not delayed (SPEC §7.4). What is to be had behind
+//! such messages is found all the same.
 
 mod common;
 
@@ -8,7 +9,9 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Process, Scene, end_with_the_test, mode_of, of_mode, say};
-use shmbus::{Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError};
+use shmbus::{
+    Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
+};
 
 /// A flood ends by itself after so long: then even who cannot get past it is through.
 const FLOOD: Duration = Duration::from_secs(10);
@@ -29,6 +32,8 @@ fn role() {
     match role.as_str() {
         "flood" => flood(&arguments),
         "rival" => rival(&arguments),
+        "returner" => returner(&arguments),
+        "flicker" => flicker(&arguments),
         _ => panic!("no role {role}"),
     }
 }
@@ -70,6 +75,40 @@ fn rival(arguments: &str) {
     while consumer.recv().is_ok() {}
 }
 
+/// Role: takes all there is and gives it back, to be taken again when the test is over. Arguments: topic and group.
+fn returner(arguments: &str) {
+    end_with_the_test();
+    let (topic, group) = arguments.split_once(' ').unwrap();
+    let bus = Bus::open_default().unwrap();
+    let mut consumer = bus.consumer(Topic::<[u8]>::named(topic), group).existing().open().unwrap();
+    say("open");
+    for count in 0.. {
+        let Ok(delivery) = consumer.recv() else { return };
+        delivery.nack_after(Duration::from_secs(3600)).unwrap();
+        if count == 1 << 16 {
+            say("half");
+        }
+    }
+}
+
+/// Role: creates and removes topics as fast as it can. Argument: what their names begin with.
+fn flicker(prefix: &str) {
+    end_with_the_test();
+    let bus = Bus::open_default().unwrap();
+    let end = Instant::now() + FLOOD;
+    say("open");
+    for number in 0.. {
+        let name = format!("{prefix}{}", number % 8);
+        drop(bus.publisher(topic(Mode::Many, &name)).unwrap());
+        bus.remove_topic(&name, true).unwrap();
+        if Instant::now() >= end {
+            break;
+        }
+    }
+    say("over");
+    std::thread::sleep(LIMIT);
+}
+
 /// A flooded topic; one at a time, since each takes all the processors there are.
 struct Flooded {
     scene: Scene,
@@ -79,14 +118,18 @@ struct Flooded {
 
 impl Flooded {
     fn new(mode: Mode, name: &str) -> Flooded {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let turn = Flooded::turn();
         let scene = Scene::new("floods");
         let publishers = if mode == Mode::Many { 3 } else { 1 };
         let mut processes: Vec<Process> =
             (0..publishers).map(|_| scene.start("flood", &format!("{name} {mode}"))).collect();
         processes.iter_mut().for_each(|process| process.expect("open"));
         Flooded { scene, _processes: processes, _turn: turn }
+    }
+
+    fn turn() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -264,4 +307,125 @@ fn what_lies_behind_many_expired_messages_is_found_in_one_call() {
             delivery.ack().unwrap();
         }
     }
+}
+
+#[test]
+fn a_consumer_keeps_its_deadline_while_another_one_gives_back_a_long_window() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let jobs = || Topic::<[u8]>::named("jobs");
+    let mut publisher = bus.publisher(jobs().messages(1 << 18).bytes(1 << 16)).unwrap();
+    let options = GroupOptions::new().window(1 << 18);
+    let mut mine = bus.consumer(jobs(), "group").options(options).max_in_flight(1).open().unwrap().into_iter();
+    for _ in 0..(1 << 18) / BATCH {
+        publisher.publish_batch([&b"a job"[..]; BATCH]).unwrap();
+    }
+    // What is in hand holds the floor, so that every look at what was handed out sees all of it.
+    let in_hand = mine.recv_timeout(LIMIT).unwrap();
+    let mut returner = scene.start("returner", "jobs group");
+    returner.expect("open");
+    returner.expect("half");
+    let mut took: Vec<Duration> = Vec::new();
+    for _ in 0..8 {
+        let start = Instant::now();
+        assert_eq!(mine.recv_timeout(SOON).map(|_| ()), Err(RecvError::TimedOut));
+        took.push(start.elapsed());
+    }
+    took.sort();
+    // Half of them: this machine may be busy, and the other one may have come to an end.
+    assert!(took[took.len() / 2] < 6 * SOON, "receives of {SOON:?} took {took:?}");
+    in_hand.ack().unwrap();
+}
+
+#[test]
+fn a_route_keeps_its_deadline_and_serves_its_inputs_while_topics_come_and_go() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let mut route = bus.route("mixed.*", "routed").open().unwrap();
+    let mut flickers: Vec<Process> = (0..3).map(|at| scene.start("flicker", &format!("mixed.flicker-{at}-"))).collect();
+    flickers.iter_mut().for_each(|flicker| flicker.expect("open"));
+    for _ in 0..3 {
+        calm.publish(b"an input").unwrap();
+        assert!(promptly("an input", || route.step(LIMIT).unwrap()));
+        assert!(!promptly("a step", || route.step(SOON).unwrap()));
+    }
+}
+
+#[test]
+fn a_wildcard_keeps_its_deadline_and_its_topics_while_others_come_and_go() {
+    let _turn = Flooded::turn();
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut wildcard = bus.wildcard::<[u8]>("mixed.*").open().unwrap();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let mut flickers: Vec<Process> = (0..3).map(|at| scene.start("flicker", &format!("mixed.flicker-{at}-"))).collect();
+    flickers.iter_mut().for_each(|flicker| flicker.expect("open"));
+    for _ in 0..3 {
+        calm.publish(b"to a wildcard").unwrap();
+        promptly("a message", || assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"to a wildcard"));
+        let late = promptly("a receive", || wildcard.recv_timeout(SOON).map(|_| ()));
+        assert!(matches!(late, Err(WildcardError::TimedOut)), "{late:?}");
+    }
+}
+
+#[test]
+fn a_wildcard_takes_many_topics_at_once_one_after_the_other() {
+    // More than a look takes or lets go of.
+    const TOPICS: usize = 50;
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let open = || bus.wildcard::<[u8]>("many.*").open().unwrap();
+    let (mut waited, mut looked, mut served) = (open(), open(), open());
+    for number in 0..TOPICS {
+        let mut publisher = bus.publisher(topic(Mode::Many, &format!("many.{number}"))).unwrap();
+        publisher.publish(&[number as u8]).unwrap();
+    }
+    let all: Vec<u8> = (0..TOPICS as u8).collect();
+    let sorted = |mut seen: Vec<u8>| {
+        seen.sort();
+        seen
+    };
+    let mut seen: Vec<u8> = (0..TOPICS).map(|_| waited.recv_timeout(LIMIT).unwrap()[0]).collect();
+    assert_eq!(sorted(seen), all);
+    // Whoever has been told that there is nothing has been told the truth.
+    seen = std::iter::from_fn(|| looked.try_recv().unwrap().map(|message| message[0])).collect();
+    assert_eq!(sorted(seen), all);
+    seen = Vec::new();
+    while wait_any(&mut [&mut served], Some(SOON)).is_some() {
+        seen.extend(served.try_recv().unwrap().map(|message| message[0]));
+    }
+    assert_eq!(sorted(seen), all);
+    for number in 0..TOPICS {
+        bus.remove_topic(&format!("many.{number}"), true).unwrap();
+    }
+    assert!(matches!(waited.recv_timeout(SOON), Err(WildcardError::TimedOut)));
+    assert!(looked.try_recv().unwrap().is_none());
+    assert_eq!((waited.topics().count(), looked.topics().count()), (0, 0));
+}
+
+#[test]
+fn a_route_of_a_pattern_passes_over_what_cannot_be_its_input() {
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut calm = bus.publisher(topic(Mode::Many, "mixed.calm")).unwrap();
+    let refused =
+        |name: &str| drop(bus.publisher(topic(Mode::Many, name).full(shmbus::Full::Overwrite).hold()).unwrap());
+    refused("mixed.first");
+    let mut route = bus.route("mixed.*", "routed").open().unwrap();
+    refused("mixed.second");
+    calm.publish(b"an input").unwrap();
+    assert!(route.step(LIMIT).unwrap());
+    let passed_over: Vec<&str> = route.passed_over().map(|(topic, _)| topic).collect();
+    assert_eq!(passed_over, ["mixed.first", "mixed.second"]);
+    assert_eq!(route.topics().collect::<Vec<_>>(), ["mixed.calm"]);
+    assert!(!route.step(SOON).unwrap());
+    assert_eq!((route.counts().routed, route.counts().passed_over), (1, 2));
+    // Created anew, it is another topic.
+    bus.remove_topic("mixed.first", true).unwrap();
+    let mut first = bus.publisher(topic(Mode::Many, "mixed.first")).unwrap();
+    first.publish(b"an input").unwrap();
+    assert!(route.step(LIMIT).unwrap());
 }

@@ -38,6 +38,10 @@ const INBOX_MESSAGES: u64 = 64;
 /// The largest reply where nothing else is asked for.
 const REPLY_BYTES: u64 = 256 << 10;
 
+/// The largest reply that can be asked for: every responder makes so much memory its own for every requester, and anybody may
+/// name an inbox.
+const MAX_REPLY_BYTES: u64 = 64 << 20;
+
 /// Publishers to inboxes that a responder keeps open.
 const KEPT_INBOXES: usize = 64;
 
@@ -102,12 +106,16 @@ impl Bus {
         self.requester_for(topic, REPLY_BYTES)
     }
 
-    /// The same for replies of up to `reply_bytes`: so much memory is reserved for each responder that replies.
+    /// The same for replies of up to `reply_bytes`, at most 64 MiB: so much memory is reserved for each responder that replies.
     ///
     /// # Errors
-    /// As [`Self::requester`].
+    /// `reply_bytes` is more than that ([`Refusal::Options`]); otherwise as [`Self::requester`].
     pub fn requester_for(&self, topic: Topic<[u8]>, reply_bytes: u64) -> Result<Requester, OpenError> {
         let name = topic.name().to_owned();
+        if reply_bytes > MAX_REPLY_BYTES {
+            let problem = format!("replies have at most {MAX_REPLY_BYTES} bytes, asked for {reply_bytes}");
+            return Err(Refusal::Options { topic: name, problem }.into());
+        }
         let requests = self.publisher(topic.envelope())?;
         check_options(&name, requests.topic_options())?;
         let inbox = format!("{INBOX}{:016x}", crate::coordinator::random_u64());
@@ -155,6 +163,21 @@ impl Bus {
         check_options(topic.name(), requests.topic_options())?;
         Ok(Responder { requests, replies: Replies::new(self) })
     }
+}
+
+/// Whoever replies takes the memory of whatever inbox a request names, while others wait: it has to be like those that requesters
+/// make.
+fn check_inbox(inbox: &str, options: &TopicOptions) -> Result<(), OpenError> {
+    let TopicOptions { mode, messages, bytes, envelope, .. } = *options;
+    if mode == Mode::Many && envelope && messages <= INBOX_MESSAGES && bytes <= MAX_REPLY_BYTES {
+        return Ok(());
+    }
+    let kind = if envelope { "with envelopes" } else { "without envelopes" };
+    let problem = format!(
+        "no requester's inbox: it is {mode} {kind}, for {messages} messages and {bytes} bytes; expected one for many with envelopes, for \
+         at most {INBOX_MESSAGES} messages and {MAX_REPLY_BYTES} bytes"
+    );
+    Err(Refusal::Options { topic: inbox.to_owned(), problem }.into())
 }
 
 /// Requests need headers, and to know who reads.
@@ -424,7 +447,7 @@ impl Replies {
         if self.inboxes.len() >= KEPT_INBOXES {
             self.inboxes.pop_front();
         }
-        match self.bus.existing_publisher(Topic::named(inbox)) {
+        match self.bus.existing_publisher(Topic::named(inbox), |options| check_inbox(inbox, options)) {
             Ok(publisher) => Ok(publisher),
             Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => Err(ReplyError::Gone),
             Err(error) => Err(ReplyError::Open(error)),

@@ -266,7 +266,7 @@ impl Core {
 
     /// Whether no more leases have not ended than this consumer and its group may have.
     fn has_room_for_all(&self, now: u64) -> bool {
-        self.is_within_group_limit(now)
+        self.beyond_group_limit(now) == 0
             && (self.max_in_flight == u64::MAX || self.ledger.leased(Some(self.me), now) <= self.max_in_flight)
     }
 

@@ -392,6 +392,11 @@ impl<T: Payload + ?Sized> Consumer<T> {
         (!self.core.items.is_empty()).then(|| Delivery::new(&mut self.core))
     }
 
+    /// Whether the topic is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.core.gone().is_some()
+    }
+
     /// How long to sleep at most before the next look; `None`: until the bell rings.
     pub(crate) fn nap(&self) -> Option<Duration> {
         self.core.nap()

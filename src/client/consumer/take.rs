@@ -99,7 +99,9 @@ impl Core {
         }
         let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
         let taken = taken || !self.left_off && self.take_idle(count, now)?;
+        let taken = if self.group.options.max_in_flight > 0 { self.keep_group_limit() } else { taken };
         let taken = if self.group.options.exclusive { self.confirm_taken(taken) } else { taken };
+        self.left_off |= !taken && self.moves.are_left_over(now);
         if taken || self.left_off { Ok(taken) } else { self.nothing() }
     }
 
@@ -241,8 +243,7 @@ impl Core {
             settled.then(|| seen.settled())
         } else {
             let now = if self.copies.bytes(body).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
-            let lease = self.ledger.take(seen, self.me, self.lease_end(now));
-            lease.filter(|lease| at_most_once || self.fits_group_limit(*lease, now))
+            self.ledger.take(seen, self.me, self.lease_end(now))
         };
         let Some(lease) = taken else {
             self.copies.undo(body);
@@ -357,28 +358,37 @@ impl Core {
         }
     }
 
-    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise.
-    #[inline]
-    fn fits_group_limit(&self, lease: Seen, now: u64) -> bool {
-        if self.is_within_group_limit(now) {
-            return true;
+    /// Gives back what was taken beyond what the group may have, counted once for all of it. Whether something is left.
+    fn keep_group_limit(&mut self) -> bool {
+        // At most once nothing is leased.
+        if self.items.is_empty() || self.guarantee() == Guarantee::AtMostOnce {
+            return !self.items.is_empty();
         }
-        self.ledger.give_back_unseen(lease, now);
-        self.ring_readers();
-        false
+        let now = clock::now_ms();
+        let beyond = self.beyond_group_limit(now).min(self.items.len() as u64);
+        for _ in 0..beyond {
+            let Some(item) = self.items.pop() else { break };
+            self.copies.undo(item.body);
+            self.ledger.give_back_unseen(item.lease, now);
+            self.in_flight = self.in_flight.saturating_sub(1);
+        }
+        if beyond > 0 {
+            self.ring_readers();
+            self.scan.look_again(now);
+        }
+        !self.items.is_empty()
     }
 
-    /// Whether the group has no more leases than it may have, after one was added. Two consumers that add the last one at
+    /// How many leases the group has more than it may have, after some were added. Two consumers that add the last one at
     /// the same time both count after their swap, so at least one of them sees both.
-    #[inline]
-    pub(super) fn is_within_group_limit(&self, now: u64) -> bool {
+    pub(super) fn beyond_group_limit(&self, now: u64) -> u64 {
         let most = u64::from(self.group.options.max_in_flight);
         if most == 0 {
-            return true;
+            return 0;
         }
         // SeqCst: R-COUNTED, then A-COUNTED; pairs with the same fence of another consumer.
-        // Store, then look: our lease, then everybody's. Of two, at least one sees both.
+        // Store, then look: our leases, then everybody's. Of two, at least one sees both.
         fence(Ordering::SeqCst);
-        self.ledger.leased(None, now) <= most
+        self.ledger.leased(None, now).saturating_sub(most)
     }
 }

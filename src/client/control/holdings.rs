@@ -76,13 +76,18 @@ impl Holdings {
         }
     }
 
-    /// A handle was closed.
-    pub(crate) fn closed(&mut self, handle: HandleRef) {
+    /// Whether there are handles on a topic.
+    pub(crate) fn has(&self, topic: u64) -> bool {
+        self.topics.contains_key(&topic)
+    }
+
+    /// A handle was closed. Its topic, if that has no other.
+    pub(crate) fn closed(&mut self, handle: HandleRef) -> Option<u64> {
         if let HandleRef::Wildcard { wildcard } = handle {
             self.notices.remove(&wildcard);
         }
-        let Some(topic) = handle.topic() else { return };
-        let Some(holding) = self.topics.get_mut(&topic) else { return };
+        let topic = handle.topic()?;
+        let holding = self.topics.get_mut(&topic)?;
         holding.handles -= 1;
         // The next subscriber under this number has another one.
         if let HandleRef::Subscriber { cursor, .. } = handle
@@ -90,10 +95,12 @@ impl Holdings {
         {
             self.kept -= 1;
         }
-        if holding.handles == 0 {
-            self.kept -= holding.segments.len();
-            self.topics.remove(&topic);
+        if holding.handles > 0 {
+            return None;
         }
+        self.kept -= holding.segments.len();
+        self.topics.remove(&topic);
+        Some(topic)
     }
 
     /// The coordinator asks for what there is of these topics and wildcard subscriptions.
