@@ -117,6 +117,18 @@ pub(crate) fn until_any<S: ?Sized, R>(
         return outcome;
     }
     loop {
+        // As long as there is more to look at, nobody need ring.
+        loop {
+            match look(state) {
+                Look::Found(result) => return Some(result),
+                Look::Within(again) if again.is_zero() => {
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                        return None;
+                    }
+                }
+                _ => break,
+            }
+        }
         let mut armed_bells = Vec::new();
         bells(state, &mut armed_bells);
         let armed = arm_all(&armed_bells);
@@ -136,9 +148,6 @@ pub(crate) fn until_any<S: ?Sized, R>(
         }
         // Still those to wait on: `look` would have said otherwise.
         sleep_any(&armed_bells, armed, limit.into_iter().chain(again).min());
-        if let Look::Found(result) = look(state) {
-            return Some(result);
-        }
     }
 }
 
@@ -183,6 +192,9 @@ fn park<S, R>(
     mut poll: impl FnMut(&mut S) -> Option<R>,
 ) -> Option<R> {
     loop {
+        if let Some(result) = poll(state) {
+            return Some(result);
+        }
         let armed = bell(state).arm();
         if let Some(result) = poll(state) {
             return Some(result);
@@ -192,9 +204,6 @@ fn park<S, R>(
             return None;
         }
         bell(state).sleep(armed, limit);
-        if let Some(result) = poll(state) {
-            return Some(result);
-        }
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Process, Scene, end_with_the_test, mode_of, of_mode, say};
+use nix::sys::signal::{Signal, kill};
 use shmbus::{
     Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
 };
@@ -428,4 +429,76 @@ fn a_route_of_a_pattern_passes_over_what_cannot_be_its_input() {
     let mut first = bus.publisher(topic(Mode::Many, "mixed.first")).unwrap();
     first.publish(b"an input").unwrap();
     assert!(route.step(LIMIT).unwrap());
+}
+
+#[test]
+fn who_rests_after_a_look_that_left_off_is_not_fenced_and_holds_nobody_back() {
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many, "jobs")).unwrap();
+    let lease = Duration::from_millis(200);
+    let options = GroupOptions::new().dead_letter_expired().lease(lease);
+    let mut resting = group(&bus, "jobs", "g", &options).open().unwrap();
+    let mut other = group(&bus, "jobs", "g", &options).open().unwrap();
+    publish_behind(&mut publisher, b"in time");
+    // Moves have begun that are as good as done, or somebody would ask for our end.
+    assert_eq!(resting.recv_timeout(Duration::ZERO).map(|_| ()), Err(RecvError::TimedOut));
+    let end = Instant::now() + 5 * lease;
+    while let Some(left) = end.checked_duration_since(Instant::now()) {
+        // Nobody but it takes messages, so that those behind are there.
+        let _ = other.recv_timeout(left.min(lease)).map(|delivery| delivery.nack_after(Duration::ZERO));
+    }
+    assert_eq!(resting.recv_timeout(LIMIT).unwrap().as_bytes(), b"in time");
+
+    let mut small = bus.publisher(Topic::<[u8]>::named("small").messages(64).envelope()).unwrap();
+    let consumer = bus.consumer(Topic::<[u8]>::named("small"), "g").open().unwrap();
+    let mut busy = bus.publisher(topic(Mode::Many, "busy")).unwrap();
+    let listener = bus.subscriber(Topic::<[u8]>::named("busy")).open().unwrap();
+    busy.publish(b"a long task").unwrap();
+    (0..64).for_each(|_| drop(small.publish_with(b"too late", &past()).unwrap()));
+    let (let_go, may_go) = channel::<()>();
+    let mut runner = Runner::new();
+    runner.consume(consumer, |_| Ok(()));
+    runner.subscribe(listener, move |_| drop(may_go.recv()));
+    let running = runner.spawn().unwrap();
+    // While the other handler is at work, there is room where everything has been settled.
+    promptly("a publish", || small.publish(b"in time")).unwrap();
+    drop(let_go);
+    running.stop();
+    running.join().unwrap();
+}
+
+#[test]
+fn what_only_the_coordinator_can_release_keeps_no_look_from_what_is_new() {
+    const OVERDUE: usize = 2000;
+    let scene = Scene::new("floods");
+    let bus = scene.open();
+    let mut publisher = bus.publisher(topic(Mode::Many, "jobs")).unwrap();
+    let options = GroupOptions::new().effectively_once().lease(Duration::from_millis(50));
+    let mut late = group(&bus, "jobs", "g", &options).open().unwrap();
+    let consumer = group(&bus, "jobs", "g", &options).open().unwrap();
+    let mut busy = bus.publisher(topic(Mode::Many, "busy")).unwrap();
+    let listener = bus.subscriber(Topic::<[u8]>::named("busy")).open().unwrap();
+    (0..4096).for_each(|_| drop(busy.publish(b"work").unwrap()));
+    (0..OVERDUE).for_each(|_| drop(publisher.publish(b"old").unwrap()));
+    let mut leases = Vec::new();
+    while leases.len() < OVERDUE {
+        leases.extend(late.recv_batch(OVERDUE).unwrap().iter().map(|item| item.keep()));
+    }
+    let servers = [scene.server("keeper"), scene.server("coordinator")];
+    servers.iter().for_each(|server| kill(*server, Signal::SIGSTOP).unwrap());
+    std::thread::sleep(2 * SOON);
+    publisher.publish(b"new").unwrap();
+    let (heard, hears) = channel();
+    let mut runner = Runner::new();
+    runner.subscribe(listener, |_| std::thread::sleep(Duration::from_millis(2)));
+    runner.consume(consumer, move |message| {
+        heard.send(message.to_vec()).unwrap();
+        Ok(())
+    });
+    let running = runner.spawn().unwrap();
+    assert_eq!(hears.recv_timeout(PROMPT).unwrap(), b"new");
+    servers.iter().for_each(|server| kill(*server, Signal::SIGCONT).unwrap());
+    running.stop();
+    running.join().unwrap();
 }

@@ -15,6 +15,7 @@ use crate::client::bus::Bus;
 use crate::client::envelope::{Envelope, unix_ns};
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
+use crate::client::read::Step;
 #[cfg(feature = "async")]
 use crate::client::seat::Seat;
 use crate::client::select::{Parts, Waitable};
@@ -240,7 +241,7 @@ impl Requester {
         let (started, now) = (Instant::now(), SystemTime::now());
         let deadline = started.checked_add(limit);
         // What came too late takes room that the next reply needs.
-        while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some()
+        while self.replies.core.look().map_err(RequestError::Inbox)? != Step::Nothing
             && deadline.is_none_or(|deadline| Instant::now() < deadline)
         {}
         if !self.requests.readers().any() {
@@ -268,15 +269,19 @@ impl Requester {
         // Asked before the look: who replied and left has replied.
         let alone = !self.requests.readers().any();
         for _ in 0..wait::PASSED_OVER {
-            match self.replies.try_recv() {
-                Ok(Some(message)) if number(&message, CORRELATION_ID) == Some(id) => {
-                    return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
+            match self.replies.core.look() {
+                Ok(Step::Found) => {
+                    let message = Message::<[u8]>::new(&self.replies.core);
+                    if number(&message, CORRELATION_ID) == Some(id) {
+                        return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
+                    }
                 }
-                Ok(Some(_)) => {}
-                Ok(None) if alone => {
+                // As many as a look may.
+                Ok(Step::Passed) => break,
+                Ok(Step::Nothing) if alone => {
                     return Look::Found(Err(RequestError::NoResponder { topic: self.topic.clone() }));
                 }
-                Ok(None) => return Look::Nothing,
+                Ok(Step::Nothing) => return Look::Nothing,
                 Err(error) => return Look::Found(Err(RequestError::Inbox(error))),
             }
         }

@@ -224,9 +224,14 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
                 // A cursor that keeps nothing has been overtaken: what is gone is not looked for.
                 Err(RecvError::Lagged { .. }) => {}
                 Err(RecvError::Corrupt(problem)) => return Err(self.corrupt(problem)),
-                Ok(_) | Err(_) => {
+                Ok(_) => {
                     let sequence = with_port!(&core.port, port => port.place()).sequence;
                     return Ok((core, sequence));
+                }
+                // The topic is gone, say: whoever asks for it by its name is told, or it is another one by now.
+                Err(_) => {
+                    let tail = self.bus.topic(self.topic.name())?.tail_sequence;
+                    return Ok((core, tail));
                 }
             }
         }

@@ -23,7 +23,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
         Ok(Delivery::new(&mut self.core))
     }
 
-    /// Receives up to `count` messages at once, as many as are there, waiting for the first without blocking the thread. Cancel
+    /// Receives up to `count` messages at once as [`Self::recv_batch`], waiting for the first without blocking the thread. Cancel
     /// safe as [`Self::recv_async`]. An empty batch is returned only for a `count` of 0.
     ///
     /// # Errors

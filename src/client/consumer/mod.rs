@@ -256,7 +256,8 @@ impl Opened {
 }
 
 impl<T: Payload + ?Sized> Consumer<T> {
-    /// Receives the next message if there is one. Never waits.
+    /// Receives the next message if there is one. Never waits: of more that have expired than the group's window holds it passes over
+    /// so many at a call.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.
@@ -297,7 +298,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.recv_some(count, None)
     }
 
-    /// Receives up to `count` messages at once if there are any. Never waits.
+    /// Receives up to `count` messages at once if there are any; it does not look for more behind many that have expired. Never
+    /// waits.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.

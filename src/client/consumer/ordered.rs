@@ -14,13 +14,12 @@ use super::fetch::Got;
 use crate::client::envelope;
 use crate::error::RecvError;
 use crate::ring::ledger::State;
-use crate::wait::PASSED_OVER;
 
 /// Messages read along at a time.
 const READ_AHEAD: u64 = 64;
 
-/// How often one look reads along.
-const ROUNDS: usize = 16;
+/// Messages that a look passes over for each time that it reads along.
+const PASSED_A_ROUND: usize = 4;
 
 /// When to look again at what another consumer is moving to the dead-letter topic.
 const MOVE_LOOK_MS: u64 = 10;
@@ -35,6 +34,8 @@ pub(super) struct Ordered {
     queues: HashMap<u64, VecDeque<u64>>,
     /// The first of each queue, and whose it is.
     heads: BTreeMap<u64, u64>,
+    /// How far a look had come that left off.
+    left_at: Along,
 }
 
 impl Ordered {
@@ -67,6 +68,8 @@ impl Ordered {
 /// How far one look at the heads has come.
 #[derive(Default)]
 struct Along {
+    /// The clock of the look.
+    at_ms: u64,
     /// The heads below have been tried.
     from: u64,
     /// How many of them had been settled, or were now, because they had expired.
@@ -87,27 +90,41 @@ impl Along {
 
 impl Core {
     /// Takes up to `count` messages, no two of one key.
-    pub(super) fn take_ordered(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
-        let mut along = Along::default();
-        for _ in 0..ROUNDS {
-            if let Err(error) = self.try_heads(&mut along, count, now) {
+    pub(super) fn take_ordered(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
+        let mut along = self.go_on_along(now);
+        let goes_on = along.from > 0;
+        for _ in 0..most / PASSED_A_ROUND {
+            if let Err(error) = self.try_heads(&mut along, most, count, now) {
                 // What has been taken comes first.
                 return if self.items.is_empty() { Err(error) } else { Ok(true) };
             }
-            self.left_off = along.passed >= PASSED_OVER;
-            if self.items.len() == count || self.left_off || !self.read_along()? {
+            let has_more = self.items.len() < count;
+            if has_more && along.passed >= most {
+                break;
+            }
+            if !has_more || !self.read_along()? {
                 self.scan.wake_in(now, along.due_in);
+                // What was given back behind it meanwhile has rung for nobody.
+                self.left_off = has_more && goes_on;
                 return Ok(!self.items.is_empty());
             }
         }
         self.left_off = true;
+        self.ordered.left_at = along;
         Ok(!self.items.is_empty())
     }
 
-    /// Tries the heads from where the look has come to, until there are `count` messages.
-    fn try_heads(&mut self, along: &mut Along, count: usize, now: u64) -> Result<(), RecvError> {
+    /// Where a look at the heads begins: at the first, or where the last one left off if the clock has not moved on since. What
+    /// rested then rests still, and need not be asked once more for every few messages that are passed over.
+    fn go_on_along(&mut self, now: u64) -> Along {
+        let left_at = std::mem::take(&mut self.ordered.left_at);
+        if left_at.at_ms == now { Along { passed: 0, ..left_at } } else { Along { at_ms: now, ..Along::default() } }
+    }
+
+    /// Tries the heads from where the look has come to, until there are `count` messages, or `most` have been passed over.
+    fn try_heads(&mut self, along: &mut Along, most: usize, count: usize, now: u64) -> Result<(), RecvError> {
         while self.items.len() < count
-            && along.passed < PASSED_OVER
+            && along.passed < most
             && let Some(head) = self.ordered.head(along.from)
         {
             along.from = head + 1;

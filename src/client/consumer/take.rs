@@ -50,29 +50,23 @@ impl Stride {
 }
 
 impl Core {
-    /// Takes up to `count` messages into `items`. Never waits, but looks at as many messages as the group's window holds before
-    /// it says that none is to be had.
+    /// Takes up to `count` messages into `items`. Never waits, but passes over as many messages as the group's window holds
+    /// before it says that none is to be had.
     #[inline]
     pub(super) fn poll(&mut self, count: usize) -> Result<bool, RecvError> {
-        let taken = self.look(count)?;
-        if taken || !self.left_off { Ok(taken) } else { self.poll_window(count) }
-    }
-
-    #[cold]
-    fn poll_window(&mut self, count: usize) -> Result<bool, RecvError> {
-        for _ in 0..=self.ledger.window() / PASSED_OVER as u64 {
-            let taken = self.look(count)?;
-            if taken || !self.left_off {
-                return Ok(taken);
-            }
-        }
-        Ok(false)
+        self.look_past(PASSED_OVER.max(self.ledger.window() as usize), count)
     }
 
     /// Takes up to `count` messages into `items`, or passes over a few that nobody is to have (`left_off`): for who has a
     /// deadline, or others to look after.
     #[inline]
     pub(super) fn look(&mut self, count: usize) -> Result<bool, RecvError> {
+        self.look_past(PASSED_OVER, count)
+    }
+
+    /// Takes up to `count` messages into `items`, or passes over `most` that nobody is to have, and leaves off there.
+    #[inline]
+    fn look_past(&mut self, most: usize, count: usize) -> Result<bool, RecvError> {
         self.items.clear();
         self.copies.clear();
         self.left_off = false;
@@ -97,10 +91,15 @@ impl Core {
         if !ordered {
             self.scan_if_due(now);
         }
-        let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
-        let taken = taken || !self.left_off && self.take_idle(count, now)?;
+        let taken = if ordered { self.take_ordered(most, count, now)? } else { self.take_up_to(most, count, now)? };
+        let taken = taken || !self.left_off && self.take_idle(most, count, now)?;
         let taken = if self.group.options.max_in_flight > 0 { self.keep_group_limit() } else { taken };
         let taken = if self.group.options.exclusive { self.confirm_taken(taken) } else { taken };
+        if !taken && self.left_off {
+            // Nobody knows when we look again: what was settled makes room now, and what moves must not become overdue.
+            self.raise_floor();
+            self.work_off_moves();
+        }
         self.left_off |= !taken && self.moves.are_left_over(now);
         if taken || self.left_off { Ok(taken) } else { self.nothing() }
     }
@@ -124,15 +123,16 @@ impl Core {
     }
 
     #[inline]
-    fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+    fn take_up_to(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
         let mut passed = 0;
         while self.items.len() < count {
-            if passed == PASSED_OVER {
+            if passed == most {
                 self.left_off = true;
                 break;
             }
             let had = self.items.len();
             let wanted = count - had;
+            let is_new = self.candidates.is_empty();
             let sequence = match self.candidates.pop_front() {
                 // What comes back goes before what is new.
                 Some(sequence) => sequence,
@@ -140,30 +140,32 @@ impl Core {
                 None if self.take_run(wanted, now) => continue,
                 None => self.next_reserved(),
             };
-            if let Err(error) = self.try_take(sequence, now) {
-                if self.items.is_empty() {
-                    return Err(error);
+            let was_to_be_had = match self.try_take(sequence, now) {
+                Ok(was_to_be_had) => was_to_be_had,
+                Err(error) if self.items.is_empty() => return Err(error),
+                Err(_) => {
+                    // What has been taken comes first.
+                    self.candidates.push_front(sequence);
+                    break;
                 }
-                // What has been taken comes first.
-                self.candidates.push_front(sequence);
-                break;
-            }
-            passed += usize::from(self.items.len() == had);
+            };
+            // What a scan finds again and again, and the coordinator has to release, must not keep a look from what is new.
+            passed += usize::from(self.items.len() == had && (is_new || was_to_be_had));
         }
         Ok(!self.items.is_empty())
     }
 
     /// There is nothing new. A good moment for everything else, and then for one more look.
     #[cold]
-    fn take_idle(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+    fn take_idle(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
         self.raise_floor();
         self.work_off_moves();
         self.moves.close_unused(now);
         if self.group.options.ordered_by_key {
-            return self.take_ordered(count, now);
+            return self.take_ordered(most, count, now);
         }
         self.scan_idle(now);
-        self.take_up_to(count, now)
+        self.take_up_to(most, count, now)
     }
 
     /// The first of what is reserved, which must not be nothing.
@@ -205,32 +207,32 @@ impl Core {
         false
     }
 
-    /// Takes the message if it is to be had.
+    /// Takes the message if it is to be had; whether it was when it was looked at. Then it has been read.
     #[inline]
-    pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
+    pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<bool, RecvError> {
         let exclusive = self.group.options.exclusive;
         let mut seen = self.ledger.look(sequence);
         if exclusive && seen.is_leased_by_other(self.me) {
             seen = self.end_late_lease(seen, now);
         }
         if seen.state() != State::Fresh && !self.may_take_again(seen, now)? {
-            return Ok(());
+            return Ok(false);
         }
         let (body, origin) = match self.log.read(sequence, &mut self.copies) {
             Got::Message(body, origin) => (body, origin),
             Got::Hole => {
                 let settled = self.ledger.settle(seen);
                 self.flush.count(settled);
-                return Ok(());
+                return Ok(true);
             }
-            Got::Unsound(problem) => return self.unless_changed(seen, problem),
+            Got::Unsound(problem) => return self.unless_changed(seen, problem).map(|()| true),
         };
         let payload_at = if self.info.options.envelope {
             match self.open_envelope(seen, body, now) {
                 Ok(Some(payload_at)) => payload_at,
                 other => {
                     self.copies.undo(body);
-                    return other.map(drop);
+                    return other.map(|_| true);
                 }
             }
         } else {
@@ -249,14 +251,14 @@ impl Core {
             self.copies.undo(body);
             // Whoever was faster has a lease that no scan of ours has seen.
             self.scan.look_again(now);
-            return Ok(());
+            return Ok(true);
         };
         if seen.state() != State::Fresh {
             self.count_redelivery();
         }
         self.in_flight += u64::from(!at_most_once);
         self.items.push(Item { lease, run: None, body, payload_at, origin, kept: Cell::new(false) });
-        Ok(())
+        Ok(true)
     }
 
     /// Where the payload of a message on a topic with envelopes begins. `None`: it is not to be delivered, because it has
