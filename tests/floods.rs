@@ -455,11 +455,15 @@ fn who_rests_after_a_look_that_left_off_is_not_fenced_and_holds_nobody_back() {
     let mut busy = bus.publisher(topic(Mode::Many, "busy")).unwrap();
     let listener = bus.subscriber(Topic::<[u8]>::named("busy")).open().unwrap();
     busy.publish(b"a long task").unwrap();
-    (0..64).for_each(|_| drop(small.publish_with(b"too late", &past()).unwrap()));
+    for _ in 0..64 {
+        small.publish_with(b"too late", &past()).unwrap();
+    }
     let (let_go, may_go) = channel::<()>();
     let mut runner = Runner::new();
     runner.consume(consumer, |_| Ok(()));
-    runner.subscribe(listener, move |_| drop(may_go.recv()));
+    runner.subscribe(listener, move |_| {
+        let _ = may_go.recv();
+    });
     let running = runner.spawn().unwrap();
     // While the other handler is at work, there is room where everything has been settled.
     promptly("a publish", || small.publish(b"in time")).unwrap();
@@ -479,8 +483,12 @@ fn what_only_the_coordinator_can_release_keeps_no_look_from_what_is_new() {
     let consumer = group(&bus, "jobs", "g", &options).open().unwrap();
     let mut busy = bus.publisher(topic(Mode::Many, "busy")).unwrap();
     let listener = bus.subscriber(Topic::<[u8]>::named("busy")).open().unwrap();
-    (0..4096).for_each(|_| drop(busy.publish(b"work").unwrap()));
-    (0..OVERDUE).for_each(|_| drop(publisher.publish(b"old").unwrap()));
+    for _ in 0..4096 {
+        busy.publish(b"work").unwrap();
+    }
+    for _ in 0..OVERDUE {
+        publisher.publish(b"old").unwrap();
+    }
     let mut leases = Vec::new();
     while leases.len() < OVERDUE {
         leases.extend(late.recv_batch(OVERDUE).unwrap().iter().map(|item| item.keep()));

@@ -22,6 +22,9 @@ use crate::wait::{self, Look, Wait};
 /// What comes due within this time is waited for awake, so to say: with short naps.
 const SOON: Duration = Duration::from_millis(10);
 
+/// How often to ask again whether a topic now has room for us.
+const ROOM_LOOK: Duration = Duration::from_secs(10);
+
 /// Topics opened before inputs have their turn again.
 const LEGS_A_LOOK: usize = 16;
 
@@ -67,6 +70,14 @@ struct PassedOver {
     id: u64,
     name: String,
     why: Refusal,
+    /// When to try it again, where all that it lacks is room.
+    again_at: Option<Instant>,
+}
+
+impl PassedOver {
+    fn is_due(&self) -> bool {
+        self.again_at.is_some_and(|at| at <= Instant::now())
+    }
 }
 
 /// How a route is to be opened; ends with [`RouteBuilder::open`].
@@ -336,7 +347,8 @@ impl Route {
     }
 
     /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
-    /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew.
+    /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew; for room
+    /// it asks again every 10 s.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
     }
@@ -362,7 +374,7 @@ impl Route {
         let is_new = |topic: &&TopicStatus| {
             matches(&self.plan.from, &topic.name)
                 && self.legs.iter().all(|leg| leg.topic != topic.name)
-                && self.passed_over.iter().all(|passed| passed.id != topic.id)
+                && self.passed_over.iter().all(|passed| passed.id != topic.id || passed.is_due())
         };
         let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
         if !new.is_empty() {
@@ -379,28 +391,44 @@ impl Route {
         let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
         let name = topic.name.clone();
         match self.plan.open(&name, least.max(topic.options.bytes), Some(start)) {
-            Ok(pipeline) => self.legs.push(Leg { topic: name, pipeline, refused: None }),
+            Ok(pipeline) => {
+                self.passed_over.retain(|passed| passed.id != topic.id);
+                self.legs.push(Leg { topic: name, pipeline, refused: None });
+            }
             // It was there a moment ago.
             Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
             Err(OpenError::Refused(why)) if is_pattern(&self.plan.from) && cannot_be_input(&name, &why) => {
-                self.passed_over.push(PassedOver { id: topic.id, name, why });
-                self.counts.passed_over += 1;
+                self.pass_over(topic.id, name, why);
             }
             Err(error) => return Err(error.into()),
         }
         Ok(())
     }
 
+    fn pass_over(&mut self, id: u64, name: String, why: Refusal) {
+        let lacks_room = matches!(why, Refusal::Limit { .. } | Refusal::Budget { .. });
+        let again_at = lacks_room.then(|| Instant::now() + ROOM_LOOK);
+        match self.passed_over.iter_mut().find(|passed| passed.id == id) {
+            Some(passed) => (passed.why, passed.again_at) = (why, again_at),
+            None => {
+                self.passed_over.push(PassedOver { id, name, why, again_at });
+                self.counts.passed_over += 1;
+            }
+        }
+    }
+
     fn sources(&mut self) -> Sources<'_> {
-        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref(), has_more: self.has_more }
+        let has_more = self.has_more || self.passed_over.iter().any(PassedOver::is_due);
+        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref(), has_more }
     }
 
     /// Waits until one of the topics has an input, and takes it; or until there is something else to look at.
     fn wait(&mut self, deadline: Option<Instant>) -> Option<Woken> {
         let turn = self.turn;
+        let again_at = self.passed_over.iter().filter_map(|passed| passed.again_at).min();
         let mut sources = self.sources();
         let planned = sources.next_due();
-        let until = deadline.into_iter().chain(planned).min();
+        let until = deadline.into_iter().chain(planned).chain(again_at).min();
         wait::until_any(&mut sources, Wait::Adaptive, until, Sources::bells, |sources| sources.look(turn, planned))
     }
 
