@@ -59,7 +59,7 @@ const MAX_NEWCOMERS: usize = 16;
 /// Connections accepted, and packets of one user's connections looked at, before the others have their turn and the clock is
 /// looked at.
 const ACCEPTS_PER_ROUND: usize = 64;
-const PACKETS_PER_ROUND: usize = 64;
+const PACKETS_PER_ROUND: usize = 256;
 
 /// The registry of a bus whose processes died and of which somebody is left. Only with the lock. `stay`: what the bus is
 /// to be from now on, where it was not already; `allow`: whom it lets in from now on, if anybody is named.

@@ -70,6 +70,8 @@ pub(crate) struct Estate {
     /// What the looks under way have still to look at.
     rest: Rest,
     reclaims: Reclaims,
+    /// Words of ledgers walked for releases since the last round of the loop.
+    walked: u64,
     /// What was counted in ledgers for a status that is to be given, and when, by topic and group.
     counted: BTreeMap<(u64, u32), (Instant, LedgerCount)>,
     /// Where the subscriber that opens right now begins.
@@ -114,6 +116,7 @@ impl Estate {
             expiring: Vec::new(),
             rest: Rest::default(),
             reclaims: Reclaims::new(),
+            walked: 0,
             counted: BTreeMap::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),

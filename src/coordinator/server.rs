@@ -11,7 +11,7 @@ mod participants;
 mod requests;
 mod unfinished;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,7 +30,6 @@ use crate::coordinator::link::{self, GIVEN_LISTENER, LISTENER, LOCK, Link, Messa
 use crate::coordinator::protocol::MAX_PACKET_BYTES;
 use crate::coordinator::server::connections::{decline, spare};
 use crate::coordinator::server::counting::Asked;
-use crate::coordinator::server::unfinished::Unfinished;
 use crate::error::Refusal;
 use crate::os::socket;
 
@@ -88,8 +87,8 @@ pub(crate) struct Server {
     counted_for: u32,
     /// When to try again what could not be sent for want of descriptors.
     retry_at: Option<Instant>,
-    /// What is done in parts, one a round.
-    unfinished: VecDeque<Unfinished>,
+    /// What is done in parts.
+    unfinished: unfinished::Queue,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -175,7 +174,7 @@ impl Server {
             counting: BTreeMap::new(),
             counted_for: 0,
             retry_at: None,
-            unfinished: VecDeque::new(),
+            unfinished: unfinished::Queue::default(),
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),

@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 /// What shows it, the best first: a kernel may have no pagemaps, and who may trace all processes need not be allowed to
@@ -20,7 +20,9 @@ const VIEWS: [&str; 2] = ["pagemap", "maps"];
 /// The address space of the process that has this number now. Refused for processes we may not look into.
 pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
     let [first, second] = VIEWS;
-    view(pid, first).or_else(|_| view(pid, second))
+    let space = view(pid, first).or_else(|_| view(pid, second))?;
+    // Of a process whose first thread has ended alone nothing is shown, though the others run on there.
+    if is_gone(space.as_fd()) { Err(io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(space) }
 }
 
 fn view(pid: u32, name: &str) -> io::Result<OwnedFd> {
@@ -40,7 +42,6 @@ fn look(space: BorrowedFd<'_>) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::fd::AsFd;
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 

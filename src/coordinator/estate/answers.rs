@@ -95,7 +95,7 @@ impl Estate {
         let plan = self.state.request(&self.limits, FOOTPRINT, incarnation, request).ok()?;
         let Reply::Status { topics, .. } = plan.reply else { return None };
         let first = self.state.topic(*topics.first()?)?;
-        (self.words_handed_out(first) > STATUS_WORDS).then_some(first.info.id)
+        (self.window_words(first) > STATUS_WORDS).then_some(first.info.id)
     }
 
     /// Counts what has not been counted since then, until `end`. Whether the status can be given.
@@ -140,7 +140,7 @@ impl Estate {
     fn status(&self, topics: &[u64], more: bool, since: Instant) -> Answer {
         let (mut page, mut bytes, mut words) = (Vec::new(), 0, 0);
         for entry in topics.iter().filter_map(|topic| self.state.topic(*topic)) {
-            words += self.words_handed_out(entry);
+            words += self.window_words(entry);
             if words > STATUS_WORDS && !page.is_empty() {
                 return Answer::Status { topics: page, more: true };
             }

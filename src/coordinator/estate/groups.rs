@@ -5,6 +5,7 @@
 //! ends is logged first, like everything that ends for others too; a successor says so again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -36,20 +37,32 @@ pub(super) struct Reclaims {
     waiting: BTreeSet<(u32, ConsumerRef)>,
     /// Whose topic the last one was on: it is others' turn.
     last_uid: Option<u32>,
+    /// Of each owner the last one: those behind it have their turn before it has the next.
+    last_of: BTreeMap<u32, ConsumerRef>,
     not_before: Instant,
 }
 
 impl Reclaims {
     pub(super) fn new() -> Reclaims {
-        Reclaims { waiting: BTreeSet::new(), last_uid: None, not_before: Instant::now() }
+        Reclaims { waiting: BTreeSet::new(), last_uid: None, last_of: BTreeMap::new(), not_before: Instant::now() }
     }
 
     fn take_next(&mut self) -> Option<ConsumerRef> {
         let from = self.last_uid.map_or(0, |uid| uid.wrapping_add(1));
         let behind = self.waiting.range((from, ConsumerRef::FIRST)..).next();
-        let next = *behind.or(self.waiting.first())?;
+        let first = *behind.or(self.waiting.first())?;
+        let uid = first.0;
+        let of_owner = |last: &ConsumerRef| {
+            let behind = (Bound::Excluded((uid, *last)), Bound::Included((uid, ConsumerRef::LAST)));
+            self.waiting.range(behind).next().copied()
+        };
+        let next = self.last_of.get(&uid).and_then(of_owner).unwrap_or(first);
         self.waiting.remove(&next);
-        self.last_uid = Some(next.0);
+        self.last_uid = Some(uid);
+        self.last_of.insert(uid, next.1);
+        if self.waiting.is_empty() {
+            self.last_of.clear();
+        }
         Some(next.1)
     }
 }
@@ -73,6 +86,7 @@ pub(super) struct ConsumerRef {
 
 impl ConsumerRef {
     const FIRST: ConsumerRef = ConsumerRef { topic: 0, group: 0, consumer: 0 };
+    const LAST: ConsumerRef = ConsumerRef { topic: u64::MAX, group: u32::MAX, consumer: u32::MAX };
 
     fn origin(self) -> Identity {
         Identity::Origin { topic: self.topic, group: self.group, consumer: self.consumer }
@@ -176,8 +190,12 @@ impl Estate {
     /// Another consumer of the group found that `who` holds what is overdue. Where that takes long it is done later, see
     /// [`Self::reclaim_next`]: who asked does not wait for it, but others would.
     pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
-        if self.memory(who.topic)?.words_handed_out(who.group) <= RECLAIM_WORDS {
+        if self.memory(who.topic)?.window_words(who.group) <= RECLAIM_WORDS {
             return self.reclaim_now(who);
+        }
+        // What waits is no more than there are consumers.
+        if self.state.group(who.topic, who.group).is_none_or(|group| !group.consumers.contains_key(&who.consumer)) {
+            return Ok(());
         }
         let uid = self.entry(who.topic)?.uid;
         self.reclaims.waiting.insert((uid, who));
@@ -367,9 +385,9 @@ impl Estate {
     }
 
     /// How many words of ledgers [`Self::group_statuses`] looks at.
-    pub(super) fn words_handed_out(&self, entry: &TopicEntry) -> u64 {
+    pub(super) fn window_words(&self, entry: &TopicEntry) -> u64 {
         let Some(memory) = self.memories.get(&entry.info.id) else { return 0 };
-        entry.living_groups().map(|group| memory.words_handed_out(group.info.id)).sum()
+        entry.living_groups().map(|group| memory.window_words(group.info.id)).sum()
     }
 
     /// The groups of a topic whose next sequence is `tail`, by name. What was counted `since` then is not counted again.

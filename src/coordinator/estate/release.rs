@@ -51,8 +51,18 @@ impl Estate {
         handles.into_iter().try_for_each(|handle| self.release(handle))
     }
 
-    /// Closes some of the consumers among these handles, where all of them would take too long at once: those of so many groups as
-    /// one may wait for. Whether to come again for the others.
+    /// From now on others have had their turn.
+    pub(crate) fn begin_round(&mut self) {
+        self.walked = 0;
+    }
+
+    /// Whether so much was done in this round that the rest is for the next.
+    pub(crate) fn has_done_its_part(&self) -> bool {
+        self.walked >= WORDS_AT_ONCE
+    }
+
+    /// Closes some of the consumers among these handles, where all of them would take too long at once, or others have used up
+    /// this round: those of so many groups as one may wait for. Whether to come again for the others.
     pub(crate) fn close_in_part(&mut self, handles: impl IntoIterator<Item = HandleRef>) -> Result<bool, Refusal> {
         let mut groups: BTreeMap<_, Vec<HandleRef>> = BTreeMap::new();
         for handle in handles {
@@ -60,14 +70,17 @@ impl Estate {
                 groups.entry((topic, group)).or_default().push(handle);
             }
         }
-        let (mut walked, mut closed) = (0, Vec::new());
+        let mut closed = Vec::new();
+        // What such a consumer had finished is looked for in all topics.
+        let least = self.state.topics().len() as u64;
         for ((topic, group), consumers) in groups {
-            if walked >= WORDS_AT_ONCE {
+            if self.has_done_its_part() {
                 let events = closed.into_iter().map(|handle| Event::Closed { handle });
                 return self.carry_out_all(events.collect()).map(|()| true);
             }
             let entry = self.state.topic(topic).zip(self.state.group(topic, group));
-            walked += entry.map_or(0, |(topic, group)| group.info.options.window_words(topic.info.options.messages));
+            let words = entry.map_or(0, |(topic, group)| group.info.options.window_words(topic.info.options.messages));
+            self.walked += words.max(least);
             closed.extend(consumers);
         }
         Ok(false)

@@ -276,12 +276,10 @@ impl TopicMemory {
         Ok(fds)
     }
 
-    /// How many words there are to look at where all that has been handed out is: a window's length at most.
-    pub(crate) fn words_handed_out(&self, group: u32) -> u64 {
-        self.group(group).map_or(0, |memory| {
-            let handed_out = memory.ledger(&self.info).handed_out();
-            handed_out.end - handed_out.start
-        })
+    /// How many words there may be to look at. Not how many are said to be handed out: who says so may say something else
+    /// when they are looked at.
+    pub(crate) fn window_words(&self, group: u32) -> u64 {
+        self.group(group).map_or(0, |memory| memory.ledger(&self.info).window())
     }
 
     /// Counts what lies between floor and hint, which is a window's length at most.

@@ -200,7 +200,8 @@ impl Server {
     /// Releases what a participant has left, or a part of it.
     pub(super) fn go_on_releasing(&mut self, incarnation: u64) -> io::Result<()> {
         if self.is_put_off(self.estate.state().handles_of(incarnation)) {
-            self.unfinished.push_back(Unfinished::Gone(incarnation));
+            let uid = self.estate.state().participant(incarnation).map_or(0, |participant| participant.uid);
+            self.unfinished.add(uid, Unfinished::Gone(incarnation));
             return Ok(());
         }
         // A coordinator that cannot write down who left would give their places away wrongly after a restart. It ends,

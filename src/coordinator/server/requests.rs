@@ -8,6 +8,7 @@ use crate::coordinator::connection::{Connection, Push};
 use crate::coordinator::estate::Granted;
 use crate::coordinator::link::Link;
 use crate::coordinator::protocol::{Answer, Request, TopicInfo};
+use crate::error::Refusal;
 
 impl Server {
     pub(super) fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
@@ -70,6 +71,10 @@ impl Server {
         // One segment of each name.
         let segments = names.into_iter().zip(fds).collect();
         if let Err(refusal) = self.estate.end_presented(info, segments) {
+            if let Refusal::System { .. } = refusal {
+                // Want of something: presented again, it may be heard.
+                client.ask_for(&[info.id]);
+            }
             eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
         }
     }

@@ -1,12 +1,13 @@
 //! What takes too long to be done while everybody else waits: whoever holds consumers on many ledgers, and gives them back or dies,
-//! is served in parts, one a round of the loop.
+//! is served in parts, so many a round of the loop as others may wait for, of each user in turn.
 //!
 //! Each part is done and logged for itself (`Estate::close_in_part`), so there is nothing to be remembered: what began it is looked
 //! at anew for the rest. If we die in between, who was not answered comes back without the handles, and who is dead is
 //! found dead by our successor.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Bound;
 
 use super::Server;
 use crate::coordinator::protocol::{HandleRef, Request};
@@ -17,6 +18,36 @@ pub(super) enum Unfinished {
     Gone(u64),
     /// A client's request. The client is not listened to meanwhile.
     Request { client: u64, request: Request },
+}
+
+/// All that is to be gone on with.
+#[derive(Default)]
+pub(super) struct Queue {
+    /// By user, and in the order in which it came.
+    waiting: BTreeMap<(u32, u64), Unfinished>,
+    added: u64,
+    /// Whose turn was the last.
+    last_uid: u32,
+}
+
+impl Queue {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub(super) fn add(&mut self, uid: u32, unfinished: Unfinished) {
+        self.waiting.insert((uid, self.added), unfinished);
+        self.added += 1;
+    }
+
+    /// The first of the user whose turn it is.
+    fn take_next(&mut self) -> Option<Unfinished> {
+        let behind = (Bound::Excluded((self.last_uid, u64::MAX)), Bound::Unbounded);
+        let next = self.waiting.range(behind).next().or(self.waiting.first_key_value());
+        let key = next.map(|(key, _)| *key)?;
+        self.last_uid = key.0;
+        self.waiting.remove(&key)
+    }
 }
 
 impl Server {
@@ -30,7 +61,8 @@ impl Server {
     pub(super) fn put_off(&mut self, client: u64, request: Request) {
         if let Some(connection) = self.clients.get_mut(&client) {
             connection.set_put_off(true);
-            self.unfinished.push_back(Unfinished::Request { client, request });
+            let uid = connection.peer.uid;
+            self.unfinished.add(uid, Unfinished::Request { client, request });
         }
     }
 
@@ -51,20 +83,29 @@ impl Server {
 
     /// Whether a participant is being released.
     pub(super) fn is_going(&self, incarnation: u64) -> bool {
-        self.unfinished.iter().any(|unfinished| matches!(unfinished, Unfinished::Gone(who) if *who == incarnation))
+        let is_his = |unfinished: &Unfinished| matches!(unfinished, Unfinished::Gone(who) if *who == incarnation);
+        self.unfinished.waiting.values().any(is_his)
     }
 
-    /// One step on with what takes long.
+    /// Goes on with what takes long, now that others have been served.
     pub(super) fn go_on(&mut self) -> io::Result<()> {
-        match self.unfinished.pop_front() {
-            Some(Unfinished::Gone(incarnation)) => self.go_on_releasing(incarnation),
-            Some(Unfinished::Request { client, request }) => {
-                let Some(connection) = self.clients.get_mut(&client) else { return Ok(()) };
-                connection.set_put_off(false);
-                self.serve_request(client, request, 0)?;
-                self.update_interest(client)
+        self.estate.begin_round();
+        while !self.estate.has_done_its_part()
+            && let Some(next) = self.unfinished.take_next()
+        {
+            match next {
+                Unfinished::Gone(incarnation) => self.go_on_releasing(incarnation)?,
+                Unfinished::Request { client, request } => {
+                    let Some(connection) = self.clients.get_mut(&client) else { continue };
+                    connection.set_put_off(false);
+                    self.serve_request(client, request, 0)?;
+                    self.update_interest(client)?;
+                }
             }
-            None => Ok(()),
+            if self.ended {
+                break;
+            }
         }
+        Ok(())
     }
 }
