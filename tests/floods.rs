@@ -24,7 +24,7 @@ const PROMPT: Duration = Duration::from_secs(4);
 const SOON: Duration = Duration::from_millis(50);
 
 /// Messages of a batch.
-const BATCH: usize = 256;
+const BATCH: usize = 64;
 
 /// Not a test: what the tests' other processes do.
 #[test]
