@@ -364,8 +364,7 @@ trait Source: Parts + Send + 'static {
     type Message<'a>;
     type Error;
 
-    /// Takes a message if one look finds it; at worst it has only passed over some, and the glance says that there is more.
-    fn look(&mut self) -> Result<Option<Self::Message<'_>>, Self::Error>;
+    fn try_take(&mut self) -> Result<Option<Self::Message<'_>>, Self::Error>;
 
     /// What has ended it, if the error says so.
     fn end(error: &Self::Error) -> Option<RecvError>;
@@ -375,8 +374,8 @@ impl<T: Payload + ?Sized> Source for Subscriber<T> {
     type Message<'a> = Message<'a, T>;
     type Error = RecvError;
 
-    fn look(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
-        Subscriber::look(self)
+    fn try_take(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
+        self.try_recv()
     }
 
     fn end(error: &RecvError) -> Option<RecvError> {
@@ -388,8 +387,8 @@ impl<T: Payload + ?Sized> Source for WildcardSubscriber<T> {
     type Message<'a> = WildcardMessage<'a, T>;
     type Error = WildcardError;
 
-    fn look(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
-        WildcardSubscriber::look(self)
+    fn try_take(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        self.try_recv()
     }
 
     fn end(error: &WildcardError) -> Option<RecvError> {
@@ -401,8 +400,8 @@ impl Source for Responder {
     type Message<'a> = Incoming<'a>;
     type Error = RecvError;
 
-    fn look(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
-        Responder::look(self)
+    fn try_take(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
+        self.try_recv()
     }
 
     fn end(error: &RecvError) -> Option<RecvError> {
@@ -430,7 +429,7 @@ impl<S: Source, H: FnMut(Result<S::Message<'_>, S::Error>) + Send> Task for Feed
     }
 
     fn serve(&mut self, _report: &mut dyn FnMut(&RunnerError)) -> Result<bool, RunnerError> {
-        match self.source.look() {
+        match self.source.try_take() {
             Ok(None) => Ok(false),
             Ok(Some(message)) => {
                 (self.handler)(Ok(message));
@@ -462,11 +461,7 @@ impl<T: Payload + ?Sized, H: FnMut(&mut Delivery<'_, T>) -> Result<(), Failure> 
                 Err(_) => return Look::Found(()),
             }
         }
-        match self.has_taken {
-            true => Look::Found(()),
-            false if self.consumer.has_left_off() => Look::Within(Duration::ZERO),
-            false => Look::Nothing,
-        }
+        if self.has_taken { Look::Found(()) } else { Look::Nothing }
     }
 
     fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {

@@ -74,8 +74,6 @@ pub(crate) struct Core {
     pub(super) polled_ms: u64,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
-    /// Whether the last look ended before it had seen everything: there may be more to take at once.
-    pub(super) left_off: bool,
     pub(super) at_work: AtWork,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
@@ -148,7 +146,6 @@ impl Core {
             stride: Stride::default(),
             polled_ms: 0,
             candidates: VecDeque::new(),
-            left_off: false,
             at_work: AtWork::default(),
             scan: Scan::default(),
             moves,
@@ -266,7 +263,7 @@ impl Core {
 
     /// Whether no more leases have not ended than this consumer and its group may have.
     fn has_room_for_all(&self, now: u64) -> bool {
-        self.beyond_group_limit(now) == 0
+        self.is_within_group_limit(now)
             && (self.max_in_flight == u64::MAX || self.ledger.leased(Some(self.me), now) <= self.max_in_flight)
     }
 
@@ -404,7 +401,7 @@ impl Core {
     /// Takes up to `count` messages into `items`; waits for the first.
     #[inline]
     pub(super) fn recv(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.look(count)? { Ok(()) } else { wait(self, limit, |core| Ok(core.look(count)?.then_some(()))) }
+        if self.poll(count)? { Ok(()) } else { wait(self, limit, |core| Ok(core.poll(count)?.then_some(()))) }
     }
 }
 

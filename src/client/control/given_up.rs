@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::MutexGuard;
 
+use super::receive::may_read;
 use super::{Control, Inner, Line, lock};
 use crate::coordinator::protocol::{HandleRef, Request};
 
@@ -81,20 +82,9 @@ impl Drop for Hold<'_> {
 impl Inner {
     /// A handle is not ours any more.
     pub(super) fn let_go(&mut self, handle: HandleRef) {
-        if self.holds.remove(&handle)
-            && let Some(topic) = self.holdings.closed(handle)
-        {
-            self.drop_arenas(topic);
+        if self.holds.remove(&handle) {
+            self.holdings.closed(handle);
         }
-    }
-
-    /// Nobody asks for arenas of a topic on which there is no handle any more.
-    fn drop_arenas(&mut self, topic: u64) {
-        let all = (topic, 0)..=(topic, u32::MAX);
-        while let Some((&arena, _)) = self.arenas.range(all.clone()).next() {
-            self.arenas.remove(&arena);
-        }
-        self.missed_arenas.retain(|(of, _)| *of != topic);
     }
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
@@ -106,6 +96,9 @@ impl Inner {
                 subscriber => self.pushed.forget(subscriber),
             }
         }
+        let holds = &self.holds;
+        self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
+        self.missed_arenas.retain(|(topic, _)| may_read(holds, *topic));
         self.receive_all();
         if self.socket.is_none() {
             // The Hello leaves them out. If that is not possible now, the next one will.

@@ -1,11 +1,10 @@
 //! A channel's receiver.
 
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
-use super::{Found, Glance, Lengths, Origin, ReadPort, Step, payload_at};
+use super::{Found, Glance, Lengths, Origin, ReadPort, payload_at};
 use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
-use crate::ring::log::Place;
 use crate::ring::slot::{Kind, Slot};
 use crate::ring::spsc;
 use crate::shm::shared::Shared;
@@ -48,9 +47,9 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
     }
 
     #[inline]
-    fn poll(&mut self, found: &mut Found) -> Result<Step, RecvError> {
+    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
         self.receiver.free();
-        let Some(word) = self.receiver.poll() else { return Ok(Step::Nothing) };
+        let Some(word) = self.receiver.poll() else { return Ok(false) };
         let sequence = self.receiver.next();
         let slot = self.receiver.slot();
         let payload = if word.kind() == Kind::Inline {
@@ -60,15 +59,7 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
         };
         self.receiver.step();
         found.set(sequence, payload, Origin::default());
-        Ok(Step::Found)
-    }
-
-    fn place(&self) -> Place {
-        Place { position: self.receiver.next(), sequence: self.receiver.next() }
-    }
-
-    fn ring_len(&self) -> u64 {
-        self.receiver.channel().slots()
+        Ok(true)
     }
 
     fn is_ready(&mut self) -> bool {

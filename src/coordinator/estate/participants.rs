@@ -71,18 +71,6 @@ impl Estate {
         pidfd: BorrowedFd<'_>,
         holds: &[HandleRef],
     ) -> Result<(), Refusal> {
-        let closed = self.given_up_meanwhile(incarnation, peer, pidfd, holds)?;
-        self.carry_out_all(closed)
-    }
-
-    /// What a process that comes back has given up since; a refusal, if it is not the one it says it is.
-    pub(crate) fn given_up_meanwhile(
-        &self,
-        incarnation: u64,
-        peer: Peer,
-        pidfd: BorrowedFd<'_>,
-        holds: &[HandleRef],
-    ) -> Result<Vec<Event>, Refusal> {
         let known = self.pidfds.get(&incarnation).zip(self.state.participant(incarnation));
         let (registered, participant) = known.ok_or(Refusal::UnknownParticipant { incarnation })?;
         // While the registered process lives nobody else can have its number.
@@ -95,7 +83,8 @@ impl Estate {
         if !(lives && same && participant.pid == peer.pid && same_program) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
-        Ok(self.state.rejoin(incarnation, holds)?.events)
+        let plan = self.state.rejoin(incarnation, holds)?;
+        self.carry_out_all(plan.events)
     }
 
     /// Releases everything a participant had: it is dead, or has said good-bye.

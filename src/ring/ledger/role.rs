@@ -89,16 +89,9 @@ impl Ledger {
 
     /// `owner` is at work no more: another may take the role. Whether it was.
     pub fn leave_role(&self, owner: u8) -> bool {
-        // Again where a renewal came between: nobody but the one at work, and whoever speaks for the dead, writes it then.
-        loop {
-            let seen = self.role();
-            if seen.owner() != Some(owner) {
-                return false;
-            }
-            if self.swap_role(seen, Role(0)) {
-                return true;
-            }
-        }
+        let seen = self.role();
+        // A renewal may come between; nobody but the one at work, and whoever speaks for the dead, writes it then.
+        seen.owner() == Some(owner) && (self.swap_role(seen, Role(0)) || self.leave_role(owner))
     }
 
     fn swap_role(&self, seen: Role, new: Role) -> bool {
