@@ -37,8 +37,15 @@ const SPIN: Duration = Duration::from_micros(50);
 /// Between two looks for what rings no bell.
 pub(crate) const MOMENT: Duration = Duration::from_millis(5);
 
-/// Polls between two looks at the clock.
+/// Messages that one look passes over at most because they are not for who looks: whoever publishes them, however fast, has no
+/// part in deadlines, and delays nobody else that the same thread serves.
+pub(crate) const PASSED_OVER: usize = 64;
+
+/// Polls between two looks at the clock, at most.
 const POLLS_PER_LOOK: u32 = 64;
+
+/// How many times more of them there are after those before took hardly any time.
+const MORE_POLLS: u32 = 8;
 
 /// Polls until there is a result or the deadline has passed. `state` is what `poll` works on and what owns the bell.
 pub(crate) fn until<S, R>(
@@ -110,12 +117,25 @@ pub(crate) fn until_any<S: ?Sized, R>(
         return outcome;
     }
     loop {
+        // As long as there is more to look at, nobody need ring.
+        loop {
+            match look(state) {
+                Look::Found(result) => return Some(result),
+                Look::Within(again) if again.is_zero() => {
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                        return None;
+                    }
+                }
+                _ => break,
+            }
+        }
         let mut armed_bells = Vec::new();
         bells(state, &mut armed_bells);
         let armed = arm_all(&armed_bells);
         let again = match look(state) {
             Look::Found(result) => return Some(result),
-            Look::OtherBells => continue,
+            // Whoever brings new ones all the time moves no deadline.
+            Look::OtherBells => Some(Duration::ZERO),
             Look::Within(again) => Some(again),
             Look::Nothing => None,
         };
@@ -123,11 +143,11 @@ pub(crate) fn until_any<S: ?Sized, R>(
         if limit.is_some_and(|limit| limit.is_zero()) {
             return None;
         }
+        if again == Some(Duration::ZERO) {
+            continue;
+        }
         // Still those to wait on: `look` would have said otherwise.
         sleep_any(&armed_bells, armed, limit.into_iter().chain(again).min());
-        if let Look::Found(result) = look(state) {
-            return Some(result);
-        }
     }
 }
 
@@ -138,10 +158,11 @@ fn spin<S, R>(
     deadline: Option<Instant>,
     poll: &mut impl FnMut(&mut S) -> Option<R>,
 ) -> Option<Option<R>> {
-    // Set at the first look at the clock: what comes within the first polls should not wait for it.
-    let mut spin_end = None;
+    // Set at the first look at the clock: what comes with the first poll should not wait for it.
+    let (mut spin_end, mut looked_at) = (None, None);
+    let mut polls = 1;
     loop {
-        for _ in 0..POLLS_PER_LOOK {
+        for _ in 0..polls {
             if let Some(result) = poll(state) {
                 return Some(Some(result));
             }
@@ -157,6 +178,9 @@ fn spin<S, R>(
         if wait == Wait::Adaptive && now >= *spin_end.get_or_insert(now + SPIN) {
             return None;
         }
+        // What a poll costs may be up to others; before the second look nothing is known about it.
+        let is_cheap = looked_at.replace(now).is_some_and(|last| now - last < SPIN / MORE_POLLS);
+        polls = if is_cheap { (polls * MORE_POLLS).min(POLLS_PER_LOOK) } else { 1 };
     }
 }
 
@@ -168,6 +192,9 @@ fn park<S, R>(
     mut poll: impl FnMut(&mut S) -> Option<R>,
 ) -> Option<R> {
     loop {
+        if let Some(result) = poll(state) {
+            return Some(result);
+        }
         let armed = bell(state).arm();
         if let Some(result) = poll(state) {
             return Some(result);
@@ -177,13 +204,37 @@ fn park<S, R>(
             return None;
         }
         bell(state).sleep(armed, limit);
-        if let Some(result) = poll(state) {
-            return Some(result);
-        }
     }
 }
 
 fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::thread::sleep;
+
+    #[test]
+    fn a_deadline_waits_for_no_more_than_one_long_poll() {
+        let (deadline, mut long_ones) = (Instant::now() + Duration::from_millis(30), 0);
+        let seen = until_seen(&mut long_ones, Wait::Spin, Some(deadline), |long_ones| {
+            *long_ones += 1;
+            sleep(Duration::from_millis(20));
+            None::<()>
+        });
+        assert_eq!(seen, None);
+        assert!(long_ones <= 2, "{long_ones} polls of 20 ms each in 30 ms");
+    }
+
+    #[test]
+    fn bells_that_are_others_all_the_time_move_no_deadline() {
+        let deadline = Instant::now() + Duration::from_millis(10);
+        for wait in [Wait::Adaptive, Wait::Park] {
+            let seen = until_any(&mut (), wait, Some(deadline), |_, _| {}, |_| Look::<()>::OtherBells);
+            assert_eq!(seen, None);
+        }
+    }
 }

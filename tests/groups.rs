@@ -653,6 +653,22 @@ fn a_publisher_waits_until_a_group_has_settled() {
 }
 
 #[test]
+fn a_publisher_waits_no_longer_than_it_wants_for_a_group_that_nobody_can_tell_it_of() {
+    let mut stage = Stage::new(Mode::Many, at_least_once());
+    stage.publish(0, 1);
+    kill(stage.scene.server("coordinator"), Signal::SIGSTOP).unwrap();
+    let start = Instant::now();
+    let late = stage.publisher.wait_settled("g", Sequence::new(0), Duration::from_millis(5));
+    assert!(matches!(late, Err(SettleError::TimedOut)), "{late:?}");
+    assert!(start.elapsed() < Duration::from_secs(4), "it took {:?}", start.elapsed());
+    // The answer to what was asked then is nobody's now.
+    kill(stage.scene.server("coordinator"), Signal::SIGCONT).unwrap();
+    let late = stage.publisher.wait_settled("g", Sequence::new(0), Duration::from_millis(5));
+    assert!(matches!(late, Err(SettleError::TimedOut)), "{late:?}");
+    assert!(matches!(stage.publisher.wait_settled("none", Sequence::new(0), LIMIT), Err(SettleError::NoGroup)));
+}
+
+#[test]
 fn a_topic_that_goes_takes_its_groups_along() {
     for mode in LOGS {
         let mut stage = Stage::new(mode, at_least_once());

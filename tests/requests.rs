@@ -229,6 +229,27 @@ fn an_inbox_that_would_have_its_responder_wait_does_not() {
 }
 
 #[test]
+fn an_inbox_that_no_requester_makes_gets_no_reply() {
+    let scene = Scene::new("monster");
+    let bus = scene.open();
+    let mut responder = bus.responder(TOPIC).unwrap();
+    let mut publisher = bus.publisher(TOPIC.envelope()).unwrap();
+    let inbox = || Topic::<[u8]>::named("_inbox.monster").messages(16).envelope();
+    for monster in [inbox().bytes(65 << 20), inbox().messages(128), inbox().exclusive()] {
+        bus.create(&monster).unwrap();
+        let ask = Envelope::new().header("reply-to", b"_inbox.monster").header("correlation-id", b"1");
+        publisher.publish_with(b"", &ask).unwrap();
+        let refused = responder.recv_timeout(LIMIT).unwrap().reply(b"?").unwrap_err();
+        assert!(matches!(refused, ReplyError::Open(OpenError::Refused(Refusal::Options { .. }))), "{refused}");
+        // It has not even asked for a place there.
+        assert_eq!(bus.topic("_inbox.monster").unwrap().publishers.len(), 0);
+        bus.remove_topic("_inbox.monster", false).unwrap();
+    }
+    let refused = bus.requester_for(TOPIC, 65 << 20).err().unwrap();
+    assert!(matches!(refused, OpenError::Refused(Refusal::Options { .. })), "{refused}");
+}
+
+#[test]
 fn what_is_no_request_is_not_replied_to() {
     let scene = Scene::new("forged");
     let bus = scene.open();

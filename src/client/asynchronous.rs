@@ -7,6 +7,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use futures_core::stream::{FusedStream, Stream};
 
@@ -14,6 +15,7 @@ use crate::client::envelope::Envelope;
 use crate::client::iterate::Pull;
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
+use crate::client::read::Step;
 use crate::client::seat::Seat;
 use crate::client::select::Parts;
 use crate::client::subscriber::Subscriber;
@@ -59,10 +61,11 @@ impl<T: Payload + ?Sized> Subscriber<T> {
 
     /// Finds the next message for [`Message::new`], which must come next.
     fn poll_found(&mut self, seat: &mut Seat, waker: &Waker) -> Poll<Result<(), RecvError>> {
-        seat.poll(waker, self, Parts::bells, |handle| match handle.core.poll() {
-            Ok(true) => Look::Found(Ok(())),
-            Ok(false) if handle.core.is_rung() => Look::Nothing,
-            Ok(false) => Look::Within(MOMENT),
+        seat.poll(waker, self, Parts::bells, |handle| match handle.core.look() {
+            Ok(Step::Found) => Look::Found(Ok(())),
+            Ok(Step::Passed) => Look::Within(Duration::ZERO),
+            Ok(Step::Nothing) if handle.core.is_rung() => Look::Nothing,
+            Ok(Step::Nothing) => Look::Within(MOMENT),
             Err(error) => Look::Found(Err(error)),
         })
     }

@@ -155,7 +155,12 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> PipelineBuilder<I, O> {
         let consumer = self.consumer.open()?;
         let (topic, group) = consumer.place();
         let origin = Identity::Origin { topic, group, consumer: consumer.number() };
-        let publisher = OriginPublisher::open(self.bus.control(), self.to.name(), self.to.options(), origin)?;
+        let publisher = OriginPublisher::open(self.bus.control(), self.to.name(), self.to.options(), origin);
+        let publisher = publisher.map_err(|error| match consumer.is_gone() {
+            // The topic was removed meanwhile, and its consumers are unknown since.
+            true => Refusal::UnknownTopic { topic: consumer.topic().to_owned() }.into(),
+            false => error,
+        })?;
         check_output(&consumer, publisher.options(), self.to.name())?;
         let lease = Duration::from_millis(consumer.group_options().lease_ms);
         let outputs = Outputs { bytes: Vec::new(), messages: Vec::new(), payload: PhantomData };

@@ -15,6 +15,7 @@ use crate::client::bus::Bus;
 use crate::client::envelope::{Envelope, unix_ns};
 use crate::client::message::Message;
 use crate::client::publisher::Publisher;
+use crate::client::read::Step;
 #[cfg(feature = "async")]
 use crate::client::seat::Seat;
 use crate::client::select::{Parts, Waitable};
@@ -38,8 +39,9 @@ const INBOX_MESSAGES: u64 = 64;
 /// The largest reply where nothing else is asked for.
 const REPLY_BYTES: u64 = 256 << 10;
 
-/// Messages of an inbox that are passed over between two looks at the clock: whoever fills it has no part in the deadline.
-const PASSED_OVER: usize = 64;
+/// The largest reply that can be asked for: every responder makes so much memory its own for every requester, and anybody may
+/// name an inbox.
+const MAX_REPLY_BYTES: u64 = 64 << 20;
 
 /// Publishers to inboxes that a responder keeps open.
 const KEPT_INBOXES: usize = 64;
@@ -105,12 +107,16 @@ impl Bus {
         self.requester_for(topic, REPLY_BYTES)
     }
 
-    /// The same for replies of up to `reply_bytes`: so much memory is reserved for each responder that replies.
+    /// The same for replies of up to `reply_bytes`, at most 64 MiB: so much memory is reserved for each responder that replies.
     ///
     /// # Errors
-    /// As [`Self::requester`].
+    /// `reply_bytes` is more than that ([`Refusal::Options`]); otherwise as [`Self::requester`].
     pub fn requester_for(&self, topic: Topic<[u8]>, reply_bytes: u64) -> Result<Requester, OpenError> {
         let name = topic.name().to_owned();
+        if reply_bytes > MAX_REPLY_BYTES {
+            let problem = format!("replies have at most {MAX_REPLY_BYTES} bytes, asked for {reply_bytes}");
+            return Err(Refusal::Options { topic: name, problem }.into());
+        }
         let requests = self.publisher(topic.envelope())?;
         check_options(&name, requests.topic_options())?;
         let inbox = format!("{INBOX}{:016x}", crate::coordinator::random_u64());
@@ -158,6 +164,21 @@ impl Bus {
         check_options(topic.name(), requests.topic_options())?;
         Ok(Responder { requests, replies: Replies::new(self) })
     }
+}
+
+/// Whoever replies takes the memory of whatever inbox a request names, while others wait: it has to be like those that requesters
+/// make.
+fn check_inbox(inbox: &str, options: &TopicOptions) -> Result<(), OpenError> {
+    let TopicOptions { mode, messages, bytes, envelope, .. } = *options;
+    if mode == Mode::Many && envelope && messages <= INBOX_MESSAGES && bytes <= MAX_REPLY_BYTES {
+        return Ok(());
+    }
+    let kind = if envelope { "with envelopes" } else { "without envelopes" };
+    let problem = format!(
+        "no requester's inbox: it is {mode} {kind}, for {messages} messages and {bytes} bytes; expected one for many with envelopes, for \
+         at most {INBOX_MESSAGES} messages and {MAX_REPLY_BYTES} bytes"
+    );
+    Err(Refusal::Options { topic: inbox.to_owned(), problem }.into())
 }
 
 /// Requests need headers, and to know who reads.
@@ -220,7 +241,7 @@ impl Requester {
         let (started, now) = (Instant::now(), SystemTime::now());
         let deadline = started.checked_add(limit);
         // What came too late takes room that the next reply needs.
-        while self.replies.try_recv().map_err(RequestError::Inbox)?.is_some()
+        while self.replies.core.look().map_err(RequestError::Inbox)? != Step::Nothing
             && deadline.is_none_or(|deadline| Instant::now() < deadline)
         {}
         if !self.requests.readers().any() {
@@ -247,16 +268,20 @@ impl Requester {
     fn look_for(&mut self, id: u64) -> Look<Result<Reply, RequestError>> {
         // Asked before the look: who replied and left has replied.
         let alone = !self.requests.readers().any();
-        for _ in 0..PASSED_OVER {
-            match self.replies.try_recv() {
-                Ok(Some(message)) if number(&message, CORRELATION_ID) == Some(id) => {
-                    return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
+        for _ in 0..wait::PASSED_OVER {
+            match self.replies.core.look() {
+                Ok(Step::Found) => {
+                    let message = Message::<[u8]>::new(&self.replies.core);
+                    if number(&message, CORRELATION_ID) == Some(id) {
+                        return Look::Found(Ok(Reply { bytes: message.as_bytes().to_vec() }));
+                    }
                 }
-                Ok(Some(_)) => {}
-                Ok(None) if alone => {
+                // As many as a look may.
+                Ok(Step::Passed) => break,
+                Ok(Step::Nothing) if alone => {
                     return Look::Found(Err(RequestError::NoResponder { topic: self.topic.clone() }));
                 }
-                Ok(None) => return Look::Nothing,
+                Ok(Step::Nothing) => return Look::Nothing,
                 Err(error) => return Look::Found(Err(RequestError::Inbox(error))),
             }
         }
@@ -308,6 +333,12 @@ impl Responder {
     /// As [`Subscriber::try_recv`].
     pub fn try_recv(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
         let message = self.requests.try_recv()?;
+        Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
+    }
+
+    /// What one look finds; see [`Subscriber::look`].
+    pub(crate) fn look(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
+        let message = self.requests.look()?;
         Ok(message.map(|message| Incoming { message, replies: &mut self.replies }))
     }
 
@@ -421,7 +452,7 @@ impl Replies {
         if self.inboxes.len() >= KEPT_INBOXES {
             self.inboxes.pop_front();
         }
-        match self.bus.existing_publisher(Topic::named(inbox)) {
+        match self.bus.existing_publisher(Topic::named(inbox), |options| check_inbox(inbox, options)) {
             Ok(publisher) => Ok(publisher),
             Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => Err(ReplyError::Gone),
             Err(error) => Err(ReplyError::Open(error)),

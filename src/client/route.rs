@@ -22,6 +22,12 @@ use crate::wait::{self, Look, Wait};
 /// What comes due within this time is waited for awake, so to say: with short naps.
 const SOON: Duration = Duration::from_millis(10);
 
+/// How often to ask again whether a topic now has room for us.
+const ROOM_LOOK: Duration = Duration::from_secs(10);
+
+/// Topics opened before inputs have their turn again.
+const LEGS_A_LOOK: usize = 16;
+
 /// What routes' groups are called: this, and the output topic.
 const GROUP_PREFIX: &str = "route.";
 
@@ -39,7 +45,8 @@ type Transform = Box<dyn FnMut(&Delivery<'_, [u8]>, &mut Outputs<[u8]>) -> Resul
 /// goes to the group's dead-letter topic; an id that the output topic has had already is not published again.
 ///
 /// Topics that come later are routed from their first message on: until the route has its group there, a cursor of a wildcard
-/// subscription holds what is published on them.
+/// subscription holds what is published on them. Whoever creates a topic has no part in the others: one that a pattern stands for,
+/// and that cannot be an input, is passed over ([`Route::passed_over`]).
 pub struct Route {
     plan: Plan,
     legs: Vec<Leg>,
@@ -52,6 +59,25 @@ pub struct Route {
     turn: usize,
     /// Where topics may come later: of a pattern.
     arrivals: Option<Arrivals>,
+    /// Whether there were more than one look opens.
+    has_more: bool,
+    passed_over: Vec<PassedOver>,
+}
+
+/// A topic that cannot be an input.
+struct PassedOver {
+    /// The topic's number: one that is created anew is another one.
+    id: u64,
+    name: String,
+    why: Refusal,
+    /// When to try it again, where all that it lacks is room.
+    again_at: Option<Instant>,
+}
+
+impl PassedOver {
+    fn is_due(&self) -> bool {
+        self.again_at.is_some_and(|at| at <= Instant::now())
+    }
 }
 
 /// How a route is to be opened; ends with [`RouteBuilder::open`].
@@ -77,6 +103,9 @@ pub struct RouteCounts {
     pub duplicates: u64,
     /// How often it was fenced and began anew.
     pub reopened: u64,
+    /// Topics that the pattern stands for and that it does not take from, because they cannot be inputs of it; see
+    /// [`Route::passed_over`].
+    pub passed_over: u64,
 }
 
 /// From where to where.
@@ -92,7 +121,7 @@ struct Plan {
 enum Woken {
     /// A leg has an input, or says why it will have none.
     Input(usize, Result<(), RecvError>),
-    /// A topic has come, or a moment to look at is sooner than was planned.
+    /// Topics have come, and there is no input; or a moment to look at is sooner than was planned.
     LookAgain,
 }
 
@@ -100,6 +129,7 @@ enum Woken {
 struct Sources<'a> {
     legs: &'a mut Vec<Leg>,
     arrivals: Option<&'a Arrivals>,
+    has_more: bool,
 }
 
 impl Sources<'_> {
@@ -110,7 +140,8 @@ impl Sources<'_> {
 
     /// Whether topics have come. That the bus has ended its topics say, where there are any.
     fn has_news(&self) -> bool {
-        self.arrivals.is_some_and(|arrivals| arrivals.has_news() || self.legs.is_empty() && arrivals.have_ended())
+        let have_come = |arrivals: &Arrivals| arrivals.has_news() || self.legs.is_empty() && arrivals.have_ended();
+        self.has_more || self.arrivals.is_some_and(have_come)
     }
 
     /// The earliest moment at which an input comes due, as far as is known.
@@ -119,11 +150,8 @@ impl Sources<'_> {
         naps.min().and_then(|nap| Instant::now().checked_add(nap))
     }
 
-    /// Takes an input, beginning with the leg whose turn it is.
+    /// Takes an input, beginning with the leg whose turn it is; if there is none, says whether there is news.
     fn look(&mut self, turn: usize, planned: Option<Instant>) -> Look<Woken> {
-        if self.has_news() {
-            return Look::Found(Woken::LookAgain);
-        }
         let count = self.legs.len();
         for index in (0..count).map(|at| (turn + at) % count) {
             match self.legs[index].pipeline.consumer_mut().take() {
@@ -131,6 +159,12 @@ impl Sources<'_> {
                 Ok(false) => {}
                 Err(error) => return Look::Found(Woken::Input(index, Err(error))),
             }
+        }
+        if self.has_news() {
+            return Look::Found(Woken::LookAgain);
+        }
+        if self.legs.iter().any(|leg| leg.pipeline.consumer().has_left_off()) {
+            return Look::Within(Duration::ZERO);
         }
         match self.next_due() {
             None => Look::Nothing,
@@ -200,8 +234,8 @@ impl RouteBuilder {
     /// Opens it. When this returns, the groups of all topics there are hold every message from their start on.
     ///
     /// # Errors
-    /// [`RouteError::Loop`], as far as it can be seen; an input topic that is named does not exist, or cannot have groups; the
-    /// output topic is not for many publishers.
+    /// [`RouteError::Loop`], as far as it can be seen; an input topic that is named does not exist, or cannot have groups (those of
+    /// a pattern are passed over then); the output topic is not for many publishers.
     pub fn open(self) -> Result<Route, RouteError> {
         let RouteBuilder { plan, start, filters, transform } = self;
         let counts = RouteCounts::default();
@@ -209,8 +243,10 @@ impl RouteBuilder {
         let topics = plan.topics()?;
         plan.check_loop(&topics)?;
         let arrivals = if is_pattern(&plan.from) { Some(Arrivals::open(&plan.bus, &plan.from)?) } else { None };
-        let mut route = Route { plan, legs: Vec::new(), filters, transform, counts, last: None, turn: 0, arrivals };
-        route.open_legs(&topics, start)?;
+        let (legs, passed_over) = Default::default();
+        let (last, turn, has_more) = (None, 0, false);
+        let mut route = Route { plan, legs, filters, transform, counts, last, turn, arrivals, has_more, passed_over };
+        route.open_legs(&topics, start, usize::MAX)?;
         if route.arrivals.is_some() {
             // Between the list and the subscription some may have come.
             route.find_topics()?;
@@ -279,15 +315,19 @@ impl Route {
     pub fn step(&mut self, limit: Duration) -> Result<bool, RouteError> {
         let deadline = Instant::now().checked_add(limit);
         loop {
+            // Then an input, if there is one: who creates and removes topics all the time keeps none from being served.
             if self.sources().has_news() {
                 self.find_topics()?;
             }
-            let (leg, outcome) = match self.wait(deadline) {
+            let woken = self.wait(deadline);
+            let (leg, outcome) = match woken {
                 Some(Woken::Input(leg, Ok(()))) => (leg, self.pass_on(leg)),
                 Some(Woken::Input(leg, Err(error))) => (leg, Err(error.into())),
-                Some(Woken::LookAgain) => continue,
-                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(false),
-                None => continue,
+                // Nor is the clock anybody else's.
+                Some(Woken::LookAgain) | None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                    return Ok(false);
+                }
+                Some(Woken::LookAgain) | None => continue,
             };
             match outcome {
                 Ok(()) => return Ok(true),
@@ -306,52 +346,89 @@ impl Route {
         self.legs.iter().map(|leg| leg.topic.as_str())
     }
 
-    /// Opens a pipeline for each input topic that has come later.
+    /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
+    /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew; for room
+    /// it asks again every 10 s.
+    pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
+        self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
+    }
+
+    /// Opens a pipeline for each input topic that has come later, or for some and the others next time.
     fn find_topics(&mut self) -> Result<(), RouteError> {
         if let Some(arrivals) = &mut self.arrivals {
             // Before the list, which then has them all.
-            arrivals.take().map_err(OpenError::from)?;
+            arrivals.take();
         }
         let topics = self.plan.topics()?;
-        self.open_legs(&topics, Start::Oldest)?;
-        if let Some(arrivals) = &mut self.arrivals {
+        self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
+        self.has_more = !self.open_legs(&topics, Start::Oldest, LEGS_A_LOOK)?;
+        if let Some(arrivals) = self.arrivals.as_mut().filter(|_| !self.has_more) {
             // Our groups hold their messages now.
             arrivals.release();
         }
         Ok(())
     }
 
-    /// Opens a pipeline for each of these that is an input topic and has none.
-    fn open_legs(&mut self, topics: &[TopicStatus], start: Start) -> Result<(), RouteError> {
+    /// Opens a pipeline for each of these that is an input topic and has none, but for `most` at most. Whether those are all.
+    fn open_legs(&mut self, topics: &[TopicStatus], start: Start, most: usize) -> Result<bool, RouteError> {
         let is_new = |topic: &&TopicStatus| {
-            matches(&self.plan.from, &topic.name) && self.legs.iter().all(|leg| leg.topic != topic.name)
+            matches(&self.plan.from, &topic.name)
+                && self.legs.iter().all(|leg| leg.topic != topic.name)
+                && self.passed_over.iter().all(|passed| passed.id != topic.id || passed.is_due())
         };
         let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
         if !new.is_empty() {
             self.plan.check_loop(topics)?;
         }
-        for topic in new {
-            let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
-            match self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start)) {
-                Ok(pipeline) => self.legs.push(Leg { topic: topic.name.clone(), pipeline, refused: None }),
-                // It was there a moment ago.
-                Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
-                Err(error) => return Err(error.into()),
+        let all = new.len() <= most;
+        for topic in new.into_iter().take(most) {
+            self.open_leg(topic, start)?;
+        }
+        Ok(all)
+    }
+
+    fn open_leg(&mut self, topic: &TopicStatus, start: Start) -> Result<(), RouteError> {
+        let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
+        let name = topic.name.clone();
+        match self.plan.open(&name, least.max(topic.options.bytes), Some(start)) {
+            Ok(pipeline) => {
+                self.passed_over.retain(|passed| passed.id != topic.id);
+                self.legs.push(Leg { topic: name, pipeline, refused: None });
             }
+            // It was there a moment ago.
+            Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
+            Err(OpenError::Refused(why)) if is_pattern(&self.plan.from) && cannot_be_input(&name, &why) => {
+                self.pass_over(topic.id, name, why);
+            }
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }
 
+    fn pass_over(&mut self, id: u64, name: String, why: Refusal) {
+        let lacks_room = matches!(why, Refusal::Limit { .. } | Refusal::Budget { .. });
+        let again_at = lacks_room.then(|| Instant::now() + ROOM_LOOK);
+        match self.passed_over.iter_mut().find(|passed| passed.id == id) {
+            Some(passed) => (passed.why, passed.again_at) = (why, again_at),
+            None => {
+                self.passed_over.push(PassedOver { id, name, why, again_at });
+                self.counts.passed_over += 1;
+            }
+        }
+    }
+
     fn sources(&mut self) -> Sources<'_> {
-        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref() }
+        let has_more = self.has_more || self.passed_over.iter().any(PassedOver::is_due);
+        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref(), has_more }
     }
 
     /// Waits until one of the topics has an input, and takes it; or until there is something else to look at.
     fn wait(&mut self, deadline: Option<Instant>) -> Option<Woken> {
         let turn = self.turn;
+        let again_at = self.passed_over.iter().filter_map(|passed| passed.again_at).min();
         let mut sources = self.sources();
         let planned = sources.next_due();
-        let until = deadline.into_iter().chain(planned).min();
+        let until = deadline.into_iter().chain(planned).chain(again_at).min();
         wait::until_any(&mut sources, Wait::Adaptive, until, Sources::bells, |sources| sources.look(turn, planned))
     }
 
@@ -445,6 +522,21 @@ impl Route {
         self.legs.push(Leg { topic, pipeline, refused: None });
         self.counts.reopened += 1;
         Ok(())
+    }
+}
+
+/// Whether it is the topic that is refused as an input: by who created it, or because there is no room.
+fn cannot_be_input(input: &str, why: &Refusal) -> bool {
+    match why {
+        Refusal::NoRight { topic, .. }
+        | Refusal::Options { topic, .. }
+        | Refusal::Schema { topic, .. }
+        | Refusal::GroupExists { topic, .. }
+        | Refusal::GroupOptions { topic, .. }
+        | Refusal::Budget { topic, .. }
+        | Refusal::Corrupt { topic, .. } => topic == input,
+        Refusal::Limit { .. } => true,
+        _ => false,
     }
 }
 

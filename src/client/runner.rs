@@ -364,7 +364,8 @@ trait Source: Parts + Send + 'static {
     type Message<'a>;
     type Error;
 
-    fn try_take(&mut self) -> Result<Option<Self::Message<'_>>, Self::Error>;
+    /// Takes a message if one look finds it; at worst it has only passed over some, and the glance says that there is more.
+    fn look(&mut self) -> Result<Option<Self::Message<'_>>, Self::Error>;
 
     /// What has ended it, if the error says so.
     fn end(error: &Self::Error) -> Option<RecvError>;
@@ -374,8 +375,8 @@ impl<T: Payload + ?Sized> Source for Subscriber<T> {
     type Message<'a> = Message<'a, T>;
     type Error = RecvError;
 
-    fn try_take(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
-        self.try_recv()
+    fn look(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
+        Subscriber::look(self)
     }
 
     fn end(error: &RecvError) -> Option<RecvError> {
@@ -387,8 +388,8 @@ impl<T: Payload + ?Sized> Source for WildcardSubscriber<T> {
     type Message<'a> = WildcardMessage<'a, T>;
     type Error = WildcardError;
 
-    fn try_take(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
-        self.try_recv()
+    fn look(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        WildcardSubscriber::look(self)
     }
 
     fn end(error: &WildcardError) -> Option<RecvError> {
@@ -400,8 +401,8 @@ impl Source for Responder {
     type Message<'a> = Incoming<'a>;
     type Error = RecvError;
 
-    fn try_take(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
-        self.try_recv()
+    fn look(&mut self) -> Result<Option<Incoming<'_>>, RecvError> {
+        Responder::look(self)
     }
 
     fn end(error: &RecvError) -> Option<RecvError> {
@@ -429,7 +430,7 @@ impl<S: Source, H: FnMut(Result<S::Message<'_>, S::Error>) + Send> Task for Feed
     }
 
     fn serve(&mut self, _report: &mut dyn FnMut(&RunnerError)) -> Result<bool, RunnerError> {
-        match self.source.try_take() {
+        match self.source.look() {
             Ok(None) => Ok(false),
             Ok(Some(message)) => {
                 (self.handler)(Ok(message));
@@ -461,7 +462,11 @@ impl<T: Payload + ?Sized, H: FnMut(&mut Delivery<'_, T>) -> Result<(), Failure> 
                 Err(_) => return Look::Found(()),
             }
         }
-        if self.has_taken { Look::Found(()) } else { Look::Nothing }
+        match self.has_taken {
+            true => Look::Found(()),
+            false if self.consumer.has_left_off() => Look::Within(Duration::ZERO),
+            false => Look::Nothing,
+        }
     }
 
     fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {

@@ -8,6 +8,9 @@ use crate::ring::doorbell::{Doorbell, arm_all};
 use crate::shm::shared::Shared;
 use crate::wait::Look;
 
+/// How often one poll arms bells, where each look brings others to wait on.
+const TURNS: usize = 4;
+
 /// Keeps what has been arranged between two polls. Dropped, nobody is called any more.
 #[derive(Default)]
 #[cfg_attr(not(feature = "async"), allow(unreachable_pub, reason = "streams have it in a public trait"))]
@@ -36,7 +39,10 @@ impl Seat {
             Ok(result) => return self.leave(result),
             Err(interval) => interval,
         };
-        loop {
+        for _ in 0..TURNS {
+            if interval == Some(Duration::ZERO) {
+                break;
+            }
             let armed_bells = present(state);
             // Bells that have not been rung since are armed yet.
             let as_before = |known: &Registration| known.is_for(&armed_bells) && known.renew(waker, interval);
@@ -49,6 +55,9 @@ impl Seat {
                 Ok(result) => return self.leave(result),
                 Err(interval) => interval,
             };
+            if interval == Some(Duration::ZERO) {
+                break;
+            }
             match Registration::new(armed_bells, armed, interval, waker) {
                 // The look may have brought others to wait on.
                 Ok(registration) if registration.is_for(&present(state)) => self.registration = Some(registration),
@@ -57,6 +66,9 @@ impl Seat {
             }
             return Poll::Pending;
         }
+        // Others of this task's thread have their turn first, and its deadline.
+        waker.wake_by_ref();
+        Poll::Pending
     }
 
     fn leave<R>(&mut self, result: R) -> Poll<R> {
@@ -65,11 +77,29 @@ impl Seat {
     }
 }
 
-/// What was found; else in what time to look again at the latest.
+/// What was found; else in what time to look again at the latest. Zero: at once, but after others have had their turn.
 fn pause<R>(seen: Look<R>) -> Result<R, Option<Duration>> {
     match seen {
         Look::Found(result) => Ok(result),
         Look::Within(interval) => Err(Some(interval)),
         Look::Nothing | Look::OtherBells => Err(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_poll_ends_though_each_look_brings_other_bells() {
+        let (mut seat, mut bell) = (Seat::default(), Arc::new(Doorbell::new()));
+        let bells = |bell: &Arc<Doorbell>, into: &mut Vec<Shared<Doorbell>>| into.push(Shared::of(bell.clone()));
+        let look = |bell: &mut Arc<Doorbell>| {
+            *bell = Arc::new(Doorbell::new());
+            Look::<()>::OtherBells
+        };
+        assert!(seat.poll(Waker::noop(), &mut bell, bells, look).is_pending());
     }
 }

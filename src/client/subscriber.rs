@@ -11,7 +11,7 @@ use crate::client::control::Control;
 use crate::client::envelope::{EnvelopeView, unix_ns};
 use crate::client::held::Held;
 use crate::client::message::Message;
-use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, Opener, ReadPort, Wanted};
+use crate::client::read::{ChannelPort, ExclusivePort, Found, Glance, ManyPort, Opener, ReadPort, Step, Wanted};
 use crate::client::select::{Parts, Waitable};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, OpenError, RecvError, Refusal};
@@ -190,7 +190,7 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
         let mut newest: HashMap<Box<[u8]>, u64> = HashMap::new();
         loop {
             match scan.poll() {
-                Ok(true) if scan.found.sequence < until => {
+                Ok(Step::Found) if scan.found.sequence < until => {
                     let key = scan.envelope().and_then(|envelope| envelope.key()).unwrap_or_default();
                     match newest.get_mut(key) {
                         Some(sequence) => *sequence = scan.found.sequence,
@@ -208,29 +208,30 @@ impl<T: Payload + ?Sized> SubscriberBuilder<T> {
     }
 
     /// The first retained message that was published at this time or later, expired or not, with a cursor that keeps it in
-    /// place; where there is none, the end of the topic.
+    /// place; where there is none, the end of what was there.
     fn find_time(&self, since_ns: u64) -> Result<(SubscriberCore, u64), OpenError> {
         let mut core = self.open_core()?;
-        let mut read_to = None;
         if let Some(opener) = &mut core.opener {
             opener.want(Wanted::Since(since_ns));
             opener.want_expired();
         }
         loop {
             match core.poll() {
-                Ok(true) => {
+                Ok(Step::Found) => {
                     let sequence = core.found.sequence;
                     return Ok((core, sequence));
                 }
                 // A cursor that keeps nothing has been overtaken: what is gone is not looked for.
                 Err(RecvError::Lagged { .. }) => {}
                 Err(RecvError::Corrupt(problem)) => return Err(self.corrupt(problem)),
-                // What came while we looked may be older, too: all of it has been read when nothing more comes.
-                Ok(false) | Err(_) => {
+                Ok(_) => {
+                    let sequence = with_port!(&core.port, port => port.place()).sequence;
+                    return Ok((core, sequence));
+                }
+                // The topic is gone, say: whoever asks for it by its name is told, or it is another one by now.
+                Err(_) => {
                     let tail = self.bus.topic(self.topic.name())?.tail_sequence;
-                    if read_to.replace(tail) == Some(tail) {
-                        return Ok((core, tail));
-                    }
+                    return Ok((core, tail));
                 }
             }
         }
@@ -426,34 +427,68 @@ impl SubscriberCore {
         self.wait = wait;
     }
 
-    /// Finds the next message, if there is one. Compiled into the caller as far as a few loads will do.
+    /// Finds the next message, if there is one, passing over whatever is not for the caller. It goes no further than one
+    /// lap: what lies beyond was published while it looked, and has rung the bell if that was armed before.
     #[inline(always)]
-    pub(crate) fn poll(&mut self) -> Result<bool, RecvError> {
-        if self.opener.is_some() { self.poll_opened() } else { self.poll_ring() }
+    pub(crate) fn poll(&mut self) -> Result<Step, RecvError> {
+        match self.look()? {
+            Step::Passed => self.poll_lap(),
+            step => Ok(step),
+        }
+    }
+
+    #[cold]
+    fn poll_lap(&mut self) -> Result<Step, RecvError> {
+        let position = |core: &Self| with_port!(&core.port, port => port.place()).position;
+        let end = position(self).saturating_add(with_port!(&self.port, port => port.ring_len()));
+        while position(self) < end {
+            let step = self.look()?;
+            if step != Step::Passed {
+                return Ok(step);
+            }
+        }
+        Ok(Step::Nothing)
+    }
+
+    /// Finds the next message, or passes over a few that are not for the caller: for who has a deadline, or others to look
+    /// after. Compiled into the caller as far as a few loads will do.
+    #[inline(always)]
+    pub(crate) fn look(&mut self) -> Result<Step, RecvError> {
+        if self.opener.is_none() {
+            let step = self.step()?;
+            if step != Step::Passed {
+                return Ok(step);
+            }
+        }
+        self.pass_over()
     }
 
     /// Finds the next message that is for the caller, and opens its envelope.
     #[inline(never)]
-    fn poll_opened(&mut self) -> Result<bool, RecvError> {
-        while self.poll_ring()? {
-            let Some(opener) = &mut self.opener else { return Ok(true) };
-            if opener.open(&mut self.found)? {
-                return Ok(true);
+    fn pass_over(&mut self) -> Result<Step, RecvError> {
+        for _ in 0..wait::PASSED_OVER {
+            let step = self.step()?;
+            let is_for_caller = match &mut self.opener {
+                Some(opener) if step == Step::Found => opener.open(&mut self.found)?,
+                _ => step != Step::Passed,
+            };
+            if is_for_caller {
+                return Ok(step);
             }
         }
-        Ok(false)
+        Ok(Step::Passed)
     }
 
-    /// Finds the next message of the ring.
+    /// Goes on to what comes next in the ring.
     #[inline(always)]
-    fn poll_ring(&mut self) -> Result<bool, RecvError> {
+    fn step(&mut self) -> Result<Step, RecvError> {
         if !self.home.is_here() {
             return Err(self.forked());
         }
         match with_port!(&mut self.port, port => port.poll_fast(&mut self.found)) {
-            Glance::Found => Ok(true),
-            Glance::Nothing => Ok(false),
-            Glance::Unclear => self.poll_slow(),
+            Glance::Found => Ok(Step::Found),
+            Glance::Nothing => Ok(Step::Nothing),
+            Glance::Unclear => self.step_slowly(),
         }
     }
 
@@ -463,38 +498,46 @@ impl SubscriberCore {
         RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() }
     }
 
-    fn poll_slow(&mut self) -> Result<bool, RecvError> {
+    fn step_slowly(&mut self) -> Result<Step, RecvError> {
         match with_port!(&mut self.port, port => port.poll(&mut self.found)) {
-            Ok(false) => self.check_gone(),
+            Ok(Step::Nothing) => self.check_gone(),
             other => other,
         }
     }
 
     /// Nothing is there: because the topic is gone? Looks once more, since what came before its end counts.
-    fn check_gone(&mut self) -> Result<bool, RecvError> {
-        let Some(reason) = with_port!(&self.port, port => port.gone()) else { return Ok(false) };
+    fn check_gone(&mut self) -> Result<Step, RecvError> {
+        let Some(reason) = with_port!(&self.port, port => port.gone()) else { return Ok(Step::Nothing) };
         match with_port!(&mut self.port, port => port.poll(&mut self.found))? {
-            true => Ok(true),
-            false => Err(RecvError::Gone(reason)),
+            Step::Nothing => Err(RecvError::Gone(reason)),
+            more => Ok(more),
         }
     }
 
     #[inline(always)]
     fn recv(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.poll()? { Ok(()) } else { self.wait(limit) }
+        if self.look()? == Step::Found { Ok(()) } else { self.wait(limit) }
     }
 
     fn wait(&mut self, limit: Option<Duration>) -> Result<(), RecvError> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let found = |core: &mut Self| match core.poll() {
-            Ok(false) => None,
-            Ok(true) => Some(Ok(())),
-            Err(error) => Some(Err(error)),
+        let look = |core: &mut Self| match core.look() {
+            Ok(Step::Nothing) => None,
+            other => Some(other),
         };
-        if !self.rung {
-            return wait::until_seen(self, self.wait, deadline, found).unwrap_or(Err(RecvError::TimedOut));
+        loop {
+            let step = match self.rung {
+                true => wait::until(self, self.wait, deadline, |core| core.bell(), look),
+                false => wait::until_seen(self, self.wait, deadline, look),
+            };
+            match step {
+                Some(Ok(Step::Found)) => return Ok(()),
+                Some(Err(error)) => return Err(error),
+                // Not asleep, so that nobody has looked at the clock.
+                Some(Ok(_)) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
+                _ => return Err(RecvError::TimedOut),
+            }
         }
-        wait::until(self, self.wait, deadline, |core| core.bell(), found).unwrap_or(Err(RecvError::TimedOut))
     }
 
     pub(crate) fn bell(&self) -> &Shared<Doorbell> {
@@ -582,8 +625,15 @@ impl<T: Payload + ?Sized> Subscriber<T> {
     /// [`RecvError::Lagged`] says exactly what was lost; the next call goes on behind it.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
-        let found = self.core.poll()?;
-        Ok(found.then(|| Message::new(&self.core)))
+        let step = self.core.poll()?;
+        Ok((step == Step::Found).then(|| Message::new(&self.core)))
+    }
+
+    /// Receives the next message if one look finds it. `None` also where it has only passed over a few that are not for us:
+    /// for who looks again when [`Parts::glance`] says so, and has others to look after meanwhile.
+    pub(crate) fn look(&mut self) -> Result<Option<Message<'_, T>>, RecvError> {
+        let step = self.core.look()?;
+        Ok((step == Step::Found).then(|| Message::new(&self.core)))
     }
 
     /// Receives the next message, waiting for it as chosen by [`SubscriberBuilder::wait`].

@@ -11,6 +11,7 @@ use crate::client::bus::{Bus, unexpected};
 use crate::client::control::{Control, Granted};
 use crate::client::held::Held;
 use crate::client::message::{Message, OwnedMessage};
+use crate::client::read::Step;
 use crate::client::select::{Parts, Waitable};
 use crate::client::subscriber::{Start, SubscriberCore};
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
@@ -22,6 +23,9 @@ use crate::shm::notice;
 use crate::shm::shared::Shared;
 use crate::topic::Payload;
 use crate::wait::{self, Look, Wait};
+
+/// Topics that one look takes or lets go of at most: whoever creates and removes them delays nobody.
+const TOPICS_A_LOOK: usize = 16;
 
 /// Reads every topic that a pattern stands for, those to come included: `*` in the place of a token stands for any
 /// one token, `>` at the end for one or more.
@@ -48,6 +52,8 @@ pub(super) struct WildcardCore {
     notice: Shared<Notice>,
     /// How many topics have come.
     told: u64,
+    /// Those of them that are not taken yet.
+    waiting: VecDeque<Granted>,
     /// What is wrong with topics that came, or did not: each is told by a receive.
     troubles: VecDeque<WildcardError>,
     /// Messages that had expired, of topics that are gone.
@@ -150,6 +156,7 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
             found: 0,
             notice,
             told: 0,
+            waiting: VecDeque::new(),
             troubles: VecDeque::new(),
             expired: 0,
             generation: 0,
@@ -162,8 +169,23 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
         };
         // Those that existed have come before the answer. What is wrong with one of them the first receive says; being cut off,
         // too.
-        let _ = core.take_new_topics();
+        let _ = core.take_new_topics(Effort::Whole);
         Ok(WildcardSubscriber { core, payload: PhantomData })
+    }
+}
+
+/// What one look does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effort {
+    /// Little at a time: for who has a deadline, or others to look after.
+    Bounded,
+    /// All there is to do.
+    Whole,
+}
+
+impl Effort {
+    fn is_spent(self, topics: usize) -> bool {
+        self == Effort::Bounded && topics >= TOPICS_A_LOOK
     }
 }
 
@@ -171,6 +193,8 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
 #[derive(PartialEq, Eq)]
 enum News {
     AllHere,
+    /// There are more to take at once.
+    LeftOff,
     /// The coordinator has them yet, or is away.
     OnTheirWay,
 }
@@ -178,22 +202,41 @@ enum News {
 impl WildcardCore {
     /// Takes the topics that came since, if any were announced.
     #[inline]
-    fn look_for_topics(&mut self) -> Result<News, ConnectError> {
-        if self.notice.opened() == self.told { Ok(News::AllHere) } else { self.take_new_topics() }
+    fn look_for_topics(&mut self, effort: Effort) -> Result<News, ConnectError> {
+        if self.notice.opened() == self.told && self.waiting.is_empty() {
+            return Ok(News::AllHere);
+        }
+        self.take_new_topics(effort)
     }
 
     #[cold]
-    fn take_new_topics(&mut self) -> Result<News, ConnectError> {
-        let announced = self.notice.opened();
-        let (granted, told) = self.control.wildcard_topics(self.wildcard, announced)?;
+    fn take_new_topics(&mut self, effort: Effort) -> Result<News, ConnectError> {
+        let received = self.receive_topics();
+        let (start, mut taken) = (Instant::now(), 0);
         // What goes wrong with one of them is that one's affair: the others are taken all the same.
-        for granted in granted {
+        while let Some(granted) = self.waiting.pop_front() {
             if let Err(trouble) = self.add(granted) {
                 self.troubles.push_back(trouble);
             }
+            taken += 1;
+            // Large ones take long.
+            if effort.is_spent(taken) || effort == Effort::Bounded && start.elapsed() >= wait::MOMENT {
+                break;
+            }
         }
-        self.told = told.min(announced).max(self.told);
-        Ok(if told >= announced { News::AllHere } else { News::OnTheirWay })
+        // What could not be received is found missing by the look that has taken the rest.
+        if self.waiting.is_empty() { received } else { Ok(News::LeftOff) }
+    }
+
+    /// Receives the topics that came since.
+    fn receive_topics(&mut self) -> Result<News, ConnectError> {
+        let announced = self.notice.opened();
+        if announced != self.told {
+            let (granted, told) = self.control.wildcard_topics(self.wildcard, announced)?;
+            self.waiting.extend(granted);
+            self.told = told.min(announced).max(self.told);
+        }
+        Ok(if self.told >= announced { News::AllHere } else { News::OnTheirWay })
     }
 
     fn add(&mut self, (answer, fds): Granted) -> Result<(), WildcardError> {
@@ -225,32 +268,53 @@ impl WildcardCore {
         }
     }
 
-    /// Finds the next message, beginning with the topic whose turn it is.
+    /// Finds the next message, beginning with the topic whose turn it is. In each it passes over a few messages at most that are
+    /// not for us, so that no topic delays the others.
     pub(super) fn look(&mut self) -> Look<Result<(), WildcardError>> {
+        self.look_by(Effort::Bounded, SubscriberCore::look)
+    }
+
+    /// Finds the next message by looking at each topic in this way.
+    fn look_by(
+        &mut self,
+        effort: Effort,
+        look: impl Fn(&mut SubscriberCore) -> Result<Step, RecvError>,
+    ) -> Look<Result<(), WildcardError>> {
         if let Err(forked) = self.control.check_process() {
             return Look::Found(Err(forked.into()));
         }
         let before = self.generation;
         // Without its coordinator the subscription goes on with the topics it has, and says so when they have nothing.
-        let (news, cut_off) = match self.look_for_topics() {
+        let (news, cut_off) = match self.look_for_topics(effort) {
             Ok(news) => (news, None),
             Err(error) => (News::OnTheirWay, Some(error.into())),
         };
         if let Some(trouble) = self.troubles.pop_front() {
             return Look::Found(Err(trouble));
         }
-        let mut unvisited = self.topics.len();
+        let (mut unvisited, mut removed) = (self.topics.len(), 0);
+        let mut has_more = news == News::LeftOff;
         while unvisited > 0 {
             unvisited -= 1;
+            if effort.is_spent(removed) {
+                has_more = true;
+                break;
+            }
             let turn = if self.next < self.topics.len() { self.next } else { 0 };
-            match self.topics[turn].core.poll() {
-                Ok(true) => {
+            match look(&mut self.topics[turn].core) {
+                Ok(Step::Found) => {
                     (self.found, self.next) = (turn, turn + 1);
                     return Look::Found(Ok(()));
                 }
-                Ok(false) => self.next = turn + 1,
+                Ok(step) => {
+                    self.next = turn + 1;
+                    has_more |= step == Step::Passed;
+                }
                 // Also where it says that the bus was stopped: a publisher can make it say so. The notice knows.
-                Err(RecvError::Gone(_)) => drop(self.remove(turn)),
+                Err(RecvError::Gone(_)) => {
+                    drop(self.remove(turn));
+                    removed += 1;
+                }
                 Err(RecvError::Lagged { from, to }) => {
                     self.next = turn + 1;
                     let topic = self.topics[turn].name.to_string();
@@ -265,6 +329,7 @@ impl WildcardCore {
             }
         }
         match cut_off {
+            _ if has_more => Look::Within(Duration::ZERO),
             Some(error) => Look::Found(Err(error)),
             None => self.nothing(before, &news),
         }
@@ -313,11 +378,12 @@ impl WildcardCore {
         if self.control.check_process().is_err() {
             return Look::Found(());
         }
-        let news = self.look_for_topics();
+        let news = self.look_for_topics(Effort::Bounded);
         let ready = |member: &mut Member| member.core.is_ready();
         match news {
             _ if self.notice.has_ended() || !self.troubles.is_empty() => Look::Found(()),
             _ if self.topics.iter_mut().any(ready) => Look::Found(()),
+            Ok(News::LeftOff) => Look::Within(Duration::ZERO),
             Ok(News::AllHere) if self.is_rung() => Look::Nothing,
             Ok(_) => Look::Within(wait::MOMENT),
             // It is found again by the receive.
@@ -328,47 +394,52 @@ impl WildcardCore {
 
 /// The topics that come to a pattern, for somebody who reads them in a way of its own: what is published on them stays until it
 /// has seen to that.
-pub(crate) struct Arrivals(WildcardCore);
+pub(crate) struct Arrivals {
+    core: WildcardCore,
+    /// The cursors on those that have come.
+    held: Vec<HandleRef>,
+}
 
 impl Arrivals {
     /// From now on no topic that the pattern stands for comes unnoticed.
     pub(crate) fn open(bus: &Bus, pattern: &str) -> Result<Arrivals, OpenError> {
-        let mut arrivals = Arrivals(bus.wildcard::<[u8]>(pattern).open()?.core);
+        let mut core = bus.wildcard::<[u8]>(pattern).open()?.core;
         // Those that exist are the caller's to find.
-        arrivals.release();
-        Ok(arrivals)
+        while !core.topics.is_empty() {
+            drop(core.remove(0));
+        }
+        Ok(Arrivals { core, held: Vec::new() })
     }
 
     /// Rings when there may be news.
     pub(crate) fn bell(&self) -> Shared<Doorbell> {
-        self.0.notice.part(|notice| &notice.bell)
+        self.core.notice.part(|notice| &notice.bell)
     }
 
     /// Whether topics have come that were not released.
     pub(crate) fn has_news(&self) -> bool {
-        self.0.notice.opened() != self.0.told || !self.0.topics.is_empty()
+        self.core.notice.opened() != self.core.told || !self.held.is_empty()
     }
 
     /// Whether the bus was stopped.
     pub(crate) fn have_ended(&self) -> bool {
-        self.0.notice.has_ended()
+        self.core.notice.has_ended()
     }
 
-    /// Takes what has come; it is held until [`Self::release`]. While the coordinator is away, that is nothing.
-    pub(crate) fn take(&mut self) -> Result<(), AttachError> {
-        let _ = self.0.look_for_topics();
-        // A topic that the subscription has no room for is found all the same, only not held until then.
-        self.0.troubles.drain(..).try_for_each(|trouble| match trouble {
-            WildcardError::Attach { source, .. } => Err(source),
-            _ => Ok(()),
-        })
+    /// Takes what has come; it is held until [`Self::release`]. While the coordinator is away, that is nothing. A topic that
+    /// the subscription has no room for is found all the same, only not held until then.
+    pub(crate) fn take(&mut self) {
+        let _ = self.core.receive_topics();
+        let cursors = self.core.waiting.drain(..).filter_map(|(answer, _)| match answer {
+            Answer::WildcardTopic { info, cursor, .. } => Some(HandleRef::Subscriber { topic: info.id, cursor }),
+            _ => None,
+        });
+        self.held.extend(cursors);
     }
 
     /// Lets go of the topics that were taken.
     pub(crate) fn release(&mut self) {
-        while !self.0.topics.is_empty() {
-            drop(self.0.remove(0));
-        }
+        self.held.drain(..).for_each(|cursor| self.core.control.release(cursor));
     }
 }
 
@@ -395,7 +466,19 @@ impl<T: Payload + ?Sized> WildcardSubscriber<T> {
     /// [`WildcardError`]; what concerns one topic names it, and the next call goes on with the others.
     #[inline]
     pub fn try_recv(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
-        match self.core.look() {
+        let seen = self.core.look_by(Effort::Whole, SubscriberCore::poll);
+        self.found(seen)
+    }
+
+    /// Receives the next message if one look finds it. `None` also where it has only passed over a few that are not for us:
+    /// for who looks again when [`Parts::glance`] says so, and has others to look after meanwhile.
+    pub(crate) fn look(&mut self) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        let seen = self.core.look();
+        self.found(seen)
+    }
+
+    fn found(&self, seen: Look<Result<(), WildcardError>>) -> Result<Option<WildcardMessage<'_, T>>, WildcardError> {
+        match seen {
             Look::Found(found) => found.map(|()| Some(self.message())),
             Look::Nothing | Look::OtherBells | Look::Within(_) => Ok(None),
         }

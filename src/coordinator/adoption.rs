@@ -56,9 +56,10 @@ const MAX_CONNECTIONS: usize = 2048;
 /// Connections of one user beyond those that his participants have: of newcomers, who wait until we serve.
 const MAX_NEWCOMERS: usize = 16;
 
-/// Connections accepted, and packets of one connection looked at, before the others have their turn and the clock is looked at.
+/// Connections accepted, and packets of one user's connections looked at, before the others have their turn and the clock is
+/// looked at.
 const ACCEPTS_PER_ROUND: usize = 64;
-const PACKETS_PER_ROUND: usize = 64;
+const PACKETS_PER_ROUND: usize = 256;
 
 /// The registry of a bus whose processes died and of which somebody is left. Only with the lock. `stay`: what the bus is
 /// to be from now on, where it was not already; `allow`: whom it lets in from now on, if anybody is named.
@@ -274,8 +275,7 @@ impl Gathering<'_> {
                 let presenter = Presenter::new(socket, &self.state);
                 presenters.extend(presenter.filter(|presenter| self.has_room(presenter, &presenters)));
             }
-            // Whoever breaks the rules, or is refused, is not listened to any longer.
-            presenters.retain_mut(|presenter| self.listen_to(presenter, &mut buffer));
+            self.listen_to_all(&mut presenters, &mut buffer);
             self.expected.retain(|_, pidfd| !pidfd::is_dead(pidfd.as_fd()).unwrap_or(false));
         }
         Ok(presenters)
@@ -304,9 +304,23 @@ impl Gathering<'_> {
         }
     }
 
-    /// Takes what a connection has sent; whether to go on with it.
-    fn listen_to(&mut self, presenter: &mut Presenter, buffer: &mut [u8]) -> bool {
-        for _ in 0..PACKETS_PER_ROUND {
+    /// A round: each user has his turn, however many connections he has and however much they say. Whoever breaks the rules, or
+    /// is refused, is not listened to any longer.
+    fn listen_to_all(&mut self, presenters: &mut Vec<Presenter>, buffer: &mut [u8]) {
+        let mut left_of_user = BTreeMap::new();
+        presenters.retain_mut(|presenter| {
+            let left = left_of_user.entry(presenter.connection.peer.uid).or_insert(PACKETS_PER_ROUND);
+            self.listen_to(presenter, buffer, left)
+        });
+        // Of his connections another comes first in the next one.
+        if !presenters.is_empty() {
+            presenters.rotate_left(1);
+        }
+    }
+
+    /// Takes what a connection has sent, `left` packets at most; whether to go on with it.
+    fn listen_to(&mut self, presenter: &mut Presenter, buffer: &mut [u8], left: &mut usize) -> bool {
+        while *left > 0 {
             let request = match presenter.connection.receive(buffer) {
                 Received::Request(request, _) => request,
                 Received::Nothing => return true,
@@ -322,6 +336,7 @@ impl Gathering<'_> {
                     return false;
                 }
             };
+            *left -= 1;
             let heard = match (presenter.incarnation, request) {
                 (None, Request::Hello { protocol, incarnation, .. }) => {
                     self.hear_hello(presenter, protocol, incarnation)

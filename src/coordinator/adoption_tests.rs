@@ -126,14 +126,29 @@ fn presenter(uid: u32) -> (OwnedFd, Presenter) {
 fn who_says_much_leaves_time_for_others() {
     let mut wreck = Wreck::new();
     let mut gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
-    let (theirs, mut flood) = presenter(1000);
-    flood.incarnation = Some(1);
     let packet = postcard::to_stdvec(&Request::AllPresented).unwrap();
-    let sent = std::iter::from_fn(|| socket::send(theirs.as_fd(), &packet, &[]).ok()).count();
-    assert!(sent > PACKETS_PER_ROUND);
+    // Several connections of one user that never fall silent, and one of another.
+    let (ends, mut presenters): (Vec<OwnedFd>, Vec<Presenter>) = [7, 7, 7, 1000].map(presenter).into_iter().unzip();
+    presenters.iter_mut().for_each(|presenter| presenter.incarnation = Some(1));
+    let (other, flood) = ends.split_last().unwrap();
+    let fill = |end: &OwnedFd| std::iter::from_fn(|| socket::send(end.as_fd(), &packet, &[]).ok()).count();
+    let said: usize = flood.iter().map(fill).sum();
+    assert!(said > 3 * PACKETS_PER_ROUND && fill(other) > PACKETS_PER_ROUND);
     let mut buffer = vec![0; MAX_PACKET_BYTES];
-    assert!(gathering.listen_to(&mut flood, &mut buffer));
-    assert!(matches!(flood.connection.receive(&mut buffer), Received::Request(..)), "the rest waits for its turn");
+    gathering.listen_to_all(&mut presenters, &mut buffer);
+    assert_eq!(presenters.len(), 4);
+    let mut unheard = |uid: u32| -> usize {
+        let of_user = presenters.iter_mut().filter(|presenter| presenter.connection.peer.uid == uid);
+        let receive = |presenter: &mut Presenter| {
+            std::iter::from_fn(|| {
+                matches!(presenter.connection.receive(&mut buffer), Received::Request(..)).then_some(())
+            })
+            .count()
+        };
+        of_user.map(receive).sum()
+    };
+    assert_eq!(said - unheard(7), PACKETS_PER_ROUND, "the rest waits for its turn");
+    assert!(unheard(1000) > 0);
 }
 
 #[test]
@@ -164,6 +179,6 @@ fn only_memory_is_looked_at() {
     socket::send(theirs.as_fd(), &packet, &[file.as_fd()]).unwrap();
     assert!(matches!(forger.connection.receive(&mut buffer), Received::Foreign(fds) if fds.len() == 1));
     socket::send(theirs.as_fd(), &packet, &[file.as_fd()]).unwrap();
-    assert!(!gathering.listen_to(&mut forger, &mut buffer), "it is heard no longer");
+    assert!(!gathering.listen_to(&mut forger, &mut buffer, &mut 1), "it is heard no longer");
     assert!(gathering.store.is_empty());
 }

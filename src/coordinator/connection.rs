@@ -1,6 +1,6 @@
 //! One client's connection as the coordinator sees it: it never waits for the client, and what waits is bounded.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -10,6 +10,9 @@ use crate::coordinator::protocol::{Answer, MAX_PACKET_FDS, Request};
 use crate::error::Refusal;
 use crate::os::memfd;
 use crate::os::socket::{self, Peer};
+
+/// Packets that are sent to one client before others have their turn, however fast it reads.
+const PACKETS_PER_FLUSH: usize = 64;
 
 /// What came from a client.
 pub(crate) enum Received {
@@ -53,13 +56,22 @@ pub(crate) struct Connection {
     pub(crate) incarnation: Option<u64>,
     /// Somebody whom the bus does not let in.
     pub(crate) stranger: bool,
+    /// Its request is answered later; until then it is not listened to.
+    pub(crate) waits: bool,
     queue: VecDeque<Waiting>,
+    /// How many there are of what is bounded by what the client holds; they come first.
+    owed: usize,
+    queued_fds: usize,
     /// What waits cannot be sent for want of descriptors: it is tried again in a moment.
     is_short: bool,
     /// Descriptors accepted with one request.
     max_fds: usize,
     /// Those of the last one.
     fds: Vec<OwnedFd>,
+    /// Its last request is done in parts: until it is done nothing else is heard.
+    put_off: bool,
+    /// Lost topics that it was asked for and has not presented.
+    asked: BTreeSet<u64>,
 }
 
 impl Connection {
@@ -69,16 +81,31 @@ impl Connection {
             peer,
             incarnation: None,
             stranger: false,
+            waits: false,
             queue: VecDeque::new(),
+            owed: 0,
+            queued_fds: 0,
             is_short: false,
             max_fds: 0,
             fds: Vec::new(),
+            put_off: false,
+            asked: BTreeSet::new(),
         }
     }
 
     /// Whether answers wait for the client to read. Until it does, its requests wait.
     pub(crate) fn is_congested(&self) -> bool {
         !self.queue.is_empty()
+    }
+
+    /// Whether its last request is not done yet.
+    pub(crate) fn is_put_off(&self) -> bool {
+        self.put_off
+    }
+
+    /// Its last request is done in parts, or has been.
+    pub(crate) fn set_put_off(&mut self, put_off: bool) {
+        self.put_off = put_off;
     }
 
     /// From now on descriptors may ride along: this client was asked to present some.
@@ -89,6 +116,16 @@ impl Connection {
     /// No more descriptors from this client.
     pub(crate) fn refuse_fds(&mut self) {
         self.max_fds = 0;
+    }
+
+    /// Of these lost topics it is asked for what it holds.
+    pub(crate) fn ask_for(&mut self, topics: &[u64]) {
+        self.asked.extend(topics);
+    }
+
+    /// Whether it was asked for this topic, and has not presented it. `is_heard`: now it has.
+    pub(crate) fn was_asked_for(&mut self, topic: u64, is_heard: bool) -> bool {
+        if is_heard { self.asked.remove(&topic) } else { self.asked.contains(&topic) }
     }
 
     /// Those that rode along with the last request.
@@ -126,11 +163,7 @@ impl Connection {
 
     /// Descriptors that wait for the client to read.
     pub(crate) fn queued_fds(&self) -> usize {
-        let of = |waiting: &Waiting| match waiting {
-            Waiting::Packet(_, fds) => fds.len(),
-            Waiting::Push(_) => 0,
-        };
-        self.queue.iter().map(of).sum()
+        self.queued_fds
     }
 
     /// Sends an answer, or queues it behind those that wait. For who is pushed nothing.
@@ -142,7 +175,9 @@ impl Connection {
     /// Queues an answer: [`Self::flush`] sends it.
     pub(crate) fn answer(&mut self, answer: &Answer, fds: Vec<OwnedFd>) -> Result<(), Broken> {
         self.check_room()?;
-        self.queue.push_back(Waiting::Packet(postcard::to_stdvec(answer).map_err(|_| Broken)?, fds));
+        let packet = postcard::to_stdvec(answer).map_err(|_| Broken)?;
+        self.queued_fds += fds.len();
+        self.queue.push_back(Waiting::Packet(packet, fds));
         Ok(())
     }
 
@@ -156,22 +191,26 @@ impl Connection {
     /// Queues an answer that is one of a few.
     pub(crate) fn answer_unbounded(&mut self, answer: &Answer) -> Result<(), Broken> {
         self.queue.push_back(Waiting::Packet(postcard::to_stdvec(answer).map_err(|_| Broken)?, Vec::new()));
+        self.owed += 1;
         Ok(())
     }
 
     /// Queues what is bounded already by what the client holds.
     pub(crate) fn push_all(&mut self, pushes: impl IntoIterator<Item = Push>) {
+        let before = self.queue.len();
         self.queue.extend(pushes.into_iter().map(Waiting::Push));
+        self.owed += self.queue.len() - before;
     }
 
     fn check_room(&self) -> Result<(), Broken> {
-        if self.queue.len() < MAX_QUEUED_PACKETS { Ok(()) } else { Err(Broken) }
+        if self.queue.len() < MAX_QUEUED_PACKETS + self.owed { Ok(()) } else { Err(Broken) }
     }
 
-    /// Sends what waits, as far as the client reads.
+    /// Sends what waits, as far as the client reads, and no more than a turn's worth: what is left waits for the next.
     pub(crate) fn flush(&mut self, resolve: Resolve<'_>) -> Result<(), Broken> {
         self.is_short = false;
-        while let Some(first) = self.queue.front() {
+        for _ in 0..PACKETS_PER_FLUSH {
+            let Some(first) = self.queue.front() else { return Ok(()) };
             let sent = match first {
                 Waiting::Packet(bytes, fds) => send(self.socket.as_fd(), bytes, fds),
                 Waiting::Push(push) => match resolve(*push) {
@@ -186,7 +225,7 @@ impl Connection {
                 },
             };
             match sent {
-                Ok(()) => drop(self.queue.pop_front()),
+                Ok(()) => self.forget_first(),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 // As many descriptors of ours are on their way as we may have there.
                 Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
@@ -196,12 +235,20 @@ impl Connection {
                 // Gone: what it said last, and its hang-up, are received like any other.
                 Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
                     self.queue.clear();
+                    (self.owed, self.queued_fds) = (0, 0);
                     return Ok(());
                 }
                 Err(_) => return Err(Broken),
             }
         }
         Ok(())
+    }
+
+    fn forget_first(&mut self) {
+        if let Some(Waiting::Packet(_, fds)) = self.queue.pop_front() {
+            self.queued_fds -= fds.len();
+        }
+        self.owed = self.owed.saturating_sub(1);
     }
 }
 
@@ -254,6 +301,35 @@ mod tests {
             connection.flush(&resolve).unwrap();
         }
         assert!(!connection.is_congested());
+    }
+
+    #[test]
+    fn a_client_that_reads_fast_is_sent_a_turns_worth_at_a_time() {
+        let (theirs, ours) = socket::pair().unwrap();
+        let mut connection = Connection::new(ours, Peer { pid: 1, uid: 1 });
+        let resolve = |push| {
+            let Push::Arena { topic, slot } = push else { return Ok(None) };
+            Ok(Some((Answer::ArenaAdded { topic, slot }, Vec::new())))
+        };
+        let (count, mut buffer) = (MAX_QUEUED_PACKETS as u32 + 10, vec![0; MAX_PACKET_BYTES]);
+        connection.push_all((0..count).map(|slot| Push::Arena { topic: 0, slot }));
+        // What it is owed leaves as much room for the rest as ever.
+        connection.push(Push::Arena { topic: 0, slot: count }).unwrap();
+        let (mut next, mut turns) = (0, 0);
+        while connection.is_congested() {
+            connection.flush(&resolve).unwrap();
+            turns += 1;
+            let before = next;
+            while let Ok(packet) = socket::recv(theirs.as_fd(), &mut buffer, 0) {
+                let answer: Answer = postcard::from_bytes(&buffer[..packet.len]).unwrap();
+                assert!(matches!(answer, Answer::ArenaAdded { slot, .. } if slot == next));
+                next += 1;
+            }
+            assert!(next - before <= PACKETS_PER_FLUSH as u32);
+        }
+        assert_eq!((next, turns), (count + 1, (count + 1).div_ceil(PACKETS_PER_FLUSH as u32)));
+        (0..MAX_QUEUED_PACKETS).for_each(|_| connection.push(Push::Arena { topic: 0, slot: 0 }).unwrap());
+        assert!(connection.push(Push::Arena { topic: 0, slot: 0 }).is_err());
     }
 
     #[test]

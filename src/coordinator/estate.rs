@@ -21,16 +21,19 @@ mod resume;
 mod retention;
 mod wildcards;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Instant;
 
 use nix::unistd::Uid;
 
+pub(crate) use crate::coordinator::estate::groups::Expired;
+use crate::coordinator::estate::groups::Reclaims;
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
-use crate::coordinator::memory::{Joined, TopicMemory};
+use crate::coordinator::memory::{Joined, LedgerCount, TopicMemory};
 use crate::coordinator::notices::Notices;
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry};
@@ -64,6 +67,13 @@ pub(crate) struct Estate {
     ageing: Vec<u64>,
     /// Groups on topics whose messages may have a time-to-live, with some that are gone.
     expiring: Vec<(u64, u32)>,
+    /// What the looks under way have still to look at.
+    rest: Rest,
+    reclaims: Reclaims,
+    /// Words of ledgers walked for releases since the last round of the loop.
+    walked: u64,
+    /// What was counted in ledgers for a status that is to be given, and when, by topic and group.
+    counted: BTreeMap<(u64, u32), (Instant, LedgerCount)>,
     /// Where the subscriber that opens right now begins.
     joined: Option<Joined>,
     /// Arenas that came into being and have not been announced.
@@ -72,6 +82,18 @@ pub(crate) struct Estate {
     notices: Notices,
     /// Subscribers opened for wildcard subscriptions whose owners have not been told.
     news: Vec<News>,
+    /// Consumers released whose events are about to be carried out.
+    released: BTreeSet<HandleRef>,
+}
+
+/// What a look has not come to: each topic or group has its turn before any has the next, however long they take.
+#[derive(Default)]
+struct Rest {
+    ageing: Vec<u64>,
+    expiring: Vec<(u64, u32)>,
+    /// What those found that had their turn.
+    expired: Expired,
+    to_renew: Vec<(u64, u32)>,
 }
 
 impl Estate {
@@ -92,6 +114,10 @@ impl Estate {
             memories: BTreeMap::new(),
             ageing: Vec::new(),
             expiring: Vec::new(),
+            rest: Rest::default(),
+            reclaims: Reclaims::new(),
+            walked: 0,
+            counted: BTreeMap::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
             link,
@@ -99,6 +125,7 @@ impl Estate {
             announcements: Vec::new(),
             notices: Notices::default(),
             news: Vec::new(),
+            released: BTreeSet::new(),
         }
     }
 

@@ -14,6 +14,10 @@ pub(crate) const LINGER: Duration = Duration::from_millis(200);
 /// (`ring::ledger::Ledger::renew_due`).
 pub(crate) const RENEW_DUE: Duration = Duration::from_secs(6 * 3600);
 
+/// How long the coordinator looks after the memory of topics before it serves the connections again: what is left is for its next look.
+/// One topic's or group's part is done in one go, so it may become a few times as long.
+pub(crate) const LOOK: Duration = Duration::from_millis(2);
+
 /// Answers that may wait for one client that does not read; one more and it is disconnected.
 pub(crate) const MAX_QUEUED_PACKETS: usize = 1024;
 

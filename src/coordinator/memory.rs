@@ -109,6 +109,15 @@ impl TopicMemory {
 
     /// Takes over segments that an earlier coordinator created; checks every header against `info`.
     pub(crate) fn adopt(info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
+        TopicMemory::adopt_by(attach, info, stored)
+    }
+
+    /// The same only to [`Self::end`] the topic, which takes no longer for a large one.
+    pub(crate) fn adopt_to_end(info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
+        TopicMemory::adopt_by(attach_for_a_word, info, stored)
+    }
+
+    fn adopt_by(attach: Attach, info: &TopicInfo, stored: Vec<(String, OwnedFd)>) -> Result<TopicMemory, Refusal> {
         let (mut log, mut cursors, mut channel, mut arenas) = (None, None, None, Vec::new());
         let mut own = Vec::new();
         for (name, fd) in stored {
@@ -362,6 +371,13 @@ fn new_segment(info: &TopicInfo, part: &str, promise: &Promise) -> Result<(Owned
     let name = format!("shmbus:{}:{part}", info.name);
     let problem = format!("cannot reserve {} bytes for topic {:?}", promise.len_bytes, info.name);
     Segment::create(&name, promise).map_err(|e| Refusal::System { context: problem, problem: e.to_string() })
+}
+
+/// Maps a segment of a topic.
+type Attach = fn(&TopicInfo, &OwnedFd, &Promise) -> Result<Segment, Refusal>;
+
+fn attach_for_a_word(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Result<Segment, Refusal> {
+    Segment::attach_for_a_word(fd.as_fd(), promise).map_err(|e| corrupt(info, e.to_string()))
 }
 
 fn attach(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Result<Segment, Refusal> {

@@ -5,9 +5,11 @@
 
 mod clock;
 mod connections;
+mod counting;
 mod keeper;
 mod participants;
 mod requests;
+mod unfinished;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -27,6 +29,7 @@ use crate::coordinator::estate::Estate;
 use crate::coordinator::link::{self, GIVEN_LISTENER, LISTENER, LOCK, Link, Message};
 use crate::coordinator::protocol::MAX_PACKET_BYTES;
 use crate::coordinator::server::connections::{decline, spare};
+use crate::coordinator::server::counting::Asked;
 use crate::error::Refusal;
 use crate::os::socket;
 
@@ -78,8 +81,14 @@ pub(crate) struct Server {
     burial: Burial,
     /// When to look at those without a connection, and how long was waited for it.
     look: Option<(Instant, Duration)>,
+    /// By user and connection: who waits for the status of a topic with long ledgers.
+    counting: BTreeMap<(u32, u64), Asked>,
+    /// For which user that was done last.
+    counted_for: u32,
     /// When to try again what could not be sent for want of descriptors.
     retry_at: Option<Instant>,
+    /// What is done in parts.
+    unfinished: unfinished::Queue,
     hosted: bool,
     ended: bool,
     /// Where packets are received.
@@ -162,7 +171,10 @@ impl Server {
             expiry_at: None,
             burial: Burial::default(),
             look: None,
+            counting: BTreeMap::new(),
+            counted_for: 0,
             retry_at: None,
+            unfinished: unfinished::Queue::default(),
             hosted,
             ended,
             buffer: vec![0; MAX_PACKET_BYTES].into_boxed_slice(),
@@ -207,6 +219,9 @@ impl Server {
                 if self.ended {
                     break;
                 }
+            }
+            if !self.ended {
+                self.go_on()?;
             }
             self.look_at_the_clock()?;
         }

@@ -2,7 +2,7 @@
 //! nothing of it.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use crate::coordinator::registry::Registry;
 use crate::coordinator::state::Event;
 use crate::error::OpenError;
 use crate::os::socket::Peer;
+use crate::shm::layout::BODY_OFFSET;
 use crate::topic::{Mode, TopicOptions};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -346,6 +347,70 @@ fn a_dead_process_gives_its_place_up_and_a_stopped_one_keeps_it() {
 
 #[path = "server/group_tests.rs"]
 mod groups;
+
+/// Says something with descriptors, and hears the answer with its own.
+fn ask(socket: &OwnedFd, request: &Request, fds: &[&OwnedFd]) -> (Answer, Vec<OwnedFd>) {
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    socket::send(socket.as_fd(), &postcard::to_stdvec(request).unwrap(), &fds).unwrap();
+    hear(socket)
+}
+
+fn hear(socket: &OwnedFd) -> (Answer, Vec<OwnedFd>) {
+    let readable = nix::poll::PollFlags::POLLIN;
+    assert!(socket::wait(socket.as_fd(), readable, Some(Instant::now() + DEADLINE)).unwrap());
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let packet = socket::recv(socket.as_fd(), &mut buffer, 8).unwrap();
+    (postcard::from_bytes(&buffer[..packet.len]).unwrap(), packet.fds)
+}
+
+#[test]
+fn the_end_of_a_lost_topic_is_told_once_and_only_where_it_was_asked_for() {
+    let stage = Stage::set();
+    let first = stage.raw();
+    let (Answer::Welcome { incarnation, .. }, _) = ask(&first, &hello(), &[]) else { panic!() };
+    let open = |topic: &str| Request::OpenPublisher {
+        topic: topic.to_owned(),
+        schema: None,
+        create: Some(options(Mode::Exclusive)),
+        identity: None,
+    };
+    let [(lost, lost_fds), (other, other_fds)] = ["lost", "other"].map(|topic| {
+        let (Answer::PublisherOpened { info, .. }, fds) = ask(&first, &open(topic), &[]) else { panic!() };
+        ask(&first, &Request::RemoveTopic { topic: topic.to_owned(), force: true }, &[]);
+        (info, fds)
+    });
+    // Its owner may write it: as if the topic were alive.
+    let log = |fds: &[OwnedFd]| std::fs::File::from(fds[0].try_clone().unwrap());
+    let state = |fds: &[OwnedFd]| {
+        let mut state = [0];
+        log(fds).read_exact_at(&mut state, BODY_OFFSET).map(|()| state[0]).unwrap()
+    };
+    let revive = |fds: &[OwnedFd]| log(fds).write_all_at(&[0], BODY_OFFSET).unwrap();
+    let second = stage.raw();
+    let holds = vec![HandleRef::Publisher { topic: lost.id, slot: 0 }];
+    let back = Request::Hello { protocol: PROTOCOL_VERSION, token: 1, incarnation: Some(incarnation), holds };
+    let (Answer::Present { topics, .. }, _) = ask(&second, &back, &[]) else { panic!() };
+    assert_eq!(topics, [lost.id]);
+    assert!(matches!(hear(&second).0, Answer::Welcome { .. }));
+    // Answered in order: what was said before has been heard.
+    let present = |info: &TopicInfo, fds: &[OwnedFd]| {
+        let names = ["log", "cursors", "log"].map(str::to_owned).to_vec();
+        let request = postcard::to_stdvec(&Request::Present { info: info.clone(), names }).unwrap();
+        socket::send(second.as_fd(), &request, &[fds[0].as_fd(), fds[1].as_fd(), fds[0].as_fd()]).unwrap();
+        assert!(matches!(ask(&second, &Request::Report, &[]).0, Answer::Report(_)));
+        state(fds)
+    };
+    revive(&lost_fds);
+    revive(&other_fds);
+    assert_eq!(present(&other, &other_fds), 0, "nobody asked for it");
+    assert_eq!(present(&lost, &lost_fds), 1);
+    revive(&lost_fds);
+    assert_eq!(present(&lost, &lost_fds), 0, "it was told");
+    say(&second, &Request::AllPresented).unwrap();
+    let request = postcard::to_stdvec(&Request::Present { info: lost, names: vec!["log".to_owned()] }).unwrap();
+    socket::send(second.as_fd(), &request, &[lost_fds[0].as_fd()]).unwrap();
+    assert!(hears_hang_up(&second), "that was all, it said");
+}
 
 /// A coordinator that lets somebody in and dies before it says so leaves no stranger behind: his next Hello is known by its
 /// token. Not so another's.

@@ -44,7 +44,7 @@ pub enum ReplyError {
     /// Its inbox takes no reply, or none of this size.
     #[error("the requester's inbox: {0}")]
     Publish(PublishError),
-    /// Its inbox cannot be opened.
+    /// Its inbox cannot be opened, or is none that a requester makes ([`Refusal::Options`](crate::Refusal::Options)): larger, say.
     #[error("the requester's inbox: {0}")]
     Open(OpenError),
 }

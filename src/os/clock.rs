@@ -1,6 +1,8 @@
-//! The clock that leases end by: CLOCK_MONOTONIC_COARSE, which all processes share and which costs a few nanoseconds.
+//! The clock that leases end by: CLOCK_MONOTONIC_COARSE, which all processes share and which costs a few nanoseconds. And a
+//! thread's own.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_getres, clock_gettime};
 
@@ -19,6 +21,11 @@ pub(crate) fn after(now: u64, ms: u64) -> u64 {
     now + ms + step_ms() + 1
 }
 
+/// How long this thread has run.
+pub(crate) fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("CLOCK_THREAD_CPUTIME_ID").into()
+}
+
 /// How long the clock stands still between two steps, rounded up.
 fn step_ms() -> u64 {
     static STEP_MS: OnceLock<u64> = OnceLock::new();
@@ -31,7 +38,7 @@ fn step_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     #[test]
     fn what_is_after_is_never_too_soon() {

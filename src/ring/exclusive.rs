@@ -9,7 +9,7 @@
 use crate::ring::arena::Span;
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
-use crate::ring::log::{LogHeader, Place};
+use crate::ring::log::{JUMPS, LogHeader, Place};
 use crate::ring::slot::{Body, Kind, Ring, Slot, Word};
 use crate::shm::layout::MAX_BATCH;
 use crate::shm::shared::Shared;
@@ -50,19 +50,25 @@ impl<const W: usize> ExclusiveLog<W> {
     }
 
     /// The next position: the first, from the newest checkpoint on, that is not committed. True at some moment during
-    /// the call. `None` where the checkpoints are garbage.
+    /// the call. `None` where the checkpoints or the words are garbage.
     pub fn tail(&self) -> Option<u64> {
         let mut position = self.header.newest_checkpoint()?.position;
+        let mut jumps = 0;
         for _ in 0..=self.ring.len() {
             // Acquire: A-COMMIT pairs with R-COMMIT (Writer::commit).
             let word = Word(self.ring.at(position).word.load(Ordering::Acquire));
             if !word.commits(position) {
-                // A writer that lapped us is far ahead: its newer checkpoint will be.
-                if word.kind() != Kind::Empty && word.distance_from(position) > 0 {
-                    position = self.header.newest_checkpoint()?.position.max(position + 1);
-                    continue;
+                if word.kind() == Kind::Empty || word.distance_from(position) < 0 {
+                    return Some(position);
                 }
-                return Some(position);
+                // A writer that lapped us has left a newer checkpoint before: it is never further than a chunk from its last
+                // one, and a lap from us. Else nobody lapped us, and the word is garbage.
+                if jumps == JUMPS {
+                    return None;
+                }
+                jumps += 1;
+                position = self.header.newest_checkpoint().filter(|c| c.position > position)?.position;
+                continue;
             }
             position += 1;
         }
@@ -318,5 +324,63 @@ impl<const W: usize> Reader<W> {
             self.log.readers.writers.ring();
         }
         Some(value)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    const SLOTS: u64 = 4096;
+
+    fn log(slots: u64) -> ExclusiveLog<1> {
+        let header = Shared::<[LogHeader]>::zeroed(1).part(|headers| &headers[0]);
+        header.format(0);
+        let readers = Shared::<[CursorsHeader]>::zeroed(1).part(|headers| &headers[0]);
+        ExclusiveLog::new(header, readers, Shared::zeroed(1), Ring::new(Shared::zeroed(slots as usize)))
+    }
+
+    fn writer(log: &ExclusiveLog<1>) -> Writer<1> {
+        let slots = log.ring.len();
+        let policy = Policy { messages: slots / 2, slots, overwrite: true, hold: false, slack: slots / 16 };
+        Writer::new(log.clone(), policy, 0, 0)
+    }
+
+    fn publish(writer: &mut Writer<1>) {
+        writer.reserve(1).unwrap();
+        writer.fill(0, Body::Inline(b"message"));
+        writer.commit(0, Body::Inline(b"message"));
+        writer.advance(1);
+    }
+
+    #[test]
+    fn a_ring_that_is_far_ahead_of_its_checkpoints_is_garbage_and_not_walked() {
+        let log = log(SLOTS);
+        for position in 0..SLOTS {
+            let ahead = Word::new(position + (1 << 46), 0, Kind::Hole, 0);
+            log.ring.at(position).word.store(ahead.0, Ordering::Relaxed);
+        }
+        assert_eq!(log.tail(), None);
+        let place = Place { position: 7, sequence: 7 };
+        log.header.store_checkpoint(0, place);
+        assert_eq!(log.tail(), None);
+    }
+
+    #[test]
+    fn there_is_always_a_tail_behind_a_writer_that_goes_round() {
+        for slots in [16, SLOTS] {
+            let log = log(slots);
+            let mut writer = writer(&log);
+            let writing = thread::spawn(move || {
+                (0..100 * SLOTS).for_each(|_| publish(&mut writer));
+                writer.next()
+            });
+            while !writing.is_finished() {
+                assert!(log.tail().expect("a tail") <= 100 * SLOTS);
+            }
+            assert_eq!(log.tail(), Some(writing.join().unwrap()));
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
 
+#[cfg(not(loom))]
+use crate::os::clock;
 use crate::ring::notes::Note;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, pause};
 
@@ -14,6 +16,10 @@ pub(crate) const COORDINATOR: u32 = CHECKPOINTS as u32;
 
 const NO_CHECKPOINT: u64 = u64::MAX;
 
+/// Times that a walk to the tail goes on from a newer checkpoint, because the ring was overwritten where it stood; a publisher's within
+/// one publish. All checkpoints are looked at each time.
+pub(crate) const JUMPS: u32 = 100;
+
 /// No log gets this far. What memory says beyond is garbage, and must not overflow what is added to it (I-8).
 pub(crate) const MAX_PLACE: u64 = u64::MAX / 2;
 
@@ -24,8 +30,8 @@ const PLACE_LOOKS: usize = 1000;
 #[cfg(not(loom))]
 const SAME_PLACE_LOOKS: usize = 8;
 
-/// How long to follow a place that keeps moving, at least as many looks as above: the coordinator may be the one who looks,
-/// and one look at a garbled ring may take as long as many at a sound one.
+/// How long to follow a place that keeps moving: the coordinator may be the one who looks, and one look at a garbled ring may take as
+/// long as many at a sound one. In time of our own: who sleeps between two looks has not looked for longer.
 #[cfg(not(loom))]
 const PLACE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(5);
 
@@ -105,9 +111,9 @@ pub struct Place {
 #[cfg(not(loom))]
 pub(crate) fn find_place<R>(mut at: impl FnMut() -> u64, mut find: impl FnMut(u64) -> Option<R>) -> Option<R> {
     let (mut last, mut same) = (None, 0);
-    let end = std::time::Instant::now() + PLACE_PATIENCE;
+    let end = clock::thread_time() + PLACE_PATIENCE;
     for look in 0..PLACE_LOOKS {
-        if look > SAME_PLACE_LOOKS && std::time::Instant::now() >= end {
+        if look > 0 && clock::thread_time() >= end {
             return None;
         }
         let position = at();
@@ -321,3 +327,39 @@ const _: () = {
     assert!(offset_of!(LogHeader, identities) == 16_960);
     assert!(size_of::<LogHeader>() <= crate::shm::layout::RING_OFFSET as usize);
 };
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_place_that_is_slow_to_look_at_is_looked_at_for_a_limited_time_of_our_own() {
+        let (mut position, mut looks) = (0, 0);
+        let moving = || {
+            position += 1;
+            position
+        };
+        let found = find_place(moving, |_| {
+            let start = clock::thread_time();
+            while clock::thread_time() - start < PLACE_PATIENCE {}
+            looks += 1;
+            None::<()>
+        });
+        assert_eq!((found, looks), (None, 1));
+    }
+
+    #[test]
+    fn who_sleeps_between_two_looks_looks_again() {
+        let start = Instant::now();
+        let found = find_place(
+            || start.elapsed().as_nanos() as u64,
+            |_| {
+                std::thread::sleep(PLACE_PATIENCE);
+                (start.elapsed() > 4 * PLACE_PATIENCE).then_some(())
+            },
+        );
+        assert_eq!(found, Some(()));
+    }
+}

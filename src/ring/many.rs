@@ -16,18 +16,29 @@
 use crate::ring::arena::{Arena, Span};
 use crate::ring::cursor::{Cursor, CursorsHeader};
 use crate::ring::gate::{Gate, Policy, Stop, Want};
-use crate::ring::log::{COORDINATOR, LogHeader, MAX_PLACE, Place};
+use crate::ring::log::{COORDINATOR, JUMPS, LogHeader, MAX_PLACE, Place};
 use crate::ring::notes::Note;
 use crate::ring::slot::Ring;
-use crate::shm::layout::RECORD_HEADER_BYTES;
+use crate::shm::layout::{MAX_SLACK, RECORD_HEADER_BYTES};
 use crate::shm::shared::Shared;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Times that a walk goes on from a checkpoint, a publisher's within one publish. All checkpoints are looked at each time.
-const JUMPS: u32 = 100;
-
 /// Entries, beyond a few laps, that publishers may put before a fence while it is being written: a few milliseconds of theirs.
 const FENCE_STEPS: u64 = 1 << 16;
+
+/// Entries, beyond a few laps, that others may put before a publisher within one publish: seconds of theirs, if they keep to the rules
+/// and win every single race.
+const PUBLISH_STEPS: u64 = 1 << 26;
+
+/// Fences in a row (for the coordinator: and garbled records) that a search for a place steps over: more than names are ever taken over
+/// without a message.
+pub(crate) const MAX_BETWEEN: u64 = 1 << 16;
+
+/// Entries between two looks at whether the walk to the tail can be true.
+const LOOK_BACK_EVERY: u64 = 1 << 12;
+
+/// What making room is counted as, beside what it walks: about as much as it costs.
+const ROOM_STEPS: u64 = 100;
 
 /// Bits of an entry word that count messages.
 const COUNT_BITS: u32 = 10;
@@ -214,11 +225,21 @@ impl ManyLog {
 
     /// Walks from `place`, or from the newest checkpoint where that is further on, to the first free entry.
     pub fn tail_from(&self, place: Option<Place>) -> Option<Place> {
+        self.tail_within(place, &mut (4 * self.ring.len()))
+    }
+
+    /// The same, by so many steps at most, which are counted down. Where they, or what can be true, come to an end: as far as it came.
+    fn tail_within(&self, place: Option<Place>, steps: &mut u64) -> Option<Place> {
         let mut place = place.or_else(|| self.header.newest_checkpoint())?;
-        let (mut steps, mut jumps) = (0, 0);
+        let mut jumps = 0;
         loop {
             match self.look(place.position) {
-                Look::Committed(word) => place = after(place, word),
+                Look::Committed(word) => {
+                    place = after(place, word);
+                    if place.position % LOOK_BACK_EVERY == 0 && self.is_out_of_reach(place.position) {
+                        return Some(place);
+                    }
+                }
                 Look::Free(_) => return Some(place),
                 Look::Lapped if jumps == JUMPS => return None,
                 Look::Lapped => {
@@ -226,19 +247,26 @@ impl ManyLog {
                     jumps += 1;
                 }
             }
-            steps += 1;
             // Garbage in the ring must not keep us for ever; publishers that run on while we walk may.
-            if steps > 4 * self.ring.len() {
+            if *steps == 0 {
                 return Some(place);
             }
+            *steps -= 1;
         }
     }
 
+    /// Whether nobody who keeps to the rules has committed what we saw committed below `position`: a publisher leaves a checkpoint in
+    /// its gate and commits no more than `MAX_SLACK` positions beyond it before it goes there again (`Gate::make_room`), and who sees what it
+    /// committed sees that checkpoint (A-CLAIM).
+    fn is_out_of_reach(&self, position: u64) -> bool {
+        self.header.newest_checkpoint().is_none_or(|newest| newest.position.saturating_add(MAX_SLACK) < position)
+    }
+
     /// The first position from `position` on that is no fence, and thus has a record or is not committed yet: sequences are found
-    /// in records, and a fence is one sequence.
+    /// in records, and a fence is one sequence. Where there are too many of them, one of them.
     pub(crate) fn past_fences(&self, position: u64) -> u64 {
         // Saturating: an intent that is garbage must not overflow.
-        let end = position.saturating_add(self.ring.len());
+        let end = position.saturating_add(self.ring.len().min(MAX_BETWEEN));
         (position..end).find(|at| !self.committed(*at).is_some_and(EntryWord::is_fence)).unwrap_or(end)
     }
 
@@ -263,7 +291,7 @@ impl ManyLog {
                     }
                 }
                 Look::Free(_) | Look::Lapped => {
-                    writer.make_room(0, writer.policy.slack)?;
+                    writer.make_room_within(0, writer.policy.slack, &mut steps)?;
                     jumps -= 1;
                 }
             }
@@ -396,8 +424,15 @@ impl Writer {
     /// Makes room for one entry at the tail, and gives up what lies below `give_up_below`.
     #[cold]
     pub fn make_room(&mut self, give_up_below: u64, slack: u64) -> Result<(), Stop> {
+        self.make_room_within(give_up_below, slack, &mut (4 * self.log.ring.len()))
+    }
+
+    /// The same, by a walk of so many steps at most, which are counted down.
+    #[cold]
+    fn make_room_within(&mut self, give_up_below: u64, slack: u64, steps: &mut u64) -> Result<(), Stop> {
         // A publisher that slept may stand below the floor by now; what it would announce must be true.
-        self.at = self.log.tail_from(Some(self.at)).ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
+        let tail = self.log.tail_within(Some(self.at), steps);
+        self.at = tail.ok_or(Stop::Corrupt("no checkpoint leads to the tail"))?;
         // What was walked, or jumped, over may have been a fence.
         self.fenced = self.fenced || self.log.header.note(self.slot).is_fenced(self.opening);
         if self.fenced {
@@ -421,7 +456,8 @@ impl Writer {
         number: u64,
         mut check: impl FnMut(&ManyLog, Place) -> Result<(), Stop>,
     ) -> Result<Place, Stop> {
-        let mut expected = self.walk_to_free()?;
+        let mut steps = PUBLISH_STEPS + 4 * self.log.ring.len();
+        let mut expected = self.walk_to_free(&mut steps)?;
         check(&self.log, self.at)?;
         if let Some(last) = self.last {
             self.note().prepare(self.at.position, last, number);
@@ -435,7 +471,7 @@ impl Writer {
             if self.claim(expected, new) {
                 return Ok(self.committed(new, number));
             }
-            expected = self.walk_to_free()?;
+            expected = self.walk_to_free(&mut steps)?;
             check(&self.log, self.at)?;
         }
     }
@@ -456,9 +492,9 @@ impl Writer {
         self.log.header.note(self.slot)
     }
 
-    /// Walks to the first free entry that may be written. Returns what it holds now.
+    /// Walks to the first free entry that may be written, by so many steps at most, which are counted down. Returns what it holds now.
     #[inline]
-    fn walk_to_free(&mut self) -> Result<u64, Stop> {
+    fn walk_to_free(&mut self, steps: &mut u64) -> Result<u64, Stop> {
         if self.fenced {
             return Err(Stop::Fenced);
         }
@@ -469,14 +505,19 @@ impl Writer {
                     self.fenced = true;
                     return Err(Stop::Fenced);
                 }
-                Look::Committed(word) => self.at = after(self.at, word),
+                Look::Committed(_) if *steps == 0 => return Err(Stop::Corrupt("its publishers leave no entry free")),
+                Look::Committed(word) => {
+                    self.at = after(self.at, word);
+                    *steps -= 1;
+                }
                 Look::Free(expected) if self.at.position < self.limit => return Ok(expected),
                 // At the limit; or slept for a lap or more: go on from the newest checkpoint, with a limit of today. The rest
                 // of the ring cannot have been overwritten each time: then it is garbage.
                 Look::Lapped if jumps == JUMPS => return Err(Stop::Corrupt("the ring holds what nobody wrote")),
                 Look::Free(_) | Look::Lapped => {
                     jumps += 1;
-                    self.make_room(0, self.policy.slack)?;
+                    self.make_room_within(0, self.policy.slack, steps)?;
+                    *steps = steps.saturating_sub(ROOM_STEPS);
                 }
             }
         }
@@ -498,7 +539,7 @@ impl Writer {
     pub fn stop_before_claim(&mut self, arena: &Arena, offset: u64, unit: u64, value: u64) -> Result<Claim, Stop> {
         Record::write(arena, offset, 1, 8, 1);
         arena.store(offset + RECORD_HEADER_BYTES, value);
-        let expected = self.walk_to_free()?;
+        let expected = self.walk_to_free(&mut PUBLISH_STEPS.clone())?;
         Record::write_place(arena, offset, self.at);
         Ok(Claim { expected, new: self.log.format.word(self.at.position >> self.log.lap_shift, 1, unit) })
     }
@@ -601,6 +642,20 @@ impl Reader {
         self.next = after(self.next, word);
     }
 
+    /// Steps over the entries that end at or below `sequence`, at most `steps` of them, which are counted down. Says what stopped
+    /// it; `None`: there were no more steps to take. As many as the ring is long lead over all that was committed when it began.
+    #[inline]
+    pub(crate) fn walk_to(&mut self, sequence: u64, steps: &mut u64) -> Option<Poll> {
+        while *steps > 0 {
+            match self.poll() {
+                Poll::Ready(word) if self.next.sequence + word.count() <= sequence => self.step(word),
+                other => return Some(other),
+            }
+            *steps -= 1;
+        }
+        None
+    }
+
     /// Continues somewhere else.
     pub fn move_to(&mut self, place: Place) {
         self.next = place;
@@ -667,5 +722,94 @@ mod tests {
             }
             assert!(format.precedes(0, 0) && !format.commits(0, 0));
         }
+    }
+
+    const SLOTS: u64 = 1024;
+
+    fn log(slots: u64, unit_bits: u32) -> ManyLog {
+        let header = Shared::<[LogHeader]>::zeroed(1).part(|headers| &headers[0]);
+        header.format(0);
+        let readers = Shared::<[CursorsHeader]>::zeroed(1).part(|headers| &headers[0]);
+        ManyLog::new(header, readers, Shared::zeroed(1), Ring::new(Shared::zeroed(slots as usize)), unit_bits, 1)
+    }
+
+    /// A log whose walk never ends once it is filled, as where somebody keeps committing ahead of it: there is only one lap to tell
+    /// apart.
+    fn endless_log() -> ManyLog {
+        log(SLOTS, 63 - COUNT_BITS)
+    }
+
+    fn fill(log: &ManyLog, word: EntryWord) {
+        (0..log.ring.len()).for_each(|at| log.ring.at(at).word.store(word.raw, Ordering::Relaxed));
+    }
+
+    fn writer(log: &ManyLog) -> Writer {
+        let policy = Policy { messages: SLOTS / 2, slots: SLOTS, overwrite: true, hold: false, slack: SLOTS / 16 };
+        Writer::new(log.clone(), policy, 0).unwrap()
+    }
+
+    #[test]
+    fn a_publisher_gives_up_where_others_commit_ahead_of_it_for_ever() {
+        let log = endless_log();
+        let mut writer = writer(&log);
+        fill(&log, log.format.word(0, 1, 0));
+        for mut steps in [1, SLOTS, 10 * SLOTS] {
+            let before = writer.at().position;
+            assert_eq!(writer.walk_to_free(&mut steps), Err(Stop::Corrupt("its publishers leave no entry free")));
+            assert!(steps == 0 && writer.at().position > before);
+        }
+        let published = writer.publish(&Arena::new(Shared::zeroed(8)), 0, 0, 1, 1, |_, _| Ok(()));
+        assert_eq!(published, Err(Stop::Corrupt("its publishers leave no entry free")));
+    }
+
+    #[test]
+    fn a_tail_is_not_far_from_a_checkpoint() {
+        let log = endless_log();
+        fill(&log, log.format.word(0, 1, 0));
+        let at = |position| Some(Place { position, sequence: position });
+        assert_eq!(log.tail_from(None), at(LOOK_BACK_EVERY));
+        // Who runs on leaves checkpoints.
+        log.header.store_checkpoint(1, Place { position: LOOK_BACK_EVERY - MAX_SLACK, sequence: 7 });
+        assert_eq!(log.tail_within(Some(Place::default()), &mut (3 * LOOK_BACK_EVERY)), at(2 * LOOK_BACK_EVERY));
+    }
+
+    #[test]
+    fn a_ring_of_fences_is_not_walked_round() {
+        for (slots, passed) in [(SLOTS, SLOTS), (4 * MAX_BETWEEN, MAX_BETWEEN)] {
+            let log = log(slots, 20);
+            fill(&log, log.format.fence(0, 3));
+            assert_eq!(log.past_fences(0), passed);
+        }
+    }
+
+    #[test]
+    fn a_publisher_is_where_it_was_after_many_laps_of_others() {
+        let log = log(SLOTS, 20);
+        let (mut others, mut slow) = (writer(&log), writer(&log));
+        let publish = |writer: &mut Writer| loop {
+            let expected = writer.walk_to_free(&mut SLOTS.clone()).unwrap();
+            let new = writer.log.format.word(writer.at.position >> writer.log.lap_shift, 1, 7);
+            if writer.claim(expected, new) {
+                return writer.committed(new, 0).position;
+            }
+        };
+        for round in 0..5 {
+            let last = (0..=round * SLOTS).map(|_| publish(&mut others)).last().unwrap();
+            assert_eq!(publish(&mut slow), last + 1);
+        }
+    }
+
+    #[test]
+    fn a_reader_walks_a_lap_at_most_and_goes_on_where_it_stopped() {
+        let log = endless_log();
+        fill(&log, log.format.word(0, 1, 0));
+        let mut reader = Reader::new(log, 5, 50);
+        for lap in 1..4 {
+            assert_eq!(reader.walk_to(u64::MAX, &mut SLOTS.clone()), None);
+            assert_eq!(reader.next(), Place { position: 5 + lap * SLOTS, sequence: 50 + lap * SLOTS });
+        }
+        let (next, mut steps) = (reader.next(), SLOTS);
+        assert!(matches!(reader.walk_to(next.sequence + 9, &mut steps), Some(Poll::Ready(_))));
+        assert_eq!((reader.next().position, steps), (next.position + 9, SLOTS - 9));
     }
 }

@@ -110,6 +110,23 @@ fn empty(position: u64) -> Word {
     Word::new(position, 0, Kind::Empty, 0)
 }
 
+/// What words carry of positions.
+const POSITIONS: u64 = u64::MAX >> 16;
+
+/// The first below `end` from which on `is_there` holds, or `end`.
+fn first(end: u64, is_there: impl Fn(u64) -> bool) -> u64 {
+    let (mut low, mut high) = (0, end);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if is_there(middle) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    low
+}
+
 impl<const W: usize> Channel<W> {
     /// A channel over formatted memory.
     pub fn new(header: Shared<ChannelHeader>, ring: Ring<Slot<W>>) -> Self {
@@ -133,25 +150,45 @@ impl<const W: usize> Channel<W> {
     /// Where sender and receiver stand, told from the words alone: the lowest position that is free, or will be when its
     /// slot is freed, is the tail; the lowest committed one below it the head. One end may be alive meanwhile: freeing a
     /// slot does not change what it says about the tail, nor committing one what it says about the head.
+    ///
+    /// The words are in order round the ring, so a few tell it. Where they are garbage the answer is some place or other, and head
+    /// and tail no further apart than the ring is long.
     pub fn ends(&self) -> (u64, u64) {
-        let words = || {
-            (0..self.ring.len()).map(|index| {
-                // Acquire: A-COMMIT, A-FREE: whoever resumes here sees what its predecessor left.
-                Word(self.ring.at(index).word.load(Ordering::Acquire))
-            })
+        let tail = self.tail();
+        let lap_before = tail.wrapping_sub(self.ring.len());
+        let read = first(self.ring.len(), |ahead| {
+            let position = lap_before.wrapping_add(ahead);
+            self.word(position).commits(position)
+        });
+        (lap_before.wrapping_add(read) & POSITIONS, tail & POSITIONS)
+    }
+
+    fn tail(&self) -> u64 {
+        let lap = self.ring.len();
+        // Words carry only 48 bits of positions.
+        let free_for = |position| {
+            let word = self.word(position);
+            (word.0 >> 16).wrapping_add(if word.kind() == Kind::Empty { 0 } else { lap }) & POSITIONS
         };
-        // Positions relative to the first slot's, since words carry only 48 bits of them.
-        let base = words().next().map_or(0, |word| word.0 >> 16);
-        let position = |word: Word| word.distance_from(base);
-        let lap = self.ring.len() as i64;
-        // What a batch that died half-way left above the tail counts a lap too far on, and so does not count.
-        let free_for = |word: Word| position(word) + if word.kind() == Kind::Empty { 0 } else { lap };
-        let tail = words().map(free_for).min().unwrap_or(0);
-        let committed = words().filter(|w| w.kind() != Kind::Empty).map(position).filter(|p| *p < tail);
-        let absolute = |relative: i64| base.wrapping_add_signed(relative) & (u64::MAX >> 16);
-        // No further apart than the ring is long, whatever the words say.
-        let head = committed.min().unwrap_or(tail).max(tail - lap);
-        (absolute(head), absolute(tail))
+        // From the first slot on they are free for the lap after the one that the sender has begun there, from the tail on for that one.
+        let began = free_for(0).wrapping_sub(lap);
+        let is_of_that = |index| {
+            let further = free_for(index).wrapping_sub(began.wrapping_add(index));
+            (further << 16).cast_signed() < (lap << 16).cast_signed()
+        };
+        let end = began.wrapping_add(first(lap, is_of_that));
+        // A batch that is being committed, from its last message to its first, or that died half-way, looks like that, too. Then the
+        // tail is where it begins.
+        let begin = end.wrapping_sub(lap.min(MAX_BATCH as u64));
+        (0..end.wrapping_sub(begin))
+            .map(|ahead| begin.wrapping_add(ahead) & POSITIONS)
+            .find(|position| free_for(*position) == *position)
+            .unwrap_or(end)
+    }
+
+    fn word(&self, position: u64) -> Word {
+        // Acquire: A-COMMIT, A-FREE: whoever resumes here sees what its predecessor left.
+        Word(self.ring.at(position).word.load(Ordering::Acquire))
     }
 
     /// Frees what a batch that died half-way left above `tail`. Only while no sender lives. Idempotent.
@@ -355,5 +392,79 @@ impl<const W: usize> Receiver<W> {
         self.step();
         self.free();
         Some(value)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const BATCH: u64 = 3;
+
+    fn channel(slots: u64) -> Channel<1> {
+        let header = Shared::<[ChannelHeader]>::zeroed(1).part(|headers| &headers[0]);
+        Channel::new(header, Ring::new(Shared::zeroed(slots as usize)))
+    }
+
+    fn store(channel: &Channel<1>, position: u64, word: Word) {
+        channel.ring.at(position).word.store(word.0, Ordering::Relaxed);
+    }
+
+    /// A channel with these ends, and committed words at these positions above the tail.
+    fn stands(channel: &Channel<1>, head: u64, tail: u64, above: std::ops::Range<u64>) {
+        for position in tail..tail + channel.ring.len() {
+            let before = position.wrapping_sub(channel.ring.len());
+            let word = if above.contains(&position) {
+                Word::new(position, 0, Kind::Arena, 0)
+            } else if before.wrapping_sub(head) < tail - head {
+                Word::new(before, 0, Kind::Inline, 3)
+            } else {
+                empty(position)
+            };
+            store(channel, position, word);
+        }
+    }
+
+    #[test]
+    fn the_words_tell_the_ends_whatever_a_batch_left_above_them() {
+        for slots in [1, 2, 8, 16] {
+            let channel = channel(slots);
+            channel.format();
+            assert_eq!(channel.ends(), (0, 0));
+            // Also where positions go round, as far as words carry them.
+            for tail in (0..3 * slots).chain((1 << 48) - slots..(1 << 48) + slots) {
+                for head in tail.saturating_sub(slots)..=tail {
+                    for (from, to) in (1..=BATCH).flat_map(|from| (from..=BATCH).map(move |to| (from, to))) {
+                        let above = tail + from..(tail + to).min(head + slots);
+                        stands(&channel, head, tail, above.clone());
+                        let expected = (head & POSITIONS, tail & POSITIONS);
+                        assert_eq!(channel.ends(), expected, "{slots} slots, {above:?} above");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_batch_that_died_is_above_the_tail_of_a_long_ring() {
+        let channel = channel(1 << 14);
+        for tail in [1 << 20, (1 << 20) - 500, (1 << 20) - MAX_BATCH as u64, (1 << 20) + 8000] {
+            stands(&channel, tail - 5, tail, tail + 1..tail + MAX_BATCH as u64);
+            assert_eq!(channel.ends(), (tail - 5, tail));
+        }
+    }
+
+    #[test]
+    fn garbage_has_ends_no_further_apart_than_the_ring_is_long() {
+        let channel = channel(16);
+        let mut random = 1u64;
+        for round in 0..100_000 {
+            for position in 0..16 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                store(&channel, position, Word(random.rotate_left(round)));
+            }
+            let (head, tail) = channel.ends();
+            assert!(tail.wrapping_sub(head) & POSITIONS <= 16, "{head} {tail}");
+        }
     }
 }

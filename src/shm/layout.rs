@@ -61,6 +61,9 @@ pub(crate) const MAX_ENVELOPE_BYTES: u64 =
 /// What each envelope is sure to find room for beside the payload bytes: its head and something of a key.
 pub(crate) const ENVELOPE_ROOM_BYTES: u64 = 64;
 
+/// Most positions that a publisher writes without asking the gate again, batches of slots aside.
+pub(crate) const MAX_SLACK: u64 = 1024;
+
 /// A commit word comes round to the same lap after at least 2 to the power of this many entries (I-6).
 const LAP_ROUND_BITS: u32 = 38;
 
@@ -197,7 +200,7 @@ fn log_slots(messages: u64) -> u64 {
 }
 
 fn slack_for(slots: u64) -> u64 {
-    (slots / 16).clamp(1, 1024)
+    (slots / 16).clamp(1, MAX_SLACK)
 }
 
 /// Most bytes that the envelopes of a batch of `count` messages may have together.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::uio::pread;
 
 use crate::error::AttachError;
 use crate::os::memfd;
@@ -47,6 +48,15 @@ pub(crate) enum Access {
     ReadWrite,
 }
 
+/// When the pages of a mapping come into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// At once: a page fault on the first lap would cost more than a whole lap later.
+    Populated,
+    AsTouched,
+}
+
+#[derive(Default)]
 #[repr(C)]
 struct Header {
     magic: AtomicU64,
@@ -76,7 +86,7 @@ impl Segment {
     /// [`Self::publish`]ed.
     pub(crate) fn create(name: &str, promise: &Promise) -> std::io::Result<(OwnedFd, Segment)> {
         let fd = memfd::create(name, promise.len_bytes)?;
-        let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite)?;
+        let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite, Pages::Populated)?;
         Ok((fd, segment))
     }
 
@@ -87,20 +97,38 @@ impl Segment {
 
     /// Maps a segment after checking that it is what was promised (I-1).
     pub(crate) fn attach(fd: BorrowedFd<'_>, promise: &Promise, access: Access) -> Result<Segment, AttachError> {
+        Segment::attach_with(fd, promise, access, Pages::Populated)
+    }
+
+    /// The same to store a few words: takes as long for the longest segment as for the shortest.
+    pub(crate) fn attach_for_a_word(fd: BorrowedFd<'_>, promise: &Promise) -> Result<Segment, AttachError> {
+        Segment::attach_with(fd, promise, Access::ReadWrite, Pages::AsTouched)
+    }
+
+    fn attach_with(
+        fd: BorrowedFd<'_>,
+        promise: &Promise,
+        access: Access,
+        pages: Pages,
+    ) -> Result<Segment, AttachError> {
         let len = checked_len(fd)?;
         expect("length", len, promise.len_bytes)?;
-        let segment = Segment::map(fd, len, access)
+        // First a copy: to populate what is none of ours would cost its length.
+        Header::copied(fd)?.check(promise)?;
+        let segment = Segment::map(fd, len, access, pages)
             .map_err(|source| AttachError::Io { context: "cannot map the segment", source })?;
         segment.header().check(promise)?;
         Ok(segment)
     }
 
-    fn map(fd: BorrowedFd<'_>, len: u64, access: Access) -> std::io::Result<Segment> {
+    fn map(fd: BorrowedFd<'_>, len: u64, access: Access, pages: Pages) -> std::io::Result<Segment> {
         // Whoever maps a segment may ring a doorbell in it.
         crate::os::membarrier::register();
         let mut options = MmapOptions::new();
-        // Populated at once: a page fault on the first lap would cost more than a whole lap later.
-        options.len(len as usize).populate();
+        options.len(len as usize);
+        if pages == Pages::Populated {
+            options.populate();
+        }
         let raw = fd.as_raw_fd();
         let map = match access {
             Access::ReadOnly => options.map_raw_read_only(raw)?,
@@ -155,6 +183,18 @@ impl Segment {
 }
 
 impl Header {
+    /// What a segment says before it is mapped.
+    fn copied(fd: BorrowedFd<'_>) -> Result<Header, AttachError> {
+        let mut header = Header::default();
+        // SAFETY: a header is 72 bytes of atomics without padding, of which any bits are valid, and nobody else has this one.
+        let bytes = unsafe { std::slice::from_raw_parts_mut((&raw mut header).cast::<u8>(), size_of::<Header>()) };
+        match pread(fd, bytes, 0) {
+            Ok(read) if read == size_of::<Header>() => Ok(header),
+            Ok(read) => Err(AttachError::TooSmall { found: read as u64, min: size_of::<Header>() as u64 }),
+            Err(errno) => Err(AttachError::Io { context: "cannot read the segment's header", source: errno.into() }),
+        }
+    }
+
     fn write(&self, promise: &Promise) {
         let relaxed = Ordering::Relaxed;
         self.layout.store(LAYOUT_VERSION, relaxed);
@@ -218,4 +258,41 @@ fn checked_len(fd: BorrowedFd<'_>) -> Result<u64, AttachError> {
         return Err(AttachError::NotSealed { found: seals as u32, expected: needed.bits() as u32 });
     }
     Ok(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use nix::sys::stat::fstat;
+
+    use super::*;
+
+    const LEN: u64 = 4 << 20;
+
+    /// A segment whose owner has given its body back to the kernel: populated, it takes memory again.
+    fn punched(promise: &Promise) -> OwnedFd {
+        let (fd, segment) = Segment::create("shmbus-test", promise).unwrap();
+        segment.publish(promise);
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&fd, flags, BODY_OFFSET as i64, (LEN - BODY_OFFSET) as i64).unwrap();
+        fd
+    }
+
+    fn is_populated(fd: &OwnedFd) -> bool {
+        fstat(fd).unwrap().st_blocks as u64 * 512 >= LEN
+    }
+
+    #[test]
+    fn only_what_was_promised_is_populated() {
+        let geometry = Geometry { slots: 1024, slot_bytes: 64, unit_bits: 0, arena_bytes: 4096 };
+        let promise = Promise { kind: Kind::Log, len_bytes: LEN, bus: 7, topic: 1, index: 0, generation: 0, geometry };
+        let fd = punched(&promise);
+        let other = Segment::attach(fd.as_fd(), &Promise { topic: 2, ..promise }, Access::ReadWrite);
+        assert!(matches!(other, Err(AttachError::Field { field: "topic", found: 1, expected: 2 })));
+        assert!(!is_populated(&fd), "its header shows that it is another's");
+        Segment::attach_for_a_word(fd.as_fd(), &promise).unwrap();
+        assert!(!is_populated(&fd), "one word needs one page");
+        Segment::attach(fd.as_fd(), &promise, Access::ReadWrite).unwrap();
+        assert!(is_populated(&fd));
+    }
 }

@@ -62,6 +62,17 @@ impl<T: ?Sized> Shared<T> {
     }
 }
 
+#[cfg(all(test, not(loom)))]
+impl<T: Send + Sync> Shared<[T]> {
+    /// `count` zeroed `T`s in memory of this process alone. `T` is made of atomics only, as everywhere here.
+    pub(crate) fn zeroed(count: usize) -> Self {
+        let map = memmap2::MmapRaw::from(memmap2::MmapMut::map_anon(count * size_of::<T>()).expect("memory"));
+        let first = NonNull::new(map.as_mut_ptr().cast::<T>()).expect("a mapping is not at 0");
+        // SAFETY: page-aligned, as long as `count` of them, zeroed, and kept by the mapping; atomics only.
+        unsafe { Shared::new(NonNull::slice_from_raw_parts(first, count), Arc::new(map)) }
+    }
+}
+
 impl<T: ?Sized> Clone for Shared<T> {
     fn clone(&self) -> Self {
         Shared { target: self.target, keep: self.keep.clone() }

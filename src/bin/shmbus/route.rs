@@ -109,6 +109,7 @@ struct Summary<'a> {
     rejected: u64,
     duplicates: u64,
     reopened: u64,
+    passed_over: u64,
 }
 
 pub(crate) fn run(globals: &Globals, args: Args) -> anyhow::Result<Ended> {
@@ -132,7 +133,12 @@ fn pump(route: &mut Route, args: &Args) -> anyhow::Result<Ended> {
     let idle_exit = args.idle_exit.map(Duration::from_millis);
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut quiet_since = Instant::now();
+    let mut told = 0;
     while left > 0 {
+        if route.counts().passed_over > told {
+            tell_passed_over(route, route.counts().passed_over - told);
+            told = route.counts().passed_over;
+        }
         if let Some(signal) = signals::caught() {
             return Ok(Ended::BySignal(signal));
         }
@@ -153,6 +159,14 @@ fn pump(route: &mut Route, args: &Args) -> anyhow::Result<Ended> {
     Ok(Ended::Well)
 }
 
+/// Says of the last so many topics that they are not routed.
+fn tell_passed_over(route: &Route, count: u64) {
+    let known = route.passed_over().count();
+    for (topic, why) in route.passed_over().skip(known.saturating_sub(count as usize)) {
+        eprintln!("shmbus: topic {topic:?} is passed over: {why}");
+    }
+}
+
 fn is_stopped(error: &RouteError) -> bool {
     matches!(
         error,
@@ -165,12 +179,19 @@ fn is_stopped(error: &RouteError) -> bool {
 }
 
 fn report(globals: &Globals, args: &Args, group: &str, counts: RouteCounts) -> std::io::Result<()> {
-    let RouteCounts { routed, filtered, rejected, duplicates, reopened, .. } = counts;
+    let RouteCounts { routed, filtered, rejected, duplicates, reopened, passed_over, .. } = counts;
     let (from, to) = (args.source.as_str(), args.to.as_str());
     if globals.json {
-        return json_line(&Summary { from, to, group, routed, filtered, rejected, duplicates, reopened });
+        let summary = Summary { from, to, group, routed, filtered, rejected, duplicates, reopened, passed_over };
+        return json_line(&summary);
     }
-    let others = [("filtered", filtered), ("rejected", rejected), ("duplicates", duplicates), ("reopened", reopened)];
+    let others = [
+        ("filtered", filtered),
+        ("rejected", rejected),
+        ("duplicates", duplicates),
+        ("reopened", reopened),
+        ("topics passed over", passed_over),
+    ];
     let others = others.iter().filter(|(_, count)| *count > 0);
     let others: String = others.map(|(what, count)| format!(", {what} {}", grouped(*count))).collect();
     line(format_args!("{from} to {to}: routed {}{others}", grouped(routed)))

@@ -23,7 +23,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
         Ok(Delivery::new(&mut self.core))
     }
 
-    /// Receives up to `count` messages at once, as many as are there, waiting for the first without blocking the thread. Cancel
+    /// Receives up to `count` messages at once as [`Self::recv_batch`], waiting for the first without blocking the thread. Cancel
     /// safe as [`Self::recv_async`]. An empty batch is returned only for a `count` of 0.
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl<T: Payload + ?Sized> Consumer<T> {
     /// Takes up to `count` messages, at least one.
     async fn taken_async(&mut self, count: usize) -> Result<(), RecvError> {
         let mut seat = Seat::default();
-        let look = |consumer: &mut Self| match consumer.core.poll(count) {
+        let look = |consumer: &mut Self| match consumer.core.look(count) {
             Ok(true) => Look::Found(Ok(())),
             Ok(false) => consumer.nap().map_or(Look::Nothing, Look::Within),
             Err(error) => Look::Found(Err(error)),

@@ -24,7 +24,7 @@ impl<T: ?Sized> Consumer<T> {
         let core = &mut self.core;
         while !core.ledger.is_fenced(core.me) && core.gone().is_none() {
             core.raise_floor();
-            let found = core.expire_at_floor()?;
+            let found = core.expire_at_floor(deadline)?;
             core.work_off_moves();
             if !found && !core.moves.wait() || Instant::now() >= deadline {
                 break;
@@ -39,12 +39,16 @@ impl<T: ?Sized> Consumer<T> {
 }
 
 impl Core {
-    /// Whether there was something to settle or to begin to move.
-    fn expire_at_floor(&mut self) -> Result<bool, RecvError> {
+    /// Whether there was something to settle or to begin to move until `deadline`.
+    fn expire_at_floor(&mut self, deadline: Instant) -> Result<bool, RecvError> {
         let (floor, now) = (self.ledger.floor(), clock::now_ms());
         let end = self.log.committed_end(floor, floor.saturating_add(self.ledger.window().min(AT_A_TIME)));
         let mut found = false;
         for sequence in floor..end {
+            // Garbage may make each look at a message a long one.
+            if Instant::now() >= deadline {
+                break;
+            }
             let seen = self.ledger.look(sequence);
             match seen.state() {
                 State::Settled => continue,

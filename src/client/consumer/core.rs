@@ -74,6 +74,8 @@ pub(crate) struct Core {
     pub(super) polled_ms: u64,
     /// Older sequences worth trying.
     pub(super) candidates: VecDeque<u64>,
+    /// Whether the last look ended before it had seen everything: there may be more to take at once.
+    pub(super) left_off: bool,
     pub(super) at_work: AtWork,
     pub(super) scan: Scan,
     pub(super) moves: Moves,
@@ -146,6 +148,7 @@ impl Core {
             stride: Stride::default(),
             polled_ms: 0,
             candidates: VecDeque::new(),
+            left_off: false,
             at_work: AtWork::default(),
             scan: Scan::default(),
             moves,
@@ -263,7 +266,7 @@ impl Core {
 
     /// Whether no more leases have not ended than this consumer and its group may have.
     fn has_room_for_all(&self, now: u64) -> bool {
-        self.is_within_group_limit(now)
+        self.beyond_group_limit(now) == 0
             && (self.max_in_flight == u64::MAX || self.ledger.leased(Some(self.me), now) <= self.max_in_flight)
     }
 
@@ -401,7 +404,7 @@ impl Core {
     /// Takes up to `count` messages into `items`; waits for the first.
     #[inline]
     pub(super) fn recv(&mut self, count: usize, limit: Option<Duration>) -> Result<(), RecvError> {
-        if self.poll(count)? { Ok(()) } else { wait(self, limit, |core| Ok(core.poll(count)?.then_some(()))) }
+        if self.look(count)? { Ok(()) } else { wait(self, limit, |core| Ok(core.look(count)?.then_some(()))) }
     }
 }
 

@@ -26,7 +26,8 @@ use crate::shm::topic::{self, Arenas, SharedInfo, locate};
 pub(super) struct Origin(u64, u64);
 
 /// Times that one look goes on from the group's line, because the ring was overwritten where it stood: others have then settled a
-/// whole lap between two steps.
+/// whole lap between two steps. Each look also steps over a lap of entries at most. What it looks for was committed before it began,
+/// and from the first entry that it finds not overwritten, no more lie between.
 const JUMPS: u32 = 4;
 
 /// What was found at a sequence.
@@ -133,6 +134,8 @@ impl<const W: usize> SlotLog<W> {
         if from < self.known_end {
             return to.min(self.known_end);
         }
+        // No more is committed at a time: who writes faster than this has the rest looked at later.
+        let to = to.min(from.saturating_add(self.log.ring.len()));
         let mut end = from;
         while end < to && self.log.committed(end).is_some() {
             end += 1;
@@ -217,13 +220,13 @@ impl EntryLog {
     }
 
     fn committed_end(&mut self, from: u64, to: u64) -> u64 {
-        let mut jumps = 0;
+        let (mut jumps, mut steps) = (0, self.log.ring.len());
         while self.tail.next().sequence < to && jumps < JUMPS {
-            match self.tail.poll() {
-                many::Poll::Ready(word) => self.tail.step(word),
-                many::Poll::Empty => break,
+            match self.tail.walk_to(to - 1, &mut steps) {
+                Some(many::Poll::Ready(word)) => self.tail.step(word),
+                Some(many::Poll::Empty) | None => break,
                 // Other consumers have settled all this, and publishers went on.
-                many::Poll::Lapped => {
+                Some(many::Poll::Lapped) => {
                     jumps += 1;
                     match self.place_beyond(self.tail.next()) {
                         Some(place) => self.tail.move_to(place),
@@ -259,16 +262,14 @@ impl EntryLog {
             let place = self.search(sequence)?;
             self.read.move_to(place);
         }
-        let mut jumps = 0;
+        let (mut jumps, mut steps) = (0, self.log.ring.len());
         while jumps < JUMPS {
-            let place = self.read.next();
-            match self.read.poll() {
-                many::Poll::Ready(word) if sequence < place.sequence + word.count() => return Some((place, word)),
-                many::Poll::Ready(word) => self.read.step(word),
+            match self.read.walk_to(sequence, &mut steps)? {
+                many::Poll::Ready(word) => return Some((self.read.next(), word)),
                 many::Poll::Empty => return None,
                 many::Poll::Lapped => {
                     jumps += 1;
-                    let beyond = self.place_beyond(place).filter(|line| line.sequence <= sequence)?;
+                    let beyond = self.place_beyond(self.read.next()).filter(|line| line.sequence <= sequence)?;
                     self.read.move_to(beyond);
                 }
             }
@@ -332,19 +333,12 @@ impl EntryLog {
     }
 
     fn position_of_floor(&mut self, floor: u64) -> u64 {
-        let mut jumps = 0;
-        while jumps < JUMPS {
-            let next = self.floor.next();
-            match self.floor.poll() {
-                many::Poll::Ready(word) if next.sequence + word.count() <= floor => self.floor.step(word),
-                many::Poll::Lapped => {
-                    jumps += 1;
-                    match self.place_beyond(next) {
-                        Some(place) => self.floor.move_to(place),
-                        None => return next.position,
-                    }
-                }
-                _ => return next.position,
+        let (mut jumps, mut steps) = (0, self.log.ring.len());
+        while jumps < JUMPS && self.floor.walk_to(floor, &mut steps) == Some(many::Poll::Lapped) {
+            jumps += 1;
+            match self.place_beyond(self.floor.next()) {
+                Some(place) => self.floor.move_to(place),
+                None => break,
             }
         }
         self.floor.next().position

@@ -256,7 +256,8 @@ impl Opened {
 }
 
 impl<T: Payload + ?Sized> Consumer<T> {
-    /// Receives the next message if there is one. Never waits.
+    /// Receives the next message if there is one. Never waits: of more that have expired than the group's window holds it passes over
+    /// so many at a call.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.
@@ -287,7 +288,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
     }
 
     /// Receives up to `count` messages at once, as many as are there, waiting for the first. Together they cost little
-    /// more than one. An empty batch is returned only for a `count` of 0.
+    /// more than one. It does not look for more behind many that have expired. An empty batch is returned only for a
+    /// `count` of 0.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.
@@ -296,7 +298,8 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.recv_some(count, None)
     }
 
-    /// Receives up to `count` messages at once if there are any. Never waits.
+    /// Receives up to `count` messages at once if there are any; it does not look for more behind many that have expired. Never
+    /// waits.
     ///
     /// # Errors
     /// [`RecvError`]; never `Lagged` or `TimedOut`.
@@ -376,9 +379,14 @@ impl<T: Payload + ?Sized> Consumer<T> {
         self.core.readers.part(|header| &header.readers)
     }
 
-    /// Takes a message for [`Self::taken`], which must come next. Never waits. `false`: there is none.
+    /// Takes a message for [`Self::taken`], which must come next, if one look finds it. Never waits.
     pub(crate) fn take(&mut self) -> Result<bool, RecvError> {
-        self.core.poll(1)
+        self.core.look(1)
+    }
+
+    /// Whether the last [`Self::take`] has found nothing because it ended before it had seen everything.
+    pub(crate) fn has_left_off(&self) -> bool {
+        self.core.left_off
     }
 
     /// What was taken.
@@ -386,9 +394,14 @@ impl<T: Payload + ?Sized> Consumer<T> {
         (!self.core.items.is_empty()).then(|| Delivery::new(&mut self.core))
     }
 
+    /// Whether the topic is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.core.gone().is_some()
+    }
+
     /// How long to sleep at most before the next look; `None`: until the bell rings.
     pub(crate) fn nap(&self) -> Option<Duration> {
-        self.core.scan.nap()
+        self.core.nap()
     }
 
     /// When something comes due, as far as is known.

@@ -25,6 +25,9 @@ const FULL_RETRY_MS: u64 = 10;
 /// How long moves wait when the dead-letter topic could not be opened or used: that takes the coordinator, or people.
 const BROKEN_RETRY_MS: u64 = 1000;
 
+/// Moves carried out in one look, and as many stuck ones tried again.
+const MOVES_A_LOOK: usize = 256;
+
 /// How long the publisher stays open without moves.
 const UNUSED_MS: u64 = 1000;
 
@@ -39,18 +42,22 @@ pub(super) struct Moves {
     topic: String,
     options: TopicOptions,
     queue: VecDeque<Move>,
+    /// Those that cannot be moved themselves, and wait to be tried again: the one tried first comes first.
+    stuck: VecDeque<Move>,
     /// Opened for the first move.
     outlet: Option<OriginPublisher>,
     used_at: u64,
     /// Not before this moment.
     retry_at: u64,
+    /// When to see that they stay ours; nothing of that is due before.
+    keep_at: u64,
 }
 
 struct Move {
     seen: Seen,
     /// What the program said when it rejected the message.
     text: Option<String>,
-    /// Not before this moment, where it is the message itself that cannot be moved.
+    /// Where it is the message itself that cannot be moved: not before this moment.
     retry_at: u64,
 }
 
@@ -70,7 +77,8 @@ impl Moves {
         // Whatever the topic carries must fit.
         let least = Topic::<[u8]>::named(topic.clone()).hold().envelope().options();
         let options = TopicOptions { bytes: least.bytes.max(info.options.bytes), ..least };
-        Moves { topic, options, queue: VecDeque::new(), outlet: None, used_at: 0, retry_at: 0 }
+        let (queue, stuck) = Default::default();
+        Moves { topic, options, queue, stuck, outlet: None, used_at: 0, retry_at: 0, keep_at: 0 }
     }
 
     /// Notes a move that has begun.
@@ -85,14 +93,19 @@ impl Moves {
 
     /// Closes a publisher that has not been used for a while: a topic has so many, and a group may have more consumers.
     pub(super) fn close_unused(&mut self, now: u64) {
-        if self.is_open() && self.queue.is_empty() && now >= self.used_at + UNUSED_MS {
+        if self.is_open() && !self.wait() && now >= self.used_at + UNUSED_MS {
             self.close();
         }
     }
 
     /// Whether there are moves that are not done.
     pub(super) fn wait(&self) -> bool {
-        !self.queue.is_empty()
+        !self.queue.is_empty() || !self.stuck.is_empty()
+    }
+
+    /// Whether there are moves that a look has left over, and the next one need not wait for.
+    pub(super) fn are_left_over(&self, now: u64) -> bool {
+        !self.queue.is_empty() && now >= self.retry_at
     }
 
     /// Whether moves can be carried out without asking the coordinator.
@@ -104,7 +117,7 @@ impl Moves {
 impl Core {
     /// Whether moves wait.
     pub(super) fn has_moves(&self) -> bool {
-        !self.moves.queue.is_empty()
+        self.moves.wait()
     }
 
     /// Goes on with the moves that wait, if there are any.
@@ -120,15 +133,12 @@ impl Core {
         let now = clock::now_ms();
         self.moves.used_at = now;
         self.keep_moves(now);
-        for _ in 0..self.moves.queue.len() {
+        self.retry_stuck(now);
+        for _ in 0..MOVES_A_LOOK {
             if now < self.moves.retry_at {
                 return;
             }
             let Some(mut next) = self.moves.queue.pop_front() else { return };
-            if now < next.retry_at {
-                self.moves.queue.push_back(next);
-                continue;
-            }
             match self.carry_out(&next) {
                 Outcome::Over => {}
                 Outcome::Later(ms) => {
@@ -137,24 +147,38 @@ impl Core {
                 }
                 Outcome::Stuck => {
                     next.retry_at = now + BROKEN_RETRY_MS;
-                    self.moves.queue.push_back(next);
+                    self.moves.stuck.push_back(next);
                 }
             }
         }
     }
 
+    /// Puts some of those that were stuck, and have waited long enough, with the others.
+    fn retry_stuck(&mut self, now: u64) {
+        let Moves { queue, stuck, .. } = &mut self.moves;
+        let due = stuck.iter().take(MOVES_A_LOOK).take_while(|stuck| stuck.retry_at <= now).count();
+        queue.extend(stuck.drain(..due));
+    }
+
     /// Moves that wait stay ours: an overdue one would be reclaimed, and we fenced.
     fn keep_moves(&mut self, now: u64) {
+        if now < self.moves.keep_at {
+            return;
+        }
         let (due, half) = (self.lease_end(now), self.group.options.lease_ms / 2);
+        // What has more than half of its time left now, or comes later, has a quarter left then.
+        self.moves.keep_at = now + half / 2;
         let (ledger, me) = (&self.ledger, self.me);
-        self.moves.queue.retain_mut(|waiting| {
+        let mut keep = |waiting: &mut Move| {
             let State::Moving(reason) = waiting.seen.state() else { return false };
             if waiting.seen.due_in(now) > half {
                 return true;
             }
             let kept = ledger.begin_move(waiting.seen, me, due, reason);
             kept.map(|seen| waiting.seen = seen).is_some()
-        });
+        };
+        self.moves.queue.retain_mut(&mut keep);
+        self.moves.stuck.retain_mut(&mut keep);
     }
 
     fn carry_out(&mut self, next: &Move) -> Outcome {

@@ -18,6 +18,9 @@ use crate::ring::ledger::State;
 /// Messages read along at a time.
 const READ_AHEAD: u64 = 64;
 
+/// Messages that a look passes over for each time that it reads along.
+const PASSED_A_ROUND: usize = 4;
+
 /// When to look again at what another consumer is moving to the dead-letter topic.
 const MOVE_LOOK_MS: u64 = 10;
 
@@ -31,6 +34,8 @@ pub(super) struct Ordered {
     queues: HashMap<u64, VecDeque<u64>>,
     /// The first of each queue, and whose it is.
     heads: BTreeMap<u64, u64>,
+    /// How far a look had come that left off.
+    left_at: Along,
 }
 
 impl Ordered {
@@ -60,44 +65,91 @@ impl Ordered {
     }
 }
 
+/// How far one look at the heads has come.
+#[derive(Default)]
+struct Along {
+    /// The clock of the look.
+    at_ms: u64,
+    /// The heads below have been tried.
+    from: u64,
+    /// How many of them had been settled, or were now, because they had expired.
+    passed: usize,
+    /// In how many milliseconds the first of the others may be had.
+    due_in: Option<u64>,
+}
+
+impl Along {
+    /// A head is not to be had before so many milliseconds have passed; `None`: it is settled.
+    fn rests(&mut self, due_in: Option<u64>) {
+        match due_in {
+            None => self.passed += 1,
+            Some(ms) => self.due_in = Some(self.due_in.map_or(ms, |least| least.min(ms))),
+        }
+    }
+}
+
 impl Core {
     /// Takes up to `count` messages, no two of one key.
-    pub(super) fn take_ordered(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
-        let (mut from, mut due_in) = (0, None);
-        loop {
-            while self.items.len() < count
-                && let Some(head) = self.ordered.head(from)
-            {
-                from = head + 1;
-                match self.try_head(head, now) {
-                    Ok(Some(ms)) => due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms))),
-                    Ok(None) => {}
-                    Err(error) if self.items.is_empty() => return Err(error),
-                    // What has been taken comes first.
-                    Err(_) => return Ok(true),
-                }
+    pub(super) fn take_ordered(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
+        let mut along = self.go_on_along(now);
+        let goes_on = along.from > 0;
+        for _ in 0..most / PASSED_A_ROUND {
+            if let Err(error) = self.try_heads(&mut along, most, count, now) {
+                // What has been taken comes first.
+                return if self.items.is_empty() { Err(error) } else { Ok(true) };
             }
-            if self.items.len() == count || !self.read_along()? {
+            let has_more = self.items.len() < count;
+            if has_more && along.passed >= most {
                 break;
             }
+            if !has_more || !self.read_along()? {
+                self.scan.wake_in(now, along.due_in);
+                // What was given back behind it meanwhile has rung for nobody.
+                self.left_off = has_more && goes_on;
+                return Ok(!self.items.is_empty());
+            }
         }
-        self.scan.wake_in(now, due_in);
+        self.left_off = true;
+        self.ordered.left_at = along;
         Ok(!self.items.is_empty())
     }
 
-    /// Takes a head if it is to be had; otherwise in how many milliseconds it may be.
-    fn try_head(&mut self, head: u64, now: u64) -> Result<Option<u64>, RecvError> {
-        let due_in = self.head_due_in(head, now);
-        if due_in != Some(0) {
-            return Ok(due_in);
+    /// Where a look at the heads begins: at the first, or where the last one left off if the clock has not moved on since. What
+    /// rested then rests still, and need not be asked once more for every few messages that are passed over.
+    fn go_on_along(&mut self, now: u64) -> Along {
+        let left_at = std::mem::take(&mut self.ordered.left_at);
+        if left_at.at_ms == now { Along { passed: 0, ..left_at } } else { Along { at_ms: now, ..Along::default() } }
+    }
+
+    /// Tries the heads from where the look has come to, until there are `count` messages, or `most` have been passed over.
+    fn try_heads(&mut self, along: &mut Along, most: usize, count: usize, now: u64) -> Result<(), RecvError> {
+        while self.items.len() < count
+            && along.passed < most
+            && let Some(head) = self.ordered.head(along.from)
+        {
+            along.from = head + 1;
+            let due_in = self.head_due_in(head, now);
+            match due_in {
+                Some(0) => self.try_head(along, head, now)?,
+                _ => along.rests(due_in),
+            }
         }
+        Ok(())
+    }
+
+    /// Takes a head if it is still to be had.
+    fn try_head(&mut self, along: &mut Along, head: u64, now: u64) -> Result<(), RecvError> {
         let taken = self.items.len();
         self.try_take(head, now)?;
-        if self.items.len() > taken {
-            return Ok(None);
+        if self.items.len() == taken {
+            // It had expired: the next of its key comes at once. Or somebody was faster: until the end of that lease.
+            let due_in = self.head_due_in(head, now);
+            // Zero: its owner is overdue and has the coordinator to answer to, which is not the others' affair.
+            if due_in != Some(0) {
+                along.rests(due_in);
+            }
         }
-        // It had expired: the next of its key comes at once. Or somebody was faster: until the end of that lease.
-        Ok(self.head_due_in(head, now).filter(|ms| *ms > 0))
+        Ok(())
     }
 
     /// In how many milliseconds a head may be had. `None`: it is settled, and the next of its key in its place.

@@ -153,7 +153,7 @@ impl<T: Payload + ?Sized> Deliveries<T> {
 
 /// Takes the next message, if there is one.
 fn take<T: Payload + ?Sized>(core: &mut Core) -> Result<Option<(OwnedMessage<T>, Lease)>, RecvError> {
-    Ok(core.poll(1)?.then(|| {
+    Ok(core.look(1)?.then(|| {
         let delivery = Delivery::<T>::new(core);
         (OwnedMessage::copy_of(&delivery, delivery.as_bytes()), delivery.keep())
     }))
@@ -178,7 +178,7 @@ impl<T: Payload + ?Sized> Deliveries<T> {
                 let mut core = pool.lock();
                 match take(&mut core) {
                     Ok(Some(taken)) => Look::Found(Ok(taken)),
-                    Ok(None) => core.scan.nap().map_or(Look::Nothing, Look::Within),
+                    Ok(None) => core.nap().map_or(Look::Nothing, Look::Within),
                     Err(error) => Look::Found(Err(error)),
                 }
             };

@@ -14,6 +14,10 @@ const MAX_CANDIDATES: usize = 1024;
 /// A consumer that always finds something new looks all the same so often at what others have left behind.
 const SCAN_EVERY_MS: u64 = 100;
 
+/// Messages that scans look at within a step of the clock before they leave what is given back meanwhile to the next one:
+/// well below a step's time. Whoever gives back as fast as he can would have every look see all of the window.
+const SEEN_A_STEP: u64 = 1 << 16;
+
 /// When to wake up for a move of ours that waits.
 const MOVE_AGAIN_MS: u64 = 10;
 
@@ -23,8 +27,10 @@ const RECLAIM_EVERY_MS: u64 = 1000;
 /// What the last scan saw.
 #[derive(Default)]
 pub(super) struct Scan {
-    /// The clock when it was made.
+    /// The clock when it was done.
     at_ms: u64,
+    /// How many messages were looked at within that step of the clock.
+    seen: u64,
     /// The count of what had been given back then.
     returned: u64,
     /// Up to where messages had been handed out then.
@@ -75,11 +81,16 @@ impl Scan {
 }
 
 impl Core {
+    /// How long to sleep at most before the next look; `None`: until the bell rings.
+    pub(super) fn nap(&self) -> Option<Duration> {
+        if self.left_off { Some(Duration::ZERO) } else { self.scan.nap() }
+    }
+
     /// Looks for messages to be delivered again, if there is reason to: something was given back, the earliest moment known
-    /// has come, or it is long since. Not more often than the clock moves on.
+    /// has come, or it is long since. Not more often than the clock moves on, and not before it has since the last one.
     #[inline]
     pub(super) fn scan_if_due(&mut self, now: u64) {
-        if now == self.scan.at_ms {
+        if now <= self.scan.at_ms {
             return;
         }
         let due = self.scan.due_at.is_some_and(|due_at| now >= due_at);
@@ -89,17 +100,17 @@ impl Core {
     }
 
     /// Looks at everything between floor and hint, with nothing better to do: also takes over what others have reserved
-    /// and not taken. Whether that was just done.
-    pub(super) fn scan_idle(&mut self, now: u64) -> bool {
-        if now == self.scan.at_ms && self.scan.was_whole && self.ledger.returned() == self.scan.returned {
-            // What was handed out since will be looked at when the clock has moved on.
-            if self.scan.hint != self.ledger.hint() {
-                self.scan.due_at = Some(now + 1);
+    /// and not taken. What is given back it looks for at once, as long as that takes no time to speak of.
+    pub(super) fn scan_idle(&mut self, now: u64) {
+        let anew = self.ledger.returned() != self.scan.returned;
+        if now <= self.scan.at_ms && self.scan.was_whole && !(anew && self.scan.seen < SEEN_A_STEP) {
+            // What was handed out or given back since will be looked at when the clock has moved on.
+            if anew || self.scan.hint != self.ledger.hint() {
+                self.scan.due_at = Some(self.scan.at_ms + 1);
             }
-            return false;
+            return;
         }
         self.scan(now, u64::MAX);
-        true
     }
 
     /// Looks at everything between floor and hint: after a consumer of an exclusive group has become the one at work,
@@ -111,7 +122,6 @@ impl Core {
     /// What was reserved below `stranded` and has not been taken, nobody seems to come to.
     #[cold]
     fn scan(&mut self, now: u64, stranded: u64) {
-        self.scan.at_ms = now;
         self.scan.was_whole = stranded == u64::MAX;
         // Before the words: what is given back while we look is looked for again.
         self.scan.returned = self.ledger.returned();
@@ -120,7 +130,10 @@ impl Core {
         self.candidates.clear();
         let mut due_in: Option<u64> = None;
         let mut come_due = |ms: u64| due_in = Some(due_in.map_or(ms, |least: u64| least.min(ms)));
-        for sequence in self.ledger.handed_out() {
+        let handed_out = self.ledger.handed_out();
+        let seen_before = if now <= self.scan.at_ms { self.scan.seen } else { 0 };
+        self.scan.seen = seen_before + (handed_out.end - handed_out.start);
+        for sequence in handed_out {
             let seen = self.ledger.look(sequence);
             let wait_ms = match seen.state() {
                 State::Fresh if sequence < stranded && !self.reserved.contains(&sequence) => 0,
@@ -143,5 +156,7 @@ impl Core {
             }
         }
         self.scan.due_at = due_in.map(|ms| now + ms);
+        // It may have taken longer than a step: then others have their turn before the next.
+        self.scan.at_ms = clock::now_ms();
     }
 }

@@ -11,6 +11,7 @@ use crate::group::Guarantee;
 use crate::os::clock;
 use crate::ring::ledger::{MoveReason, RUN, Seen, State};
 use crate::sync::{Ordering, fence};
+use crate::wait::PASSED_OVER;
 
 /// Fewest and most sequences reserved at a time: two lines of the ledger, and what takes well below a step of the clock.
 const STRIDES: std::ops::RangeInclusive<u64> = 16..=256;
@@ -49,11 +50,26 @@ impl Stride {
 }
 
 impl Core {
-    /// Takes up to `count` messages into `items`, as many as are there. Never waits.
+    /// Takes up to `count` messages into `items`. Never waits, but passes over as many messages as the group's window holds
+    /// before it says that none is to be had.
     #[inline]
     pub(super) fn poll(&mut self, count: usize) -> Result<bool, RecvError> {
+        self.look_past(PASSED_OVER.max(self.ledger.window() as usize), count)
+    }
+
+    /// Takes up to `count` messages into `items`, or passes over a few that nobody is to have (`left_off`): for who has a
+    /// deadline, or others to look after.
+    #[inline]
+    pub(super) fn look(&mut self, count: usize) -> Result<bool, RecvError> {
+        self.look_past(PASSED_OVER, count)
+    }
+
+    /// Takes up to `count` messages into `items`, or passes over `most` that nobody is to have, and leaves off there.
+    #[inline]
+    fn look_past(&mut self, most: usize, count: usize) -> Result<bool, RecvError> {
         self.items.clear();
         self.copies.clear();
+        self.left_off = false;
         if !self.home.is_here() {
             return Err(RecvError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
@@ -75,10 +91,17 @@ impl Core {
         if !ordered {
             self.scan_if_due(now);
         }
-        let taken = if ordered { self.take_ordered(count, now)? } else { self.take_up_to(count, now)? };
-        let taken = taken || self.take_idle(count, now)?;
+        let taken = if ordered { self.take_ordered(most, count, now)? } else { self.take_up_to(most, count, now)? };
+        let taken = taken || !self.left_off && self.take_idle(most, count, now)?;
+        let taken = if self.group.options.max_in_flight > 0 { self.keep_group_limit() } else { taken };
         let taken = if self.group.options.exclusive { self.confirm_taken(taken) } else { taken };
-        if taken { Ok(true) } else { self.nothing() }
+        if !taken && self.left_off {
+            // Nobody knows when we look again: what was settled makes room now, and what moves must not become overdue.
+            self.raise_floor();
+            self.work_off_moves();
+        }
+        self.left_off |= !taken && self.moves.are_left_over(now);
+        if taken || self.left_off { Ok(taken) } else { self.nothing() }
     }
 
     /// Forgets what others have settled while we were away: far behind the floor, words are those of other messages.
@@ -100,9 +123,16 @@ impl Core {
     }
 
     #[inline]
-    fn take_up_to(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+    fn take_up_to(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
+        let mut passed = 0;
         while self.items.len() < count {
-            let wanted = count - self.items.len();
+            if passed == most {
+                self.left_off = true;
+                break;
+            }
+            let had = self.items.len();
+            let wanted = count - had;
+            let is_new = self.candidates.is_empty();
             let sequence = match self.candidates.pop_front() {
                 // What comes back goes before what is new.
                 Some(sequence) => sequence,
@@ -110,29 +140,32 @@ impl Core {
                 None if self.take_run(wanted, now) => continue,
                 None => self.next_reserved(),
             };
-            if let Err(error) = self.try_take(sequence, now) {
-                if self.items.is_empty() {
-                    return Err(error);
+            let was_to_be_had = match self.try_take(sequence, now) {
+                Ok(was_to_be_had) => was_to_be_had,
+                Err(error) if self.items.is_empty() => return Err(error),
+                Err(_) => {
+                    // What has been taken comes first.
+                    self.candidates.push_front(sequence);
+                    break;
                 }
-                // What has been taken comes first.
-                self.candidates.push_front(sequence);
-                break;
-            }
+            };
+            // What a scan finds again and again, and the coordinator has to release, must not keep a look from what is new.
+            passed += usize::from(self.items.len() == had && (is_new || was_to_be_had));
         }
         Ok(!self.items.is_empty())
     }
 
     /// There is nothing new. A good moment for everything else, and then for one more look.
     #[cold]
-    fn take_idle(&mut self, count: usize, now: u64) -> Result<bool, RecvError> {
+    fn take_idle(&mut self, most: usize, count: usize, now: u64) -> Result<bool, RecvError> {
         self.raise_floor();
         self.work_off_moves();
         self.moves.close_unused(now);
         if self.group.options.ordered_by_key {
-            return self.take_ordered(count, now);
+            return self.take_ordered(most, count, now);
         }
         self.scan_idle(now);
-        self.take_up_to(count, now)
+        self.take_up_to(most, count, now)
     }
 
     /// The first of what is reserved, which must not be nothing.
@@ -174,32 +207,32 @@ impl Core {
         false
     }
 
-    /// Takes the message if it is to be had.
+    /// Takes the message if it is to be had; whether it was when it was looked at. Then it has been read.
     #[inline]
-    pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<(), RecvError> {
+    pub(super) fn try_take(&mut self, sequence: u64, now: u64) -> Result<bool, RecvError> {
         let exclusive = self.group.options.exclusive;
         let mut seen = self.ledger.look(sequence);
         if exclusive && seen.is_leased_by_other(self.me) {
             seen = self.end_late_lease(seen, now);
         }
         if seen.state() != State::Fresh && !self.may_take_again(seen, now)? {
-            return Ok(());
+            return Ok(false);
         }
         let (body, origin) = match self.log.read(sequence, &mut self.copies) {
             Got::Message(body, origin) => (body, origin),
             Got::Hole => {
                 let settled = self.ledger.settle(seen);
                 self.flush.count(settled);
-                return Ok(());
+                return Ok(true);
             }
-            Got::Unsound(problem) => return self.unless_changed(seen, problem),
+            Got::Unsound(problem) => return self.unless_changed(seen, problem).map(|()| true),
         };
         let payload_at = if self.info.options.envelope {
             match self.open_envelope(seen, body, now) {
                 Ok(Some(payload_at)) => payload_at,
                 other => {
                     self.copies.undo(body);
-                    return other.map(drop);
+                    return other.map(|_| true);
                 }
             }
         } else {
@@ -212,21 +245,20 @@ impl Core {
             settled.then(|| seen.settled())
         } else {
             let now = if self.copies.bytes(body).len() > LONG_COPY_BYTES { clock::now_ms() } else { now };
-            let lease = self.ledger.take(seen, self.me, self.lease_end(now));
-            lease.filter(|lease| at_most_once || self.fits_group_limit(*lease, now))
+            self.ledger.take(seen, self.me, self.lease_end(now))
         };
         let Some(lease) = taken else {
             self.copies.undo(body);
             // Whoever was faster has a lease that no scan of ours has seen.
             self.scan.look_again(now);
-            return Ok(());
+            return Ok(true);
         };
         if seen.state() != State::Fresh {
             self.count_redelivery();
         }
         self.in_flight += u64::from(!at_most_once);
         self.items.push(Item { lease, run: None, body, payload_at, origin, kept: Cell::new(false) });
-        Ok(())
+        Ok(true)
     }
 
     /// Where the payload of a message on a topic with envelopes begins. `None`: it is not to be delivered, because it has
@@ -328,28 +360,37 @@ impl Core {
         }
     }
 
-    /// Whether the group has no more leases than it may have, this one included; gives it back otherwise.
-    #[inline]
-    fn fits_group_limit(&self, lease: Seen, now: u64) -> bool {
-        if self.is_within_group_limit(now) {
-            return true;
+    /// Gives back what was taken beyond what the group may have, counted once for all of it. Whether something is left.
+    fn keep_group_limit(&mut self) -> bool {
+        // At most once nothing is leased.
+        if self.items.is_empty() || self.guarantee() == Guarantee::AtMostOnce {
+            return !self.items.is_empty();
         }
-        self.ledger.give_back_unseen(lease, now);
-        self.ring_readers();
-        false
+        let now = clock::now_ms();
+        let beyond = self.beyond_group_limit(now).min(self.items.len() as u64);
+        for _ in 0..beyond {
+            let Some(item) = self.items.pop() else { break };
+            self.copies.undo(item.body);
+            self.ledger.give_back_unseen(item.lease, now);
+            self.in_flight = self.in_flight.saturating_sub(1);
+        }
+        if beyond > 0 {
+            self.ring_readers();
+            self.scan.look_again(now);
+        }
+        !self.items.is_empty()
     }
 
-    /// Whether the group has no more leases than it may have, after one was added. Two consumers that add the last one at
+    /// How many leases the group has more than it may have, after some were added. Two consumers that add the last one at
     /// the same time both count after their swap, so at least one of them sees both.
-    #[inline]
-    pub(super) fn is_within_group_limit(&self, now: u64) -> bool {
+    pub(super) fn beyond_group_limit(&self, now: u64) -> u64 {
         let most = u64::from(self.group.options.max_in_flight);
         if most == 0 {
-            return true;
+            return 0;
         }
         // SeqCst: R-COUNTED, then A-COUNTED; pairs with the same fence of another consumer.
-        // Store, then look: our lease, then everybody's. Of two, at least one sees both.
+        // Store, then look: our leases, then everybody's. Of two, at least one sees both.
         fence(Ordering::SeqCst);
-        self.ledger.leased(None, now) <= most
+        self.ledger.leased(None, now).saturating_sub(most)
     }
 }

@@ -29,7 +29,7 @@ impl Waiting for Core {
 
 enum Outcome<R> {
     Taken(R),
-    /// There is a moment to wake at that was not known when we began to wait.
+    /// There is a moment to wake at that was not known when we began to wait, or more to look at now.
     Sooner,
     Failed(RecvError),
 }
@@ -50,15 +50,20 @@ pub(super) fn wait<W: Waiting, R>(
         };
         let mut look = |core: &mut Core| match take(core) {
             Ok(Some(taken)) => Some(Outcome::Taken(taken)),
-            Ok(None) => core.scan.next_due().is_some_and(|next| next < planned).then_some(Outcome::Sooner),
+            Ok(None) => {
+                let sooner = core.left_off || core.scan.next_due().is_some_and(|next| next < planned);
+                sooner.then_some(Outcome::Sooner)
+            }
             Err(error) => Some(Outcome::Failed(error)),
         };
         match wait::until(waiting, how, until, |waiting| waiting.bell(), |waiting| waiting.with(&mut look)) {
             Some(Outcome::Taken(taken)) => return Ok(taken),
             Some(Outcome::Failed(error)) => return Err(error),
-            Some(Outcome::Sooner) => {}
-            None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Err(RecvError::TimedOut),
-            None => {}
+            Some(Outcome::Sooner) | None => {
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    return Err(RecvError::TimedOut);
+                }
+            }
         }
     }
 }

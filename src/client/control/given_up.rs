@@ -3,7 +3,6 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::MutexGuard;
 
-use super::receive::may_read;
 use super::{Control, Inner, Line, lock};
 use crate::coordinator::protocol::{HandleRef, Request};
 
@@ -82,9 +81,20 @@ impl Drop for Hold<'_> {
 impl Inner {
     /// A handle is not ours any more.
     pub(super) fn let_go(&mut self, handle: HandleRef) {
-        if self.holds.remove(&handle) {
-            self.holdings.closed(handle);
+        if self.holds.remove(&handle)
+            && let Some(topic) = self.holdings.closed(handle)
+        {
+            self.drop_arenas(topic);
         }
+    }
+
+    /// Nobody asks for arenas of a topic on which there is no handle any more.
+    fn drop_arenas(&mut self, topic: u64) {
+        let all = (topic, 0)..=(topic, u32::MAX);
+        while let Some((&arena, _)) = self.arenas.range(all.clone()).next() {
+            self.arenas.remove(&arena);
+        }
+        self.missed_arenas.retain(|(of, _)| *of != topic);
     }
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
@@ -96,9 +106,6 @@ impl Inner {
                 subscriber => self.pushed.forget(subscriber),
             }
         }
-        let holds = &self.holds;
-        self.arenas.retain(|(topic, _), _| may_read(holds, *topic));
-        self.missed_arenas.retain(|(topic, _)| may_read(holds, *topic));
         self.receive_all();
         if self.socket.is_none() {
             // The Hello leaves them out. If that is not possible now, the next one will.

@@ -76,13 +76,18 @@ impl Holdings {
         }
     }
 
-    /// A handle was closed.
-    pub(crate) fn closed(&mut self, handle: HandleRef) {
+    /// Whether there are handles on a topic.
+    pub(crate) fn has(&self, topic: u64) -> bool {
+        self.topics.contains_key(&topic)
+    }
+
+    /// A handle was closed. Its topic, if that has no other.
+    pub(crate) fn closed(&mut self, handle: HandleRef) -> Option<u64> {
         if let HandleRef::Wildcard { wildcard } = handle {
             self.notices.remove(&wildcard);
         }
-        let Some(topic) = handle.topic() else { return };
-        let Some(holding) = self.topics.get_mut(&topic) else { return };
+        let topic = handle.topic()?;
+        let holding = self.topics.get_mut(&topic)?;
         holding.handles -= 1;
         // The next subscriber under this number has another one.
         if let HandleRef::Subscriber { cursor, .. } = handle
@@ -90,10 +95,12 @@ impl Holdings {
         {
             self.kept -= 1;
         }
-        if holding.handles == 0 {
-            self.kept -= holding.segments.len();
-            self.topics.remove(&topic);
+        if holding.handles > 0 {
+            return None;
         }
+        self.kept -= holding.segments.len();
+        self.topics.remove(&topic);
+        Some(topic)
     }
 
     /// The coordinator asks for what there is of these topics and wildcard subscriptions.
@@ -106,6 +113,8 @@ impl Holdings {
         for holding in topics.iter().filter_map(|topic| self.topics.get(topic)) {
             let copies = holding.segments.iter().filter_map(|(name, fd)| Some((name.clone(), fd.try_clone().ok()?)));
             let mut copies: Vec<(String, OwnedFd)> = copies.collect();
+            // Those that a topic has one of go together, and first: who is too late is told of its end through all of them.
+            copies.sort_by_key(|(name, _)| !name.contains('-'));
             while !copies.is_empty() {
                 let (names, fds) = copies.split_off(copies.len().saturating_sub(FDS_PER_PACKET)).into_iter().unzip();
                 self.packets.push_back((Request::Present { info: holding.info.clone(), names }, fds));
@@ -144,4 +153,30 @@ fn name_of(segment: SegmentRef, number: u32) -> String {
 /// The name of a publisher slot's arena among its topic's segments.
 pub(crate) fn arena_name(slot: u32) -> String {
     format!("arena-{slot}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::coordinator::protocol::Request;
+    use crate::os::memfd;
+    use crate::shm::layout::Geometry;
+    use crate::topic::TopicOptions;
+
+    #[test]
+    fn what_tells_of_a_topics_end_is_in_one_packet() {
+        let options = TopicOptions::default();
+        let geometry = Geometry::from_options(&options).unwrap();
+        let info = TopicInfo { id: 1, bus: 7, name: "t".to_owned(), generation: 0, options, geometry };
+        let mut holdings = Holdings { limit: usize::MAX, ..Holdings::new() };
+        let arenas = (0..3 * FDS_PER_PACKET as u32).map(SegmentRef::Arena);
+        let segments: Vec<SegmentRef> = [SegmentRef::Log, SegmentRef::Cursors].into_iter().chain(arenas).collect();
+        let fds: Vec<OwnedFd> = segments.iter().map(|_| memfd::create("shmbus-test", 0).unwrap()).collect();
+        let (publisher, opening, tenancy, last_number) = (1, 1, 0, None);
+        let opened = Answer::PublisherOpened { info, slot: 0, publisher, opening, tenancy, last_number, segments };
+        holdings.opened(&opened, &fds);
+        holdings.plan(&[1], &[]);
+        let Some((Request::Present { names, .. }, _)) = holdings.next() else { panic!("nothing to present") };
+        assert!(["log", "cursors"].iter().all(|name| names.iter().any(|presented| presented == name)), "{names:?}");
+    }
 }

@@ -14,7 +14,7 @@ mod receive;
 mod requests;
 pub(super) mod watch;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -89,7 +89,7 @@ struct Inner {
     /// What of it a new coordinator would ask for.
     holdings: Holdings,
     /// Arenas announced for the topics we read. They stay here, several subscribers may ask for one.
-    arenas: HashMap<(u64, u32), OwnedFd>,
+    arenas: BTreeMap<(u64, u32), OwnedFd>,
     /// Arenas whose descriptor did not get through, because this process had as many as it may have. A new connection brings all
     /// of them again.
     missed_arenas: HashSet<(u64, u32)>,
@@ -196,7 +196,7 @@ impl Inner {
             end: None,
             holds: HashSet::new(),
             holdings: Holdings::new(),
-            arenas: HashMap::new(),
+            arenas: BTreeMap::new(),
             missed_arenas: HashSet::new(),
             pushed: Pushed::default(),
             expected: VecDeque::new(),

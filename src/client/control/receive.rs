@@ -1,6 +1,5 @@
 //! What comes from the coordinator: answers, and what it sends unasked.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -101,7 +100,7 @@ impl Inner {
 
     fn receive(&mut self, answer: Answer, mut fds: Vec<OwnedFd>) {
         match answer {
-            Answer::ArenaAdded { topic, slot } if may_read(&self.holds, topic) => match fds.pop() {
+            Answer::ArenaAdded { topic, slot } if self.holdings.has(topic) => match fds.pop() {
                 Some(fd) => {
                     self.holdings.keep(topic, arena_name(slot), &fd);
                     self.arenas.insert((topic, slot), fd);
@@ -196,14 +195,4 @@ pub(super) fn opened_handle(answer: &Answer) -> Option<HandleRef> {
         Answer::WildcardOpened { wildcard } => Some(HandleRef::Wildcard { wildcard: *wildcard }),
         _ => None,
     }
-}
-
-/// Whether there is a handle that may read the topic's arenas.
-pub(super) fn may_read(holds: &HashSet<HandleRef>, wanted: u64) -> bool {
-    holds.iter().any(|handle| match handle {
-        HandleRef::Publisher { topic, .. }
-        | HandleRef::Subscriber { topic, .. }
-        | HandleRef::Consumer { topic, .. } => *topic == wanted,
-        HandleRef::Wildcard { .. } => false,
-    })
 }

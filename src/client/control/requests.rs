@@ -2,7 +2,8 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::MutexGuard;
+use std::sync::{MutexGuard, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Control, Granted, Inner, lock, pause};
@@ -13,12 +14,34 @@ use crate::os::socket;
 /// How long a request waits for its answer, a restart of the coordinator included.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Between two looks whether another thread still has the turn, for who has a deadline.
+const TURN_PAUSE: Duration = Duration::from_millis(1);
+
 impl Control {
     /// Asks the coordinator and waits for the answer; a refusal is an error. If the coordinator dies meanwhile, its
     /// successor is asked.
     pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
         self.ask(lock(&self.turn), request, 0)
+    }
+
+    /// The same for who has no longer than until `deadline`. `None`: that has passed.
+    pub(crate) fn request_until(&self, request: &Request, deadline: Instant) -> Result<Option<Granted>, OpenError> {
+        self.check_process()?;
+        let turn = loop {
+            match self.turn.try_lock() {
+                Ok(turn) => break turn,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Ok(None),
+                Err(TryLockError::WouldBlock) => thread::sleep(TURN_PAUSE),
+            }
+        };
+        let answer = self.exchange(request, 0, deadline.min(Instant::now() + PATIENCE));
+        drop(turn);
+        match answer {
+            Err(ConnectError::Timeout { .. }) if Instant::now() >= deadline => Ok(None),
+            answer => granted(answer?).map(Some),
+        }
     }
 
     /// The same for what is to be done once: a successor of the coordinator that had done it says so, and does not find that it has
@@ -34,10 +57,7 @@ impl Control {
     fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
         let answer = self.exchange(request, once, Instant::now() + PATIENCE);
         drop(turn);
-        match answer? {
-            (Answer::Refused(refusal), _) => Err(refusal.into()),
-            granted => Ok(granted),
-        }
+        granted(answer?)
     }
 
     /// Tells the coordinator something, and does not wait for the answer. `false`: it could not be told now.
@@ -82,6 +102,14 @@ impl Control {
             }
             pause(socket.as_deref(), deadline);
         }
+    }
+}
+
+/// A refusal is an error.
+fn granted(answer: Granted) -> Result<Granted, OpenError> {
+    match answer {
+        (Answer::Refused(refusal), _) => Err(refusal.into()),
+        granted => Ok(granted),
     }
 }
 

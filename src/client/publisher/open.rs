@@ -23,12 +23,20 @@ impl Bus {
     /// # Errors
     /// The topic carries another type, is exclusive and has its publisher, or a limit is reached; see [`OpenError`].
     pub fn publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
-        self.open_publisher(topic, true, None)
+        self.open_publisher(topic, None)
     }
 
-    /// The same for a topic that somebody else must have created.
-    pub(crate) fn existing_publisher<T: Payload + ?Sized>(&self, topic: Topic<T>) -> Result<Publisher<T>, OpenError> {
-        self.open_publisher(topic, false, None)
+    /// The same for a topic that somebody else must have created, if its options are accepted: they are looked at before its memory
+    /// is.
+    pub(crate) fn existing_publisher<T: Payload + ?Sized>(
+        &self,
+        topic: Topic<T>,
+        accept: impl Fn(&TopicOptions) -> Result<(), OpenError>,
+    ) -> Result<Publisher<T>, OpenError> {
+        // Before a place is asked for, which the coordinator makes memory for; and after it, in case it is another topic by then.
+        accept(&self.topic(topic.name())?.options)?;
+        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), false, None, accept)?;
+        Ok(Publisher { core, payload: PhantomData })
     }
 
     /// Opens a publisher under a name, which goes on where the last publisher of that name ended: see
@@ -42,28 +50,29 @@ impl Bus {
     /// As [`Self::publisher`]; the topic is a channel, has 1,024 names already, or its ring is so full that its present
     /// publisher cannot be fenced.
     pub fn publisher_as<T: Payload + ?Sized>(&self, topic: Topic<T>, name: &str) -> Result<Publisher<T>, OpenError> {
-        self.open_publisher(topic, true, Some(Identity::Named(name.to_owned())))
+        self.open_publisher(topic, Some(Identity::Named(name.to_owned())))
     }
 
     fn open_publisher<T: Payload + ?Sized>(
         &self,
         topic: Topic<T>,
-        create: bool,
         identity: Option<Identity>,
     ) -> Result<Publisher<T>, OpenError> {
-        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), create, identity)?;
+        let core = PublisherCore::open(self.control(), topic.name(), topic.options(), true, identity, |_| Ok(()))?;
         Ok(Publisher { core, payload: PhantomData })
     }
 }
 
 impl PublisherCore {
-    /// A publisher's place on a topic with these options; with `create` the topic is created where it does not exist.
+    /// A publisher's place on a topic with these options; with `create` the topic is created where it does not exist. Its memory is
+    /// left alone unless the options that it has are accepted.
     pub(super) fn open(
         control: &Arc<Control>,
         topic: &str,
         options: TopicOptions,
         create: bool,
         identity: Option<Identity>,
+        accept: impl FnOnce(&TopicOptions) -> Result<(), OpenError>,
     ) -> Result<PublisherCore, OpenError> {
         let schema = options.schema.clone();
         let create = create.then_some(options);
@@ -74,6 +83,7 @@ impl PublisherCore {
         };
         let handle = HandleRef::Publisher { topic: info.id, slot };
         let held = Held::new(control.clone(), handle);
+        accept(&info.options)?;
         let info = Arc::new(info);
         let place = Tenure { slot, publisher, opening, tenancy, last_number };
         let port = Port::attach(&info, place, &segments, fds, control)?;

@@ -28,7 +28,7 @@ impl OriginPublisher {
         options: TopicOptions,
         origin: Identity,
     ) -> Result<OriginPublisher, OpenError> {
-        Ok(OriginPublisher { core: PublisherCore::open(control, topic, options, true, Some(origin))? })
+        Ok(OriginPublisher { core: PublisherCore::open(control, topic, options, true, Some(origin), |_| Ok(()))? })
     }
 
     /// Publishes everything that belongs to the message `input`, all or nothing, waiting for room until `deadline`.

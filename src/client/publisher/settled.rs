@@ -14,8 +14,13 @@ use crate::ring::sequence::Sequence;
 use crate::topic::Payload;
 use crate::wait;
 
-/// How long to wait for a group's line to be in force before the coordinator is asked again.
+/// How long to wait for a group's line to be in force before the coordinator is asked again: at first, and after that twice as
+/// long each time. Who may write the line could have it asked without end.
 const GROUP_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_GROUP_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long the coordinator is waited for in any case, so that who looks and does not wait finds the group.
+const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 
 /// A group's line among the cursors.
 pub(super) struct GroupLine {
@@ -28,7 +33,8 @@ impl<T: Payload + ?Sized> Publisher<T> {
     /// Waits until a group has settled the message with this sequence and all before it: acknowledged, or moved to the
     /// dead-letter topic.
     ///
-    /// Consumers say so in steps; at the latest when they next receive or settle something, or find nothing to receive.
+    /// Consumers say so in steps; at the latest when they next receive or settle something, or find nothing to receive. The first
+    /// wait for a group asks the coordinator, for up to 250 ms where `limit` is shorter.
     ///
     /// # Errors
     /// [`SettleError`]
@@ -42,11 +48,14 @@ impl PublisherCore {
         if !self.home.is_here() {
             return Err(SettleError::Forked { opened_by: self.home.pid(), pid: std::process::id() });
         }
-        let deadline = Instant::now().checked_add(limit);
+        let start = Instant::now();
+        let deadline = start.checked_add(limit);
+        let ask_until = deadline.map(|deadline| deadline.max(start + LEAST_PATIENCE));
+        let mut group_pause = GROUP_PAUSE;
         loop {
             let line = match self.groups.iter().position(|line| line.name == group) {
                 Some(index) => index,
-                None => self.find_group(group)?,
+                None => self.find_group(group, ask_until)?,
             };
             // Consumers raise their line in steps; whoever waits wants what they have settled already.
             self.space_bell().urge();
@@ -64,10 +73,12 @@ impl PublisherCore {
                 // Rewound or removed: the coordinator knows which. Or garbled: then it says the same as before.
                 Some(Ok(false)) => {
                     drop(self.groups.swap_remove(line));
-                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                    if left.is_some_and(|left| left.is_zero()) {
                         return Err(SettleError::TimedOut);
                     }
-                    thread::sleep(GROUP_PAUSE);
+                    thread::sleep(left.map_or(group_pause, |left| left.min(group_pause)));
+                    group_pause = (group_pause * 2).min(LONGEST_GROUP_PAUSE);
                 }
                 Some(Err(error)) => return Err(error),
                 None => return Err(SettleError::TimedOut),
@@ -82,10 +93,13 @@ impl PublisherCore {
     }
 
     /// Asks the coordinator where a group's line is.
-    fn find_group(&mut self, group: &str) -> Result<usize, SettleError> {
+    fn find_group(&mut self, group: &str, deadline: Option<Instant>) -> Result<usize, SettleError> {
         let control = self.held.as_ref().map(Held::control).ok_or(SettleError::NoGroup)?;
         let request = Request::Status { topic: Some(self.name.clone()), after: None };
-        let (answer, _) = control.request(&request)?;
+        let (answer, _) = match deadline {
+            Some(deadline) => control.request_until(&request, deadline)?.ok_or(SettleError::TimedOut)?,
+            None => control.request(&request)?,
+        };
         let Answer::Status { topics, .. } = answer else { return Err(unexpected(&answer).into()) };
         let found = topics.into_iter().flat_map(|topic| topic.groups).find(|found| found.name == group);
         let found = found.ok_or(SettleError::NoGroup)?;

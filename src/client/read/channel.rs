@@ -1,10 +1,11 @@
 //! A channel's receiver.
 
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
-use super::{Found, Glance, Lengths, Origin, ReadPort, payload_at};
+use super::{Found, Glance, Lengths, Origin, ReadPort, Step, payload_at};
 use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
+use crate::ring::log::Place;
 use crate::ring::slot::{Kind, Slot};
 use crate::ring::spsc;
 use crate::shm::shared::Shared;
@@ -47,9 +48,9 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
     }
 
     #[inline]
-    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+    fn poll(&mut self, found: &mut Found) -> Result<Step, RecvError> {
         self.receiver.free();
-        let Some(word) = self.receiver.poll() else { return Ok(false) };
+        let Some(word) = self.receiver.poll() else { return Ok(Step::Nothing) };
         let sequence = self.receiver.next();
         let slot = self.receiver.slot();
         let payload = if word.kind() == Kind::Inline {
@@ -59,7 +60,15 @@ impl<const W: usize> ReadPort for ChannelPort<W> {
         };
         self.receiver.step();
         found.set(sequence, payload, Origin::default());
-        Ok(true)
+        Ok(Step::Found)
+    }
+
+    fn place(&self) -> Place {
+        Place { position: self.receiver.next(), sequence: self.receiver.next() }
+    }
+
+    fn ring_len(&self) -> u64 {
+        self.receiver.channel().slots()
     }
 
     fn is_ready(&mut self) -> bool {

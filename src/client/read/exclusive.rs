@@ -5,13 +5,14 @@ use std::ptr::NonNull;
 use super::evictor::Evictor;
 use super::in_place::{fits_slots, inline_in_place, span_in_place};
 use super::keeper::CursorKeeper;
-use super::{BAD_LENGTH, Buffer, Found, Glance, Lengths, Origin, ReadPort, payload_at};
+use super::{BAD_LENGTH, Buffer, Found, Glance, Lengths, Origin, ReadPort, Step, payload_at};
 use crate::error::{GoneReason, RecvError};
 use crate::os::cache::evict_line;
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::exclusive;
 use crate::ring::gate::still_retained;
+use crate::ring::log::Place;
 use crate::ring::sequence::Sequence;
 use crate::ring::slot::{Kind, Slot, Word};
 use crate::shm::shared::Shared;
@@ -151,43 +152,48 @@ impl<const W: usize> ReadPort for ExclusivePort<W> {
     }
 
     #[inline]
-    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+    fn poll(&mut self, found: &mut Found) -> Result<Step, RecvError> {
         if let Some(from) = self.lost_from.take() {
             let (from, to) = (Sequence::new(from), Sequence::new(self.reader.next()));
             return Err(RecvError::Lagged { from, to });
         }
         let position = self.reader.next();
         self.give_back(position);
-        loop {
-            let position = self.reader.next();
-            let word = match self.reader.poll() {
-                exclusive::Poll::Ready(word) => word,
-                // Repair clears what a dead publisher's batch left behind; a reader that nobody waits for may have been
-                // a lap behind there.
-                exclusive::Poll::Empty if !self.gating && !still_retained(&self.reader.log().header, position) => {
-                    return Err(self.lagged());
-                }
-                exclusive::Poll::Empty => {
-                    self.idle();
-                    return Ok(false);
-                }
-                exclusive::Poll::Lapped if self.gating => {
-                    return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
-                }
-                exclusive::Poll::Lapped => return Err(self.lagged()),
-            };
-            if word.kind() == Kind::Hole {
-                self.reader.step();
-                continue;
+        let word = match self.reader.poll() {
+            exclusive::Poll::Ready(word) => word,
+            // Repair clears what a dead publisher's batch left behind; a reader that nobody waits for may have been
+            // a lap behind there.
+            exclusive::Poll::Empty if !self.gating && !still_retained(&self.reader.log().header, position) => {
+                return Err(self.lagged());
             }
-            let Some(payload) = self.payload(word, &mut found.buffer)? else { return Err(self.lagged()) };
-            if word.kind() == Kind::Arena {
-                self.keeper.count_bytes(payload.len());
+            exclusive::Poll::Empty => {
+                self.idle();
+                return Ok(Step::Nothing);
             }
+            exclusive::Poll::Lapped if self.gating => {
+                return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
+            }
+            exclusive::Poll::Lapped => return Err(self.lagged()),
+        };
+        if word.kind() == Kind::Hole {
             self.reader.step();
-            found.set(position, payload, Origin(word.tenancy().into(), position));
-            return Ok(true);
+            return Ok(Step::Passed);
         }
+        let Some(payload) = self.payload(word, &mut found.buffer)? else { return Err(self.lagged()) };
+        if word.kind() == Kind::Arena {
+            self.keeper.count_bytes(payload.len());
+        }
+        self.reader.step();
+        found.set(position, payload, Origin(word.tenancy().into(), position));
+        Ok(Step::Found)
+    }
+
+    fn place(&self) -> Place {
+        Place { position: self.reader.next(), sequence: self.reader.next() }
+    }
+
+    fn ring_len(&self) -> u64 {
+        self.reader.log().ring.len()
     }
 
     fn is_ready(&mut self) -> bool {

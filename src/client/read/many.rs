@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::keeper::CursorKeeper;
-use super::{BAD_LENGTH, Found, Glance, Lengths, Origin, ReadPort, payload_at};
+use super::{BAD_LENGTH, Found, Glance, Lengths, Origin, ReadPort, Step, payload_at};
 use crate::client::control::Control;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::{Arena, Span};
@@ -223,43 +223,46 @@ impl ReadPort for ManyPort {
     }
 
     #[inline]
-    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError> {
+    fn poll(&mut self, found: &mut Found) -> Result<Step, RecvError> {
         if let Some(from) = self.lost_from.take() {
             let (from, to) = (Sequence::new(from), Sequence::new(self.reader.next().sequence));
             return Err(RecvError::Lagged { from, to });
         }
         self.finish_batch();
-        loop {
-            let batch = match self.batch {
-                Some(batch) => batch,
-                None => match self.reader.poll() {
-                    many::Poll::Ready(word) if word.is_fence() => {
-                        self.reader.step(word);
-                        self.finish_batch();
-                        continue;
-                    }
-                    many::Poll::Ready(word) => match self.open(word)? {
-                        Some(batch) => batch,
-                        None => return Err(self.lagged()),
-                    },
-                    many::Poll::Empty => {
-                        self.idle();
-                        return Ok(false);
-                    }
-                    many::Poll::Lapped if self.gating => {
-                        return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
-                    }
-                    many::Poll::Lapped => return Err(self.lagged()),
+        let batch = match self.batch {
+            Some(batch) => batch,
+            None => match self.reader.poll() {
+                many::Poll::Ready(word) if word.is_fence() => {
+                    self.reader.step(word);
+                    return Ok(Step::Passed);
+                }
+                many::Poll::Ready(word) => match self.open(word)? {
+                    Some(batch) => batch,
+                    None => return Err(self.lagged()),
                 },
-            };
-            if !self.take(batch, found)? {
-                return Err(self.lagged());
-            }
-            if found.sequence >= self.skip_below {
-                return Ok(true);
-            }
-            self.finish_batch();
+                many::Poll::Empty => {
+                    self.idle();
+                    return Ok(Step::Nothing);
+                }
+                many::Poll::Lapped if self.gating => {
+                    return Err(RecvError::Corrupt("the ring went on past a reader that holds it"));
+                }
+                many::Poll::Lapped => return Err(self.lagged()),
+            },
+        };
+        if !self.take(batch, found)? {
+            return Err(self.lagged());
         }
+        Ok(if found.sequence < self.skip_below { Step::Passed } else { Step::Found })
+    }
+
+    fn place(&self) -> Place {
+        let Place { position, sequence } = self.reader.next();
+        Place { position, sequence: sequence + self.batch.map_or(0, |batch| batch.index) }
+    }
+
+    fn ring_len(&self) -> u64 {
+        self.reader.log().ring.len()
     }
 
     fn is_ready(&mut self) -> bool {
@@ -281,9 +284,8 @@ impl ReadPort for ManyPort {
 
     fn lag(&self) -> u64 {
         let next = self.reader.next();
-        let read = self.batch.map_or(0, |batch| batch.index);
         let tail = self.reader.log().tail_from(Some(next)).or_else(|| self.reader.log().tail_from(None));
-        tail.map_or(0, |tail| tail.sequence.saturating_sub(next.sequence + read))
+        tail.map_or(0, |tail| tail.sequence.saturating_sub(self.place().sequence))
     }
 
     fn publisher_of(&self, origin: Origin) -> Option<(u64, u64)> {

@@ -16,6 +16,7 @@ use crate::client::blocks::Block;
 use crate::coordinator::protocol::TopicInfo;
 use crate::error::{GoneReason, RecvError};
 use crate::ring::doorbell::Doorbell;
+use crate::ring::log::Place;
 use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_ENVELOPE_BYTES};
 use crate::shm::shared::Shared;
 use crate::topic::TopicOptions;
@@ -31,8 +32,14 @@ pub(crate) trait ReadPort: Send {
     /// once: a second look without a pause would take the line from a publisher that is writing it.
     fn poll_fast(&mut self, found: &mut Found) -> Glance;
 
-    /// Finds the next message, if it is there, after everything handed out before has been given back.
-    fn poll(&mut self, found: &mut Found) -> Result<bool, RecvError>;
+    /// Goes on to what comes next, after everything handed out before has been given back.
+    fn poll(&mut self, found: &mut Found) -> Result<Step, RecvError>;
+
+    /// Where the next poll looks: the position in the ring, and the sequence of the message there.
+    fn place(&self) -> Place;
+
+    /// How many positions the ring has.
+    fn ring_len(&self) -> u64;
 
     /// Gives back what was handed out and says whether a poll would find something: a message, a loss, garbage. At worst
     /// it says so of something that a poll then skips.
@@ -63,6 +70,17 @@ pub(crate) enum Glance {
     Nothing,
     /// Something that takes [`ReadPort::poll`] to tell.
     Unclear,
+}
+
+/// What a poll has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The next message.
+    Found,
+    /// Something that is not for the caller, and it has gone past it. There may be more behind it.
+    Passed,
+    /// The end of what is there.
+    Nothing,
 }
 
 /// The message found last. It lies in the handle and is filled in place: passing it up through results would cost

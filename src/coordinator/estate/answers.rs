@@ -1,12 +1,16 @@
 //! What participants are answered, and what is pushed to them.
 
-use super::{Estate, Granted, broken, system};
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::{Estate, FOOTPRINT, Granted, broken, system};
 use crate::coordinator::connection::Push;
 use crate::coordinator::estate::groups::ConsumerRef;
 use crate::coordinator::limits::MAX_PAGE_NAMES;
-use crate::coordinator::memory::Joined;
+use crate::coordinator::memory::{Joined, LedgerCount};
 use crate::coordinator::protocol::{
-    Answer, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, SegmentRef, SubscriberStatus, TopicStatus,
+    Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, PublisherStatus, Request, SegmentRef, SubscriberStatus,
+    TopicStatus,
 };
 use crate::coordinator::state::{Reply, TopicEntry};
 use crate::error::Refusal;
@@ -14,6 +18,10 @@ use crate::topic::Mode;
 
 /// Part of a packet that the topics of one status page may fill.
 const STATUS_BYTES: usize = MAX_PACKET_BYTES * 3 / 4;
+
+/// Words of ledgers that are looked at for one status page: who asks comes back for the rest, and others are served in between.
+/// A topic that has more is counted piece by piece before it is answered.
+const STATUS_WORDS: u64 = 1 << 18;
 
 impl Estate {
     pub(super) fn granted(&mut self, reply: Reply) -> Result<Granted, Refusal> {
@@ -34,7 +42,7 @@ impl Estate {
                 Ok((Answer::WildcardOpened { wildcard }, vec![notice]))
             }
             Reply::Purge { topic } => Ok((Answer::Purged(self.purge(topic)?), Vec::new())),
-            Reply::Status { topics, more } => Ok((self.status(&topics, more), Vec::new())),
+            Reply::Status { topics, more } => Ok((self.status(&topics, more, Instant::now()), Vec::new())),
         }
     }
 
@@ -81,11 +89,62 @@ impl Estate {
         Ok(Answer::Names { names, more })
     }
 
-    /// As many topics as fit in a packet, at least one.
-    fn status(&self, topics: &[u64], more: bool) -> Answer {
-        let (mut page, mut bytes) = (Vec::new(), 0);
+    /// The topic whose ledgers are to be counted first if this is a request for its status: it takes long ([`Self::count_ahead`]).
+    pub(crate) fn long_status(&self, incarnation: u64, request: &Request) -> Option<u64> {
+        let Request::Status { .. } = request else { return None };
+        let plan = self.state.request(&self.limits, FOOTPRINT, incarnation, request).ok()?;
+        let Reply::Status { topics, .. } = plan.reply else { return None };
+        let first = self.state.topic(*topics.first()?)?;
+        (self.window_words(first) > STATUS_WORDS).then_some(first.info.id)
+    }
+
+    /// Counts what has not been counted since then, until `end`. Whether the status can be given.
+    pub(crate) fn count_ahead(&mut self, incarnation: u64, request: &Request, since: Instant, end: Instant) -> bool {
+        let Some(topic) = self.long_status(incarnation, request) else { return true };
+        let groups = self.state.topic(topic).into_iter().flat_map(TopicEntry::living_groups).map(|group| group.info.id);
+        let mut missing = groups.filter(|group| self.counted_since(topic, *group, since).is_none()).collect::<Vec<_>>();
+        while let Some(group) = missing.pop() {
+            let at = Instant::now();
+            let count = self.memory(topic).ok().and_then(|memory| memory.count_ledger(group)).unwrap_or_default();
+            self.counted.insert((topic, group), (at, count));
+            if Instant::now() >= end {
+                break;
+            }
+        }
+        missing.is_empty()
+    }
+
+    /// A status for which all was counted.
+    pub(crate) fn counted_status(
+        &self,
+        incarnation: u64,
+        request: &Request,
+        since: Instant,
+    ) -> Result<Answer, Refusal> {
+        match self.state.request(&self.limits, FOOTPRINT, incarnation, request)?.reply {
+            Reply::Status { topics, more } => Ok(self.status(&topics, more, since)),
+            _ => Err(broken("the status of something else")),
+        }
+    }
+
+    pub(super) fn counted_since(&self, topic: u64, group: u32, since: Instant) -> Option<&LedgerCount> {
+        self.counted.get(&(topic, group)).filter(|(at, _)| *at >= since).map(|(_, count)| count)
+    }
+
+    /// Nobody waits for what was counted.
+    pub(crate) fn forget_counts(&mut self) {
+        self.counted.clear();
+    }
+
+    /// As many topics as fit in a packet and are counted soon, at least one. What was counted `since` then is not counted again.
+    fn status(&self, topics: &[u64], more: bool, since: Instant) -> Answer {
+        let (mut page, mut bytes, mut words) = (Vec::new(), 0, 0);
         for entry in topics.iter().filter_map(|topic| self.state.topic(*topic)) {
-            let status = self.topic_status(entry);
+            words += self.window_words(entry);
+            if words > STATUS_WORDS && !page.is_empty() {
+                return Answer::Status { topics: page, more: true };
+            }
+            let status = self.topic_status(entry, since);
             bytes += postcard::to_stdvec(&status).map_or(0, |encoded| encoded.len());
             if bytes > STATUS_BYTES && !page.is_empty() {
                 return Answer::Status { topics: page, more: true };
@@ -95,7 +154,7 @@ impl Estate {
         Answer::Status { topics: page, more }
     }
 
-    fn topic_status(&self, entry: &TopicEntry) -> TopicStatus {
+    fn topic_status(&self, entry: &TopicEntry, since: Instant) -> TopicStatus {
         let memory = self.memories.get(&entry.info.id);
         let (oldest, tail) = memory.and_then(|memory| memory.range().ok()).unwrap_or((0, 0));
         let publishers = entry.publishers.iter();
@@ -112,7 +171,7 @@ impl Estate {
             publishers: publishers
                 .map(|(&slot, p)| PublisherStatus { slot, publisher: p.publisher, pid: self.pid_of(p.incarnation) })
                 .collect(),
-            groups: self.group_statuses(entry, tail),
+            groups: self.group_statuses(entry, tail, since),
             subscribers: subscribers
                 .map(|(&cursor, s)| {
                     let sequence = memory.map_or(0, |memory| memory.cursor_sequence(cursor));
@@ -128,12 +187,17 @@ impl Estate {
         self.state.participant(incarnation).map_or(0, |participant| participant.pid)
     }
 
-    /// Every arena that a returning participant must know.
+    /// Every arena that a returning participant must know: of each topic whose readers it is among ([`TopicEntry::readers`]).
     pub(crate) fn arenas_for(&self, incarnation: u64) -> Vec<(u64, u32)> {
-        let reads = |entry: &&TopicEntry| entry.readers().any(|reader| reader == incarnation);
+        let many = |topic: &u64| self.state.topic(*topic).filter(|entry| entry.info.options.mode == Mode::Many);
+        let read = |handle: &HandleRef| match handle {
+            HandleRef::Subscriber { topic, .. } | HandleRef::Consumer { topic, .. } => Some(*topic),
+            HandleRef::Publisher { topic, .. } => many(topic).filter(|entry| entry.info.options.dedup).map(|_| *topic),
+            HandleRef::Wildcard { .. } => None,
+        };
+        let topics: BTreeSet<u64> = self.state.handles_of(incarnation).iter().filter_map(read).collect();
         let arenas = |entry: &TopicEntry| entry.arenas.iter().map(|slot| (entry.info.id, *slot)).collect::<Vec<_>>();
-        let many = |entry: &&TopicEntry| entry.info.options.mode == Mode::Many;
-        self.state.topics().values().filter(many).filter(reads).flat_map(arenas).collect()
+        topics.iter().filter_map(many).flat_map(arenas).collect()
     }
 
     /// What a push says now, when it is its turn; `None` where its topic has gone meanwhile. Fails for want of descriptors.

@@ -13,7 +13,15 @@ use crate::ring::log::TopicState;
 
 impl Estate {
     pub(super) fn carry_out_all(&mut self, events: Vec<Event>) -> Result<(), Refusal> {
-        events.into_iter().try_for_each(|event| self.carry_out_for_others(event))
+        // Many consumers of a group may be given back at once, and one walk of its ledger will do.
+        let closed = events.iter().filter_map(|event| match event.plain() {
+            Event::Closed { handle } => Some(*handle),
+            _ => None,
+        });
+        self.released = self.release_consumers_among(&closed.collect());
+        let carried_out = events.into_iter().try_for_each(|event| self.carry_out_for_others(event));
+        self.released.clear();
+        carried_out
     }
 
     /// A wildcard subscription that cannot have a topic, for want of a descriptor say, misses it and is told so: whoever
@@ -86,10 +94,10 @@ impl Estate {
                     link.store(&notice_name(*wildcard), fd)?;
                 }
             }
+            Event::Closed { handle } if self.released.remove(handle) => {}
             Event::Closed { handle } => self.release(*handle)?,
             Event::Left { incarnation } => {
-                let handles = self.state.handles_of(*incarnation);
-                handles.into_iter().try_for_each(|handle| self.release(handle))?;
+                self.release_all(self.state.handles_of(*incarnation).into_iter().collect())?
             }
             _ => {}
         }

@@ -1,5 +1,7 @@
 //! Groups across coordinators that die between two steps.
 
+use std::time::{Duration, Instant};
+
 use super::*;
 use crate::coordinator::limits::{MAX_CONSUMERS_OF_TOPIC, MAX_GROUPS_OF_TOPIC};
 use crate::coordinator::memory::ledger_name;
@@ -261,6 +263,93 @@ fn only_what_is_overdue_is_reclaimed() {
     ask(&mut estate, reclaim(9)).unwrap();
 }
 
+/// It would keep everybody else waiting: it is done between requests, once, however many ask for it, and followed by a rest.
+#[test]
+fn a_reclaim_that_takes_long_is_put_off() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let window = 1 << 15;
+    ask(&mut estate, create("g", GroupOptions { window, ..GroupOptions::default() }, StartAt::Oldest)).unwrap();
+    let slow = Consumer::open(&mut estate, &mut keeper, "g");
+    Consumer::open(&mut estate, &mut keeper, "g");
+    let due = clock::now_ms().saturating_sub(1);
+    slow.take(0, due);
+    slow.ledger.raise_hint(window);
+    assert_eq!(estate.reclaim_at(), None);
+    (0..3).for_each(|_| drop(ask(&mut estate, reclaim(0)).unwrap()));
+    let at = estate.reclaim_at().unwrap();
+    assert!(at <= Instant::now(), "nothing was done yet, so there is nothing to rest from");
+    assert_eq!(slow.sees(0), Word::Leased);
+    estate.reclaim_next();
+    assert_eq!((slow.sees(0), estate.reclaim_at()), (Word::Returned, None));
+    slow.take(0, due);
+    ask(&mut estate, reclaim(0)).unwrap();
+    assert!(estate.reclaim_at().unwrap() > at);
+    // Its consumer goes first.
+    ask(&mut estate, close(0, 0)).unwrap();
+    estate.reclaim_next();
+    assert_eq!((slow.sees(0), estate.reclaim_at()), (Word::Returned, None));
+}
+
+/// Who keeps asking about one topic keeps no other of the same owner from its turn, and invented consumers are no work.
+#[test]
+fn put_off_reclaims_take_turns() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let window = 1 << 15;
+    let options = || GroupOptions { window, ..GroupOptions::default() };
+    let consumers = ["f", "g"].map(|group| {
+        ask(&mut estate, create(group, options(), StartAt::Oldest)).unwrap();
+        Consumer::open(&mut estate, &mut keeper, group)
+    });
+    let due = clock::now_ms().saturating_sub(1);
+    let reclaim = |estate: &mut Estate, group: usize, consumer: u32| {
+        drop(ask(estate, Request::Reclaim { topic: 0, group: group as u32, consumer }));
+    };
+    reclaim(&mut estate, 0, 99);
+    assert_eq!(estate.reclaim_at(), None);
+    consumers.iter().for_each(|consumer| consumer.take(0, due));
+    consumers.iter().for_each(|consumer| consumer.ledger.raise_hint(window));
+    reclaim(&mut estate, 1, 0);
+    for _ in 0..2 {
+        reclaim(&mut estate, 0, 0);
+        estate.reclaim_next();
+    }
+    assert_eq!(consumers[1].sees(0), Word::Returned);
+}
+
+/// Connections are served before it goes on with the next group; then all of them have had their turn.
+#[test]
+fn a_look_goes_on_where_the_last_one_had_no_time_left() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let max_age_ms = 60_000;
+    let options = TopicOptions { messages: 16, bytes: 4096, envelope: true, max_age_ms, ..TopicOptions::default() };
+    let create =
+        Request::CreateTopic { topic: "e".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    ask(&mut estate, create).unwrap();
+    keeper.listen();
+    let groups = ["f", "g", "h"];
+    for group in groups {
+        let (topic, group) = ("e".to_owned(), group.to_owned());
+        let options = GroupOptions::default();
+        ask(&mut estate, Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: false })
+            .unwrap();
+    }
+    // A hole is nobody's, and has always been dead.
+    let info = estate.entry(1).unwrap().info.clone();
+    keeper.listen();
+    Handle::on(&keeper, &info).0.many(&info).fence(&info.policy(), 5, 1).unwrap();
+    let settled = |estate: &Estate| {
+        let floors = (0..3).map(|group| estate.memory(1).unwrap().count_ledger(group).unwrap().floor);
+        floors.sum::<u64>()
+    };
+    for look in 1..=3 {
+        let found = estate.settle_expired(Duration::ZERO);
+        assert_eq!((found, settled(&estate)), ((look == 3).then(Expired::default), look));
+    }
+    assert_eq!([(); 4].map(|()| estate.renew_due(Duration::ZERO)), [false, false, true, false]);
+    assert!(estate.renew_due(Duration::from_secs(60)));
+    assert!(estate.give_up_old(Duration::ZERO), "one topic");
+}
+
 fn output() -> Request {
     let identity = Some(Identity::Origin { topic: 0, group: 0, consumer: 0 });
     Request::OpenPublisher { topic: "out".to_owned(), schema: None, create: Some(TopicOptions::default()), identity }
@@ -336,6 +425,72 @@ fn a_living_publisher_on_an_exclusive_topic_keeps_its_leases() {
     assert_eq!(consumer.sees(1), Word::Settled);
 }
 
+/// A page of a list of topics counts one long ledger and not all of them; what it says is exact, and what it leaves is on the next.
+#[test]
+fn a_list_of_topics_with_long_ledgers_comes_in_pages() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let (topics, handed_out) = (["a", "b", "c", "t"], 1 << 18);
+    for name in topics {
+        let topic = name.to_owned();
+        let options = TopicOptions { messages: 16, bytes: 4096, ..TopicOptions::default() };
+        let create = Request::CreateTopic { topic, options, access: None, exist_ok: true, ephemeral: false };
+        ask(&mut estate, create).unwrap();
+        let (topic, group) = (name.to_owned(), "g".to_owned());
+        let options = GroupOptions { window: handed_out, ..GroupOptions::default() };
+        let create = (name != "c").then_some((options, StartAt::Oldest));
+        let create = create.or(Some((GroupOptions::default(), StartAt::Oldest)));
+        let opened = ask(&mut estate, Request::OpenConsumer { topic, group, schema: None, create }).unwrap();
+        let Answer::ConsumerOpened { info, group, consumer, .. } = opened else { panic!("{opened:?}") };
+        keeper.listen();
+        let fd = &keeper.store[&segment_name(info.id, &ledger_name(group.id))];
+        let segment = Segment::attach(fd.as_fd(), &info.ledger(&group), Access::ReadWrite).unwrap();
+        let ledger = topic::ledger(&segment, &info, &group);
+        Consumer { group, number: consumer as u8, ledger: ledger.clone() }.take(3, in_a_minute());
+        ledger.raise_hint(if name == "c" { 4 } else { handed_out - 4 });
+    }
+    let (mut pages, mut after) = (Vec::new(), None);
+    loop {
+        let answer = ask(&mut estate, Request::Status { topic: None, after }).unwrap();
+        let Answer::Status { topics, more } = answer else { panic!("{answer:?}") };
+        assert!(
+            topics.iter().all(|topic| topic.groups[0].in_flight == 1 && topic.groups[0].consumers[0].in_flight == 1)
+        );
+        let names: Vec<String> = topics.into_iter().map(|topic| topic.name).collect();
+        after = names.last().cloned();
+        pages.push(names.concat());
+        if !more {
+            break;
+        }
+    }
+    assert_eq!(pages, ["a", "b", "c", "t"]);
+}
+
+/// Group by group where there is no more time; what was counted before the question is no answer to it.
+#[test]
+fn long_ledgers_are_counted_piece_by_piece() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let window = 1 << 18;
+    let consumers = ["f", "g"].map(|group| {
+        let options = GroupOptions { window, ..GroupOptions::default() };
+        ask(&mut estate, create(group, options, StartAt::Oldest)).unwrap();
+        Consumer::open(&mut estate, &mut keeper, group)
+    });
+    let request = Request::Status { topic: Some("t".to_owned()), after: None };
+    // Whatever is handed out now: that may be more when it is looked at.
+    assert_eq!(estate.long_status(us(), &request), Some(0));
+    let counted = |estate: &mut Estate, taken_meanwhile| {
+        let since = Instant::now();
+        let looks = (1..9).find(|_| estate.count_ahead(us(), &request, since, since)).unwrap();
+        consumers[1].take(taken_meanwhile, in_a_minute());
+        let Answer::Status { topics, .. } = estate.counted_status(us(), &request, since).unwrap() else { panic!() };
+        (looks, topics[0].groups.iter().map(|group| group.in_flight).collect::<Vec<_>>())
+    };
+    consumers[0].take(0, in_a_minute());
+    assert_eq!(counted(&mut estate, 0), (2, vec![1, 0]));
+    assert_eq!(counted(&mut estate, 1), (2, vec![1, 1]));
+    assert_eq!(status(&mut estate)[1].in_flight, 2);
+}
+
 #[test]
 fn the_largest_status_of_a_topic_fits_in_a_packet() {
     let (name, most) = ("x".repeat(200), u64::MAX);
@@ -372,4 +527,36 @@ fn the_largest_status_of_a_topic_fits_in_a_packet() {
     let total = groups + consumers + subscribers;
     // What is left is for 64 publishers and the topic's own options.
     assert!(total < MAX_PACKET_BYTES - 8192, "{groups} + {consumers} + {subscribers} = {total} bytes");
+}
+
+/// How long the coordinator takes for whoever gives back all consumers of a group at once, or dies, is not for him to say.
+#[test]
+fn the_consumers_of_a_group_are_released_in_one_walk_of_its_ledger() {
+    const CONSUMERS: u32 = 200;
+    for by_death in [false, true] {
+        let (mut keeper, mut estate, _) = Keeper::with_topic();
+        let options = GroupOptions { window: 1 << 18, ..GroupOptions::default() };
+        ask(&mut estate, create("g", options, StartAt::Oldest)).unwrap();
+        let consumers: Vec<Consumer> = (0..CONSUMERS).map(|_| Consumer::open(&mut estate, &mut keeper, "g")).collect();
+        for (sequence, consumer) in (0..).zip(&consumers) {
+            consumer.take(sequence, in_a_minute());
+        }
+        let ledger = consumers[0].ledger.clone();
+        ledger.raise_hint(u64::MAX);
+        let walk = || {
+            let began = Instant::now();
+            assert!(ledger.leased(None, clock::now_ms()) <= CONSUMERS.into());
+            began.elapsed()
+        };
+        let (before, began) = (walk(), Instant::now());
+        if by_death {
+            estate.release_participant(us()).unwrap();
+        } else {
+            let handles = (0..CONSUMERS).map(|consumer| HandleRef::Consumer { topic: 0, group: 0, consumer });
+            ask(&mut estate, Request::Close { handles: handles.collect() }).unwrap();
+        }
+        let (took, walk) = (began.elapsed(), before.max(walk()));
+        assert!((0..CONSUMERS).all(|sequence| consumers[0].sees(sequence.into()) == Word::Returned));
+        assert!(took < walk * CONSUMERS / 4, "it took {took:?}, a walk takes {walk:?}");
+    }
 }

@@ -5,13 +5,16 @@
 //! ends is logged first, like everything that ends for others too; a successor says so again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use super::{Estate, Granted, broken};
 use crate::client::envelope::now_ns;
 use crate::coordinator::burial::GroupNames;
 use crate::coordinator::link::segment_name;
-use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, ledger_name};
+use crate::coordinator::memory::{AtFloor, LedgerCount, Overdue, TopicMemory, ledger_name};
+use crate::coordinator::names::NameEntry;
 use crate::coordinator::protocol::{
     Answer, ConsumerStatus, GroupInfo, GroupStatus, HandleRef, Identity, LeaseStatus, StartAt, input_number,
 };
@@ -19,11 +22,62 @@ use crate::coordinator::state::{Event, GroupEntry, TopicEntry};
 use crate::error::Refusal;
 use crate::group::Guarantee;
 use crate::os::clock;
-use crate::ring::ledger::Seen;
+use crate::ring::ledger::{Owners, Seen};
 use crate::topic::Mode;
 
+/// Words of a ledger that are gone through for a reclaim while who asks for it is served.
+const RECLAIM_WORDS: u64 = 1 << 14;
+
+/// How long to rest after a reclaim of more, in times of what it took.
+const RECLAIM_REST: u32 = 3;
+
+/// Reclaims that are put off because they take long.
+pub(super) struct Reclaims {
+    /// Whose the topic is, and from whom to reclaim.
+    waiting: BTreeSet<(u32, ConsumerRef)>,
+    /// Whose topic the last one was on: it is others' turn.
+    last_uid: Option<u32>,
+    /// Of each owner the last one: those behind it have their turn before it has the next.
+    last_of: BTreeMap<u32, ConsumerRef>,
+    not_before: Instant,
+}
+
+impl Reclaims {
+    pub(super) fn new() -> Reclaims {
+        Reclaims { waiting: BTreeSet::new(), last_uid: None, last_of: BTreeMap::new(), not_before: Instant::now() }
+    }
+
+    fn take_next(&mut self) -> Option<ConsumerRef> {
+        let from = self.last_uid.map_or(0, |uid| uid.wrapping_add(1));
+        let behind = self.waiting.range((from, ConsumerRef::FIRST)..).next();
+        let first = *behind.or(self.waiting.first())?;
+        let uid = first.0;
+        let of_owner = |last: &ConsumerRef| {
+            let behind = (Bound::Excluded((uid, *last)), Bound::Included((uid, ConsumerRef::LAST)));
+            self.waiting.range(behind).next().copied()
+        };
+        let next = self.last_of.get(&uid).and_then(of_owner).unwrap_or(first);
+        self.waiting.remove(&next);
+        self.last_uid = Some(uid);
+        self.last_of.insert(uid, next.1);
+        if self.waiting.is_empty() {
+            self.last_of.clear();
+        }
+        Some(next.1)
+    }
+}
+
+/// What was found when what has expired was settled.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Expired {
+    /// There is more to settle.
+    pub(crate) more: bool,
+    /// The groups that nobody consumes where something is to go to the dead-letter topic.
+    pub(crate) letters: Vec<GroupNames>,
+}
+
 /// A consumer by topic, group and number in the group.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ConsumerRef {
     pub(super) topic: u64,
     pub(super) group: u32,
@@ -31,6 +85,9 @@ pub(super) struct ConsumerRef {
 }
 
 impl ConsumerRef {
+    const FIRST: ConsumerRef = ConsumerRef { topic: 0, group: 0, consumer: 0 };
+    const LAST: ConsumerRef = ConsumerRef { topic: u64::MAX, group: u32::MAX, consumer: u32::MAX };
+
     fn origin(self) -> Identity {
         Identity::Origin { topic: self.topic, group: self.group, consumer: self.consumer }
     }
@@ -122,16 +179,48 @@ impl Estate {
         }
     }
 
-    /// Takes back what a consumer holds that is dead, has left or is fenced. Idempotent.
-    pub(super) fn release_consumer(&self, who: ConsumerRef) {
-        let Ok(memory) = self.memory(who.topic) else { return };
-        let finished = self.finished_inputs(who);
-        memory.release_consumer(who.group, who.slot(), |sequence| finished.contains(&input_number(sequence)));
+    /// Takes back what consumers of a group hold that are dead, have left or are fenced. Idempotent.
+    pub(super) fn release_consumers(&self, topic: u64, group: u32, consumers: &Owners) {
+        let Ok(memory) = self.memory(topic) else { return };
+        let finished = self.finished_inputs(topic, group, consumers);
+        let committed = |consumer, sequence| finished.contains(&(consumer, input_number(sequence)));
+        memory.release_consumers(group, consumers, committed);
     }
 
-    /// Another consumer of the group found that `who` holds what is overdue, be it the role of an exclusive group. Only that, on the ledger's own word, gives
-    /// it away: all of it, once its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
+    /// Another consumer of the group found that `who` holds what is overdue. Where that takes long it is done later, see
+    /// [`Self::reclaim_next`]: who asked does not wait for it, but others would.
     pub(super) fn reclaim(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
+        if self.memory(who.topic)?.window_words(who.group) <= RECLAIM_WORDS {
+            return self.reclaim_now(who);
+        }
+        // What waits is no more than there are consumers.
+        if self.state.group(who.topic, who.group).is_none_or(|group| !group.consumers.contains_key(&who.consumer)) {
+            return Ok(());
+        }
+        let uid = self.entry(who.topic)?.uid;
+        self.reclaims.waiting.insert((uid, who));
+        Ok(())
+    }
+
+    /// When to call [`Self::reclaim_next`]; `None`: nothing waits for it.
+    pub(crate) fn reclaim_at(&self) -> Option<Instant> {
+        (!self.reclaims.waiting.is_empty()).then_some(self.reclaims.not_before)
+    }
+
+    /// Does one reclaim that was put off, of each topics' owner in turn, and then rests for longer than it took.
+    pub(crate) fn reclaim_next(&mut self) {
+        let Some(who) = self.reclaims.take_next() else { return };
+        let began = Instant::now();
+        // Gone meanwhile, say.
+        if let Err(error) = self.reclaim_now(who) {
+            eprintln!("shmbus coordinator: reclaiming what is overdue: {error}");
+        }
+        self.reclaims.not_before = Instant::now() + began.elapsed() * RECLAIM_REST;
+    }
+
+    /// Gives away what `who` holds and is overdue, be it the role of an exclusive group, on the ledger's own word: all of it, once
+    /// its outputs are fenced, where they matter; otherwise what is overdue. Idempotent.
+    fn reclaim_now(&mut self, who: ConsumerRef) -> Result<(), Refusal> {
         let Some(group) = self.state.group(who.topic, who.group) else { return Ok(()) };
         if group.retired || !group.consumers.contains_key(&who.consumer) {
             return Ok(());
@@ -150,7 +239,7 @@ impl Estate {
         }
         if self.fence_outputs(who)? {
             self.memory(who.topic)?.fence_consumer(who.group, who.slot());
-            self.release_consumer(who);
+            self.release_consumers(who.topic, who.group, &Owners::from_iter([who.slot()]));
         }
         Ok(())
     }
@@ -203,31 +292,53 @@ impl Estate {
         !self.expiring.is_empty()
     }
 
-    /// Settles what has expired at the groups' floors. Whether there is more, and the groups that nobody consumes where
-    /// something is to go to the dead-letter topic.
-    pub(crate) fn settle_expired(&mut self) -> (bool, Vec<GroupNames>) {
+    /// Settles what has expired at the groups' floors, until `time` is up; what was found, once every group has had its turn.
+    pub(crate) fn settle_expired(&mut self, time: Duration) -> Option<Expired> {
+        let (end, now_ns) = (Instant::now() + time, now_ns());
         let state = &self.state;
         self.expiring.retain(|(topic, group)| state.group(*topic, *group).is_some_and(|group| !group.retired));
-        let (now_ns, mut more, mut letters) = (now_ns(), false, Vec::new());
-        for (topic, group) in &self.expiring {
-            let (Some(entry), Ok(memory)) = (self.state.group(*topic, *group), self.memory(*topic)) else { continue };
-            match memory.settle_expired(*group, entry.info.options.dead_letter_expired, now_ns) {
-                Ok(AtFloor::More) => more = true,
-                Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
-                    let topic = self.state.topic(*topic).map(|topic| topic.info.name.clone());
-                    letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
-                }
-                Ok(_) => {}
-                Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+        if self.rest.expiring.is_empty() {
+            self.rest.expiring.clone_from(&self.expiring);
+        }
+        while let Some((topic, group)) = self.rest.expiring.pop() {
+            self.settle_expired_of(topic, group, now_ns);
+            if Instant::now() >= end {
+                break;
             }
         }
-        (more, letters)
+        self.rest.expiring.is_empty().then(|| std::mem::take(&mut self.rest.expired))
     }
 
-    /// Keeps the due times of all ledgers from coming round; for every few hours.
-    pub(crate) fn renew_due(&self) {
-        let now_ms = clock::now_ms();
-        self.memories.values().for_each(|memory| memory.renew_due(now_ms));
+    fn settle_expired_of(&mut self, topic: u64, group: u32, now_ns: u64) {
+        let (Some(entry), Ok(memory)) = (self.state.group(topic, group), self.memory(topic)) else { return };
+        match memory.settle_expired(group, entry.info.options.dead_letter_expired, now_ns) {
+            Ok(AtFloor::More) => self.rest.expired.more = true,
+            Ok(AtFloor::Letter) if entry.consumers.is_empty() => {
+                let topic = self.state.topic(topic).map(|topic| topic.info.name.clone());
+                self.rest.expired.letters.extend(topic.map(|topic| (topic, entry.info.name.clone())));
+            }
+            Ok(_) => {}
+            Err(error) => eprintln!("shmbus coordinator: settling what has expired: {error}"),
+        }
+    }
+
+    /// Keeps the due times of all ledgers from coming round, until `time` is up; for every few hours. Whether those were all.
+    pub(crate) fn renew_due(&mut self, time: Duration) -> bool {
+        let (end, now_ms) = (Instant::now() + time, clock::now_ms());
+        if self.rest.to_renew.is_empty() {
+            let groups = |(topic, memory): (&u64, &TopicMemory)| {
+                let topic = *topic;
+                memory.groups().map(move |group| (topic, group)).collect::<Vec<_>>()
+            };
+            self.rest.to_renew = self.memories.iter().flat_map(groups).collect();
+        }
+        while let Some((topic, group)) = self.rest.to_renew.pop() {
+            self.memories.get(&topic).inspect(|memory| memory.renew_due(group, now_ms));
+            if Instant::now() >= end {
+                break;
+            }
+        }
+        self.rest.to_renew.is_empty()
     }
 
     fn adopt_group(
@@ -273,13 +384,24 @@ impl Estate {
         Ok((Answer::ConsumerOpened { info, group, consumer, position, sequence, segments }, fds))
     }
 
-    /// The groups of a topic whose next sequence is `tail`, by name.
-    pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64) -> Vec<GroupStatus> {
-        let memory = self.memories.get(&entry.info.id);
-        let count =
-            |group: &GroupEntry| memory.and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default();
-        let mut groups: Vec<GroupStatus> =
-            entry.living_groups().map(|group| self.group_status(group, &count(group), tail)).collect();
+    /// How many words of ledgers [`Self::group_statuses`] looks at.
+    pub(super) fn window_words(&self, entry: &TopicEntry) -> u64 {
+        let Some(memory) = self.memories.get(&entry.info.id) else { return 0 };
+        entry.living_groups().map(|group| memory.window_words(group.info.id)).sum()
+    }
+
+    /// The groups of a topic whose next sequence is `tail`, by name. What was counted `since` then is not counted again.
+    pub(super) fn group_statuses(&self, entry: &TopicEntry, tail: u64, since: Instant) -> Vec<GroupStatus> {
+        let topic = entry.info.id;
+        let memory = self.memories.get(&topic);
+        let status = |group: &GroupEntry| match self.counted_since(topic, group.info.id, since) {
+            Some(count) => self.group_status(group, count, tail),
+            None => {
+                let count = memory.and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default();
+                self.group_status(group, &count, tail)
+            }
+        };
+        let mut groups: Vec<GroupStatus> = entry.living_groups().map(status).collect();
         groups.sort_by(|a, b| a.name.cmp(&b.name));
         groups
     }
@@ -324,19 +446,28 @@ impl Estate {
 
 /// Outputs.
 impl Estate {
-    /// The numbers of the inputs that the consumer committed last, one for each topic that it publishes to: what it still
-    /// held of them it had finished. Final once it is dead, closed or fenced.
-    fn finished_inputs(&self, who: ConsumerRef) -> Vec<u64> {
-        let origin = who.origin();
-        let last = |entry: &TopicEntry| {
-            let known = entry.identities.get(&origin)?;
+    /// The numbers of the inputs that these consumers of a group committed last, one for each topic that one publishes to: what
+    /// it still held of them it had finished. Final once it is dead, closed or fenced.
+    fn finished_inputs(&self, topic: u64, group: u32, consumers: &Owners) -> BTreeSet<(u8, u64)> {
+        let origin = |consumer| Identity::Origin { topic, group, consumer };
+        let of_group = origin(0)..=origin(u32::MAX);
+        let last = |entry: &TopicEntry, known: &NameEntry| {
             let holder = known.holder.and_then(|slot| Some((slot, entry.publishers.get(&slot)?)));
             let noted = holder.and_then(|(slot, publisher)| {
                 self.memory(entry.info.id).and_then(|memory| memory.last_number(slot, publisher)).ok().flatten()
             });
-            Some(noted.unwrap_or(known.last_number))
+            noted.unwrap_or(known.last_number)
         };
-        self.state.topics().values().filter_map(last).collect()
+        let of_topic = |entry: &TopicEntry| {
+            let known = entry.identities.range(of_group.clone()).filter_map(|(identity, known)| match identity {
+                // The state gives numbers below the ledger's limit only.
+                Identity::Origin { consumer, .. } => Some((*consumer as u8, known)),
+                Identity::Named(_) => None,
+            });
+            let released = known.filter(|(consumer, _)| consumers.contains(*consumer));
+            released.map(|(consumer, known)| (consumer, last(entry, known))).collect::<Vec<_>>()
+        };
+        self.state.topics().values().flat_map(of_topic).collect()
     }
 
     /// Fences the publishers through which the consumer publishes its outputs and dead letters. `false`: one of them cannot

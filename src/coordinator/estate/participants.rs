@@ -71,6 +71,18 @@ impl Estate {
         pidfd: BorrowedFd<'_>,
         holds: &[HandleRef],
     ) -> Result<(), Refusal> {
+        let closed = self.given_up_meanwhile(incarnation, peer, pidfd, holds)?;
+        self.carry_out_all(closed)
+    }
+
+    /// What a process that comes back has given up since; a refusal, if it is not the one it says it is.
+    pub(crate) fn given_up_meanwhile(
+        &self,
+        incarnation: u64,
+        peer: Peer,
+        pidfd: BorrowedFd<'_>,
+        holds: &[HandleRef],
+    ) -> Result<Vec<Event>, Refusal> {
         let known = self.pidfds.get(&incarnation).zip(self.state.participant(incarnation));
         let (registered, participant) = known.ok_or(Refusal::UnknownParticipant { incarnation })?;
         // While the registered process lives nobody else can have its number.
@@ -83,8 +95,7 @@ impl Estate {
         if !(lives && same && participant.pid == peer.pid && same_program) || self.is_past(incarnation) {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
-        let plan = self.state.rejoin(incarnation, holds)?;
-        self.carry_out_all(plan.events)
+        Ok(self.state.rejoin(incarnation, holds)?.events)
     }
 
     /// Releases everything a participant had: it is dead, or has said good-bye.

@@ -1,6 +1,7 @@
 //! What a coordinator does about segments that came back from participants, or did not, after coordinator and keeper had
 //! died together (`coordinator/adoption.rs`).
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::stat::fstat;
@@ -133,7 +134,11 @@ impl Estate {
     }
 
     /// Tells everybody who holds a topic or group that is lost, through the memory that one of them has presented too late.
-    pub(crate) fn end_presented(&mut self, info: &TopicInfo, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
+    pub(crate) fn end_presented(
+        &mut self,
+        info: &TopicInfo,
+        segments: BTreeMap<String, OwnedFd>,
+    ) -> Result<(), Refusal> {
         if self.state.topic(info.id).is_some() {
             return self.end_presented_groups(info.id, segments);
         }
@@ -142,15 +147,20 @@ impl Estate {
             let problem = "presented a topic that was not asked for".to_owned();
             return Err(Refusal::Protocol { problem });
         }
-        let needed = |(name, _): &(String, OwnedFd)| matches!(name.as_str(), "log" | "cursors" | "channel");
-        let segments = segments.into_iter().filter(needed);
+        let segments = segments.into_iter().filter(|(name, _)| tells_the_end(name));
         let segments = segments.map(|(name, fd)| Ok((name.clone(), reopened(&info.name, &name, fd)?)));
-        TopicMemory::adopt(info, segments.collect::<Result<_, Refusal>>()?)?.end(TopicState::Removed);
+        TopicMemory::adopt_to_end(info, segments.collect::<Result<_, Refusal>>()?)?.end(TopicState::Removed);
         Ok(())
     }
 
+    /// Whether to hear of a topic again of which these segments were presented: the topic as a whole is ended once, its groups
+    /// one by one.
+    pub(crate) fn is_heard_of(&self, topic: u64, names: &[String]) -> bool {
+        self.state.topic(topic).is_none() && names.iter().any(|name| tells_the_end(name))
+    }
+
     /// Ends the groups whose ledgers are among these segments and were lost before.
-    fn end_presented_groups(&mut self, topic: u64, segments: Vec<(String, OwnedFd)>) -> Result<(), Refusal> {
+    fn end_presented_groups(&mut self, topic: u64, segments: BTreeMap<String, OwnedFd>) -> Result<(), Refusal> {
         let (Some(entry), Some(memory)) = (self.state.topic(topic), self.memories.get_mut(&topic)) else {
             return Ok(());
         };
@@ -165,4 +175,9 @@ impl Estate {
         }
         Ok(())
     }
+}
+
+/// Whether it is through this segment, among others, that those who hold a topic learn of its end.
+fn tells_the_end(name: &str) -> bool {
+    matches!(name, "log" | "cursors" | "channel")
 }

@@ -61,7 +61,7 @@ impl Estate {
         let segments = segments_of(entry, store);
         let names: Vec<String> = segments.iter().map(|(name, _)| segment_name(entry.info.id, name)).collect();
         // Segments are missing only if their names have been given up, and that comes after the end.
-        if let Ok(memory) = TopicMemory::adopt(&entry.info, segments) {
+        if let Ok(memory) = TopicMemory::adopt_to_end(&entry.info, segments) {
             memory.end(TopicState::Removed);
         }
         names.into_iter().for_each(|name| self.forget(name));

@@ -1,6 +1,6 @@
 //! Giving up messages that nobody holds: when they have grown too old, and on request.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Estate;
 use crate::coordinator::protocol::Purged;
@@ -19,17 +19,28 @@ impl Estate {
             .min()
     }
 
-    /// Gives up what has grown too old and nobody holds.
-    pub(crate) fn give_up_old(&mut self) {
+    /// Gives up what has grown too old and nobody holds, until `time` is up. Whether that was all.
+    pub(crate) fn give_up_old(&mut self, time: Duration) -> bool {
+        let end = Instant::now() + time;
         self.ageing.retain(|topic| self.memories.contains_key(topic));
-        for topic in &self.ageing {
-            let (Ok(entry), Ok(memory)) = (self.entry(*topic), self.memory(*topic)) else { continue };
-            // With every slot taken it waits for one; what is too old then goes when the ring needs the room.
-            let Some(checkpoint) = entry.spare_checkpoint() else { continue };
-            if let Err(error) = memory.give_up_old(checkpoint) {
+        if self.rest.ageing.is_empty() {
+            self.rest.ageing.clone_from(&self.ageing);
+        }
+        while let Some(topic) = self.rest.ageing.pop() {
+            if let Err(error) = self.give_up_old_of(topic) {
                 eprintln!("shmbus coordinator: giving up old messages: {error}");
             }
+            if Instant::now() >= end {
+                break;
+            }
         }
+        self.rest.ageing.is_empty()
+    }
+
+    fn give_up_old_of(&self, topic: u64) -> Result<(), Refusal> {
+        let (Ok(entry), Ok(memory)) = (self.entry(topic), self.memory(topic)) else { return Ok(()) };
+        // With every slot taken it waits for one; what is too old then goes when the ring needs the room.
+        entry.spare_checkpoint().map_or(Ok(()), |checkpoint| memory.give_up_old(checkpoint))
     }
 
     /// Gives up what nobody holds.

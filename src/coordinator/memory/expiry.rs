@@ -14,7 +14,7 @@ use crate::ring::ledger::{Ledger, State};
 use crate::ring::log::Place;
 use crate::ring::many::Record;
 use crate::ring::slot::Kind;
-use crate::shm::layout::{ENVELOPE_HEAD_BYTES, RECORD_HEADER_BYTES};
+use crate::shm::layout::{ENVELOPE_HEAD_BYTES, MAX_BATCH, RECORD_HEADER_BYTES};
 use crate::shm::topic;
 use crate::sync::Ordering;
 use crate::topic::Mode;
@@ -72,13 +72,15 @@ impl TopicMemory {
         Ok(stop.unwrap_or(if settled == most { AtFloor::More } else { AtFloor::Nothing }))
     }
 
-    /// Where what holds `floor` begins, which is a group's floor.
+    /// Where what holds `floor` begins, which is a group's floor. Not further below it than a batch is long: each position takes a
+    /// sequence at least, so whoever walks from there has few positions to go, whatever floor and log say.
     fn place_of_floor(&self, memory: &GroupMemory, floor: u64, tail: Place) -> Option<Place> {
         if self.info.options.mode == Mode::Exclusive {
             return Some(Place { position: floor, sequence: floor });
         }
         let oldest = self.group_place(memory.cursor()).ok()?;
-        self.place_of(floor, oldest.position, tail).filter(|place| place.sequence <= floor)
+        let holds_it = |place: &Place| floor.checked_sub(place.sequence).is_some_and(|below| below < MAX_BATCH as u64);
+        self.place_of(floor, oldest.position, tail).filter(holds_it)
     }
 
     /// When each message at `place` dies. `None`: nothing that makes sense is there.
@@ -157,4 +159,44 @@ fn settle_one(ledger: &Ledger, sequence: u64, expiry: Expiry, to_dead_letters: b
     // Relaxed: only shown to people.
     ledger.header().counters.expired.fetch_add(u64::from(settled && expiry.is_some()), Ordering::Relaxed);
     (!settled).then_some(AtFloor::Nothing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::coordinator::protocol::{GroupInfo, StartAt, TopicInfo};
+    use crate::group::GroupOptions;
+    use crate::ring::many::Writer;
+    use crate::shm::layout::Geometry;
+    use crate::topic::TopicOptions;
+
+    /// A topic for many with one batch of two messages, and group 0 from the first on.
+    fn topic() -> TopicMemory {
+        let options = TopicOptions { messages: 16, bytes: 4096, envelope: true, ..TopicOptions::default() };
+        let geometry = Geometry::from_options(&options).unwrap();
+        let info = TopicInfo { id: 0, bus: 7, name: "t".to_owned(), generation: 0, options, geometry };
+        let mut memory = TopicMemory::create(&info).unwrap();
+        let group = GroupInfo { id: 0, name: "g".to_owned(), options: GroupOptions::default(), cursor: 0 };
+        memory.create_ledger(&group).unwrap();
+        memory.begin_group(0, StartAt::Oldest).unwrap();
+        let Parts::Log { segments, .. } = &memory.parts else { panic!("no log") };
+        let mut writer = Writer::new(segments.many(&info), info.policy(), 0).unwrap();
+        writer.make_room(0, 0).unwrap();
+        let arena = memory.arena(0).unwrap();
+        Record::write(arena, 0, 0, 64, 0);
+        writer.publish(arena, 0, 0, 2, 0, |_, _| Ok(())).unwrap();
+        memory
+    }
+
+    #[test]
+    fn a_walk_begins_where_the_floor_is_and_nowhere_else() {
+        let memory = topic();
+        let found = |floor, tail| memory.place_of_floor(memory.group(0).unwrap(), floor, tail);
+        let first = Some(Place { position: 0, sequence: 0 });
+        let tail = Place { position: 1, sequence: 2 };
+        assert_eq!([0, 1].map(|floor| found(floor, tail)), [first; 2]);
+        // Ledger and checkpoint tell of messages far ahead, to which a walk along the entries would never come.
+        assert_eq!(found(1 << 50, Place { sequence: 1 << 60, ..tail }), None);
+        assert_eq!(found(MAX_BATCH as u64, Place { sequence: 1 << 60, ..tail }), None);
+    }
 }

@@ -8,7 +8,7 @@ use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
 use crate::ring::cursor::Cursor;
-use crate::ring::ledger::{Ledger, Seen, State};
+use crate::ring::ledger::{Ledger, Owners, Seen, State};
 use crate::ring::log::{Place, find_place};
 use crate::shm::segment::{Access, Segment};
 use crate::shm::topic;
@@ -149,14 +149,16 @@ impl TopicMemory {
         Ok(())
     }
 
-    /// Gives back what a consumer held that is proven dead, has left or is fenced; settles what `committed` says it
-    /// had finished. Idempotent.
-    pub(crate) fn release_consumer(&self, group: u32, consumer: u8, committed: impl Fn(u64) -> bool) {
+    /// Gives back what consumers held that are proven dead, have left or are fenced; settles what `committed` says one
+    /// had finished. Idempotent. For all of them in one walk: a window may be long.
+    pub(crate) fn release_consumers(&self, group: u32, consumers: &Owners, committed: impl Fn(u8, u64) -> bool) {
         let Ok(memory) = self.group(group) else { return };
         let ledger = memory.ledger(&self.info);
-        ledger.release_owner(consumer, clock::now_ms(), |sequence, _| committed(sequence));
+        ledger.release_owners(consumers, clock::now_ms(), |consumer, sequence, _| committed(consumer, sequence));
         // Last: what it leases after that, fenced and alive, has no outputs, and is ended by who takes the role.
-        ledger.leave_role(consumer);
+        if let Some(active) = ledger.active().filter(|active| consumers.contains(*active)) {
+            ledger.leave_role(active);
+        }
         self.raise_floor(memory);
         self.wake_readers();
     }
@@ -226,9 +228,16 @@ impl TopicMemory {
         self.wake_readers();
     }
 
-    /// Keeps due times from coming round in groups on which nobody looks.
-    pub(crate) fn renew_due(&self, now_ms: u64) {
-        self.groups.values().for_each(|group| group.ledger(&self.info).renew_due(now_ms));
+    /// Keeps due times from coming round in a group on which nobody looks.
+    pub(crate) fn renew_due(&self, group: u32, now_ms: u64) {
+        if let Ok(memory) = self.group(group) {
+            memory.ledger(&self.info).renew_due(now_ms);
+        }
+    }
+
+    /// The groups that have a ledger.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = u32> {
+        self.groups.keys().copied()
     }
 
     /// Tells publishers how many consumers a group has.
@@ -267,6 +276,12 @@ impl TopicMemory {
         Ok(fds)
     }
 
+    /// How many words there may be to look at. Not how many are said to be handed out: who says so may say something else
+    /// when they are looked at.
+    pub(crate) fn window_words(&self, group: u32) -> u64 {
+        self.group(group).map_or(0, |memory| memory.ledger(&self.info).window())
+    }
+
     /// Counts what lies between floor and hint, which is a window's length at most.
     pub(crate) fn count_ledger(&self, group: u32) -> Option<LedgerCount> {
         let ledger = self.group(group).ok()?.ledger(&self.info);
@@ -282,18 +297,20 @@ impl TopicMemory {
             active: ledger.active(),
             ..LedgerCount::default()
         };
-        let mut lowest = None;
+        let (mut lowest, mut leases) = (None, [0_u32; 1 << u8::BITS]);
         for seen in ledger.handed_out().map(|sequence| ledger.look(sequence)) {
             if seen.state() != State::Settled {
                 lowest = lowest.or(Some(seen));
             }
             match (seen.state(), seen.owner()) {
-                (State::Leased, Some(owner)) => *count.leases.entry(owner.into()).or_default() += 1,
+                (State::Leased, Some(owner)) => leases[usize::from(owner)] += 1,
                 (State::Returned, _) => count.returned += 1,
                 (State::Moving(_), _) => count.moving += 1,
                 _ => {}
             }
         }
+        let held = (0..).zip(leases).filter(|(_, leases)| *leases > 0);
+        count.leases = held.map(|(owner, leases)| (owner, u64::from(leases))).collect();
         count.oldest = lowest.filter(|seen| seen.state() == State::Leased);
         Some(count)
     }

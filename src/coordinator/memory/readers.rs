@@ -6,15 +6,12 @@ use crate::error::Refusal;
 use crate::ring::cursor::Cursor;
 use crate::ring::gate::{Gate, still_retained};
 use crate::ring::log::{MAX_PLACE, Place, find_place};
-use crate::ring::many::{EntryWord, ManyLog, Record};
+use crate::ring::many::{EntryWord, MAX_BETWEEN, ManyLog, Record};
 use crate::shm::topic;
 use crate::topic::Mode;
 
 /// Garbled records in a row that a search for a start steps over.
 const MAX_UNSOUND: u32 = 1024;
-
-/// Fences and garbled records in a row, likewise: more than names are ever taken over without a message.
-const MAX_BETWEEN: u64 = 1 << 16;
 
 /// Where a subscriber begins. On topics with many publishers this is the batch that holds the sequence asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,13 +99,13 @@ impl TopicMemory {
         }
         while high - low > 1 {
             let middle = low + (high - low) / 2;
-            match self.place_at(middle) {
+            match self.place_on(middle, Some(tail)) {
                 Some(place) if place.sequence > sequence => high = middle,
                 // Overwritten meanwhile: later ones are still there.
                 _ => low = middle,
             }
         }
-        self.place_at(low)
+        self.place_on(low, Some(tail))
     }
 
     /// Position and sequence of what is at `position`, or of the tail; `None` where it is neither there nor next.
@@ -123,6 +120,11 @@ impl TopicMemory {
     /// Position and sequence of the batch at `position`, from its record, or from the next one that has any to say: a fence has
     /// none, and a garbled one tells nothing. Its reader is to meet it: who reads from there on is told.
     pub(super) fn place_at(&self, position: u64) -> Option<Place> {
+        self.place_on(position, None)
+    }
+
+    /// The same, for who has just looked where the tail is.
+    fn place_on(&self, position: u64, tail: Option<Place>) -> Option<Place> {
         let Parts::Log { segments, .. } = &self.parts else { return None };
         if position > MAX_PLACE {
             return None;
@@ -131,7 +133,9 @@ impl TopicMemory {
         let (mut at, mut between, mut unsound) = (position, 0, 0);
         let sequence = loop {
             let Some(word) = log.committed(at) else {
-                break log.tail_from(None).filter(|tail| tail.position == at)?.sequence;
+                // Below what was the tail it has been overwritten; beyond, the tail may have moved there.
+                let known = tail.filter(|tail| at <= tail.position).or_else(|| log.tail_from(None));
+                break known.filter(|tail| tail.position == at)?.sequence;
             };
             if !word.is_fence() {
                 match self.first_sequence(at, word) {

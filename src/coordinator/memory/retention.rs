@@ -19,8 +19,9 @@ use crate::topic::{Full, Mode};
 /// Positions looked at in one go, so that nobody waits long for the coordinator.
 const POSITIONS_PER_LOOK: u64 = 1 << 16;
 
-/// Attempts to give up, each below a reader that the one before met: more readers than a topic has, and garbage may always be lower.
-const GIVE_UP_LOOKS: usize = 1 << 12;
+/// Attempts to give up, each below a reader that the one before met. Readers go forward, so a few suffice; who joins meanwhile makes it
+/// one more. Garbage may always be lower: what is left then goes with the next look.
+const GIVE_UP_LOOKS: usize = 64;
 
 impl TopicMemory {
     /// Gives up everything that no gating reader holds; the cursor that keeps what stays. `checkpoint` is one that no

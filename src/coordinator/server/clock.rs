@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollTimeout;
 
 use super::Server;
-use crate::coordinator::limits::{LINGER, RENEW_DUE};
+use crate::coordinator::estate::Expired;
+use crate::coordinator::limits::{LINGER, LOOK, RENEW_DUE};
 use crate::os::socket;
 
 /// How often a bus on which nobody is looks whether it can still be found.
@@ -19,10 +20,14 @@ const EXPIRY_LOOK: Duration = Duration::from_millis(500);
 impl Server {
     /// Until the next thing to do.
     pub(super) fn timeout(&self) -> EpollTimeout {
+        if !self.unfinished.is_empty() {
+            return EpollTimeout::ZERO;
+        }
         let look_at = self.look.map(|(at, _)| at);
         let sometimes =
             self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
-        let sometimes = sometimes.chain(self.retry_at);
+        let sometimes = sometimes.chain(self.retry_at).chain(self.estate.reclaim_at());
+        let sometimes = sometimes.chain((!self.counting.is_empty()).then(Instant::now));
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
         wait.map_or(EpollTimeout::NONE, |ms| EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX))
@@ -32,23 +37,32 @@ impl Server {
     pub(super) fn look_at_the_clock(&mut self) -> io::Result<()> {
         let now = Instant::now();
         if self.age_at.is_some_and(|at| at <= now) {
-            self.age_at = None;
-            self.estate.give_up_old();
+            // Connections come between.
+            self.age_at = (!self.estate.give_up_old(LOOK)).then_some(now);
         }
         if self.age_at.is_none() {
             self.age_at = self.estate.age_look().map(|look| now + look);
         }
         if self.expiry_at.is_some_and(|at| at <= now) {
-            let (more, letters) = self.estate.settle_expired();
-            self.burial.begin(&self.place, letters);
-            self.expiry_at = more.then_some(now);
+            self.expiry_at = match self.estate.settle_expired(LOOK) {
+                Some(Expired { more, letters }) => {
+                    self.burial.begin(&self.place, letters);
+                    more.then_some(now)
+                }
+                None => Some(now),
+            };
         }
         if self.expiry_at.is_none() && self.estate.may_expire() {
             self.expiry_at = Some(now + EXPIRY_LOOK);
         }
+        if !self.counting.is_empty() {
+            self.go_on_counting()?;
+        }
+        if self.estate.reclaim_at().is_some_and(|at| at <= now) {
+            self.estate.reclaim_next();
+        }
         if self.renew_at <= now {
-            self.estate.renew_due();
-            self.renew_at = now + RENEW_DUE;
+            self.renew_at = if self.estate.renew_due(LOOK) { now + RENEW_DUE } else { now };
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;

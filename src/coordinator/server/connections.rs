@@ -74,12 +74,21 @@ impl Server {
 
     pub(super) fn serve_client(&mut self, id: u64, flags: EpollFlags) -> io::Result<()> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        if client.is_put_off() {
+            // It may have hung up: what it said before is done first.
+            return Ok(());
+        }
         if client.flush(&|push| self.estate.resolve(push)).is_err() {
             self.expel(id);
             return Ok(());
         }
         let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
-        if !client.is_congested() {
+        if gone && client.waits {
+            // What it said behind that, a good-bye say, is heard.
+            self.stop_counting_for(id);
+        }
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        if !client.is_congested() && !client.waits {
             match client.receive(&mut self.buffer) {
                 Received::Request(request, once) => self.serve_request(id, request, once)?,
                 Received::HungUp => return self.hang_up(id),
@@ -93,13 +102,15 @@ impl Server {
         self.update_interest(id)
     }
 
-    /// A client that does not read is not listened to.
-    fn update_interest(&mut self, id: u64) -> io::Result<()> {
+    /// A client that does not read is not listened to, nor one whose request is under way.
+    pub(super) fn update_interest(&mut self, id: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let flags = match (client.is_short(), client.is_congested()) {
+            _ if client.is_put_off() => EpollFlags::empty(),
             // It could be sent, if we had it: nobody tells us when we can.
             (true, _) => EpollFlags::empty(),
             (_, true) => EpollFlags::EPOLLOUT,
+            _ if client.waits => EpollFlags::empty(),
             _ => EpollFlags::EPOLLIN,
         };
         if client.is_short() && self.retry_at.is_none() {

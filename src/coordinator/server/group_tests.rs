@@ -5,6 +5,9 @@ use crate::client::Bus;
 use crate::coordinator::protocol::{GroupInfo, GroupStatus, TopicStatus};
 use crate::error::PublishError;
 use crate::group::GroupOptions;
+use crate::ring::ledger::Ledger;
+use crate::shm::segment::{Access, Segment};
+use crate::shm::topic;
 use crate::topic::{Full, Topic};
 
 const TOPIC: Topic<u64> = Topic::new("t").messages(16).full(Full::Reject);
@@ -89,6 +92,74 @@ fn a_rewound_group_begins_where_asked_and_what_it_needs_was_kept_for_it() {
     assert!(topic_status(bus.control()).oldest_sequence <= 6);
 }
 
+/// Consumers of two groups that have handed out long windows, the first one's number and ledger.
+fn with_long_ledgers(control: &Control) -> (u8, Ledger) {
+    open_publisher(control, "t", Mode::Many).unwrap();
+    let mut consumers = ["g", "h"].map(|group| {
+        let (topic, group, window) = ("t".to_owned(), group.to_owned(), 1 << 20);
+        let create = Some((GroupOptions { window, ..GroupOptions::default() }, StartAt::Oldest));
+        let request = Request::OpenConsumer { topic, group, schema: None, create };
+        let (answer, fds) = control.request(&request).unwrap();
+        let Answer::ConsumerOpened { info, group, consumer, segments, .. } = answer else { panic!("{answer:?}") };
+        let at = segments.iter().position(|segment| *segment == SegmentRef::Ledger).unwrap();
+        let segment = Segment::attach(fds[at].as_fd(), &info.ledger(&group), Access::ReadWrite).unwrap();
+        let ledger = topic::ledger(&segment, &info, &group);
+        ledger.raise_hint(window);
+        Some((consumer as u8, ledger))
+    });
+    consumers[0].take().unwrap()
+}
+
+#[test]
+fn the_status_of_a_long_ledger_is_answered_exactly_and_in_order() {
+    let stage = Stage::set();
+    let (a, b) = (stage.connect(), stage.connect());
+    let (consumer, ledger) = with_long_ledgers(&a);
+    for taken in 1..=3 {
+        ledger.take(ledger.look(taken * 1000), consumer, crate::os::clock::now_ms() + 60_000).unwrap();
+        let [seen_by_a, seen_by_b] = [&a, &b].map(|control| status(control).in_flight);
+        assert_eq!([seen_by_a, seen_by_b], [taken; 2]);
+    }
+    // Several at once, with something behind one of them.
+    let raw = stage.raw();
+    say(&raw, &hello()).unwrap();
+    let asked = Request::Status { topic: Some("t".to_owned()), after: None };
+    (0..3).for_each(|_| say(&raw, &asked).unwrap());
+    say(&raw, &Request::Goodbye).unwrap();
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let mut answers = Vec::new();
+    while answers.last() != Some(&"farewell") {
+        assert!(socket::wait(raw.as_fd(), nix::poll::PollFlags::POLLIN, Some(Instant::now() + DEADLINE)).unwrap());
+        let packet = socket::recv(raw.as_fd(), &mut buffer, 1).unwrap();
+        answers.push(match postcard::from_bytes(&buffer[..packet.len]).unwrap() {
+            Answer::Welcome { .. } => "welcome",
+            Answer::Status { topics, .. } if topics[0].groups[0].in_flight == 3 => "status",
+            Answer::Farewell => "farewell",
+            other => panic!("{other:?}"),
+        });
+    }
+    assert_eq!(answers, ["welcome", "status", "status", "status", "farewell"]);
+    a.request(&Request::Stop).unwrap();
+}
+
+/// It is neither counted for any more, nor is what it said last lost.
+#[test]
+fn who_goes_while_a_long_ledger_is_counted_is_heard() {
+    let stage = Stage::set();
+    let a = stage.connect();
+    with_long_ledgers(&a);
+    let raw = stage.raw();
+    let (topic, start) = ("t".to_owned(), StartAt::Latest);
+    say(&raw, &hello()).unwrap();
+    say(&raw, &Request::OpenSubscriber { topic, schema: None, start, droppable: false }).unwrap();
+    wait_for("the subscriber", || !topic_status(&a).subscribers.is_empty());
+    say(&raw, &Request::Status { topic: Some("t".to_owned()), after: None }).unwrap();
+    say(&raw, &Request::Goodbye).unwrap();
+    drop(raw);
+    wait_for("the good-byes", || topic_status(&a).subscribers.is_empty());
+    a.request(&Request::Stop).unwrap();
+}
+
 #[test]
 fn consumers_are_told_of_new_arenas_and_their_places_end_with_the_connection() {
     let stage = Stage::set();
@@ -105,4 +176,84 @@ fn consumers_are_told_of_new_arenas_and_their_places_end_with_the_connection() {
     drop(b);
     wait_for("the departure", || status(&a).consumers.is_empty());
     a.request(&Request::Stop).unwrap();
+}
+
+const LONG: u32 = 3;
+
+fn open_long(group: u32) -> Request {
+    let options = GroupOptions { window: 1 << 20, ..GroupOptions::default() };
+    let (topic, group) = ("t".to_owned(), format!("g{group}"));
+    Request::OpenConsumer { topic, group, schema: None, create: Some((options, StartAt::Oldest)) }
+}
+
+fn consumers(control: &Control) -> usize {
+    topic_status(control).groups.iter().map(|group| group.consumers.len()).sum()
+}
+
+/// Whoever closes more consumers than others may wait for is answered when all of them are closed, and in order.
+#[test]
+fn what_takes_long_is_done_in_parts_and_answered_in_order() {
+    let stage = Stage::set();
+    let bus = stage.bus();
+    drop(bus.publisher(TOPIC).unwrap());
+    let client = stage.raw();
+    let (Answer::Welcome { incarnation, .. }, _) = ask(&client, &hello(), &[]) else { panic!() };
+    let open_all = |client: &OwnedFd| -> Vec<HandleRef> {
+        let open = |group| {
+            say(client, &open_long(group)).unwrap();
+            loop {
+                match hear(client).0 {
+                    Answer::ConsumerOpened { info, group, consumer, .. } => {
+                        return HandleRef::Consumer { topic: info.id, group: group.id, consumer };
+                    }
+                    // Who comes back is told of what there is.
+                    Answer::ArenaAdded { .. } => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        (0..LONG).map(open).collect()
+    };
+    let handles = open_all(&client);
+    say(&client, &Request::Close { handles }).unwrap();
+    assert!(matches!(ask(&client, &Request::Report, &[]).0, Answer::Done));
+    assert!(matches!(hear(&client).0, Answer::Report(_)), "it comes behind");
+    assert_eq!(consumers(bus.control()), 0);
+    // Who comes back without them.
+    let kept = open_all(&client)[1];
+    let second = stage.raw();
+    let back =
+        Request::Hello { protocol: PROTOCOL_VERSION, token: 1, incarnation: Some(incarnation), holds: vec![kept] };
+    assert!(matches!(ask(&second, &back, &[]).0, Answer::Welcome { .. }));
+    assert_eq!(consumers(bus.control()), 1);
+    // Who takes leave and does not wait for the answer.
+    open_all(&second);
+    say(&second, &Request::Goodbye).unwrap();
+    drop(second);
+    wait_for("the release of what was left", || consumers(bus.control()) == 0);
+}
+
+#[test]
+fn the_dead_are_released_in_parts() {
+    let stage = tempfile::tempdir().unwrap();
+    let place = Place::find("test", Some(stage.path())).unwrap();
+    let (lock, listener) = (place.lock().unwrap().unwrap(), place.listen().unwrap());
+    let mut server = Server::host(place, lock, listener).unwrap();
+    let dead = server.estate.admit_us();
+    server.watch(&server.estate.pidfds()[&dead], token(KIND_PARTICIPANT, dead)).unwrap();
+    let options = TOPIC.options().clone();
+    let create =
+        Request::CreateTopic { topic: "t".to_owned(), options, access: None, exist_ok: false, ephemeral: false };
+    server.estate.request(dead, &create).unwrap();
+    (0..LONG).for_each(|group| drop(server.estate.request(dead, &open_long(group)).unwrap()));
+    server.release_participant(dead).unwrap();
+    let held = |server: &Server| server.estate.state().handles_of(dead).len() as u32;
+    assert_eq!(held(&server), LONG - 1, "others may have something to say");
+    // Somebody finds it dead once more.
+    server.release_participant(dead).unwrap();
+    server.look_after_the_lost(Duration::ZERO).unwrap();
+    server.go_on().unwrap();
+    assert_eq!(held(&server), LONG - 2);
+    server.go_on().unwrap();
+    assert!(server.estate.state().participant(dead).is_none() && server.unfinished.is_empty());
 }

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Uid;
 
+use super::unfinished::Unfinished;
 use super::{KIND_PARTICIPANT, Server, token};
 use crate::coordinator::connection::{Connection, Push};
-use crate::coordinator::protocol::{Answer, HandleRef, PROTOCOL_VERSION};
+use crate::coordinator::protocol::{Answer, HandleRef, PROTOCOL_VERSION, Request};
+use crate::coordinator::state::Event;
 use crate::error::Refusal;
 use crate::os::address_space;
 use crate::os::socket::{self, Peer, User};
@@ -52,6 +54,19 @@ impl Server {
             return Ok(());
         }
         let space = space.ok().filter(|_| !hung_up);
+        if let (Ok(pidfd), Some(who)) = (&watched, incarnation.or_else(|| self.estate.known_as(peer, token)))
+            && let Ok(closed) = self.estate.given_up_meanwhile(who, peer, pidfd.as_fd(), holds)
+        {
+            let closed = closed.iter().filter_map(|event| match event {
+                Event::Closed { handle } => Some(*handle),
+                _ => None,
+            });
+            if self.is_put_off(closed.collect()) {
+                let holds = holds.to_vec();
+                self.put_off(id, Request::Hello { protocol, token, incarnation, holds });
+                return Ok(());
+            }
+        }
         let admitted = match watched {
             Ok(pidfd) => {
                 // Whom a predecessor of ours had let in, and could not tell.
@@ -82,6 +97,7 @@ impl Server {
         let asked = |client: &&mut Connection| wanted && !self.barred.contains(&client.peer.uid);
         let Some(client) = self.clients.get_mut(&id).filter(asked) else { return Ok(()) };
         client.accept_fds();
+        client.ask_for(&topics);
         self.send(id, &Answer::Present { topics, wildcards }, Vec::new())
     }
 
@@ -168,12 +184,25 @@ impl Server {
 
     /// A participant is past, or has left.
     pub(super) fn release_participant(&mut self, incarnation: u64) -> io::Result<()> {
+        if self.is_going(incarnation) {
+            return Ok(());
+        }
         if let Some(id) = self.connected.remove(&incarnation) {
             self.clients.remove(&id);
         }
         // epoll drops a descriptor only with its last duplicate, and the keeper has one.
         if let Some(pidfd) = self.estate.pidfds().get(&incarnation) {
             self.epoll.delete(pidfd)?;
+        }
+        self.go_on_releasing(incarnation)
+    }
+
+    /// Releases what a participant has left, or a part of it.
+    pub(super) fn go_on_releasing(&mut self, incarnation: u64) -> io::Result<()> {
+        if self.is_put_off(self.estate.state().handles_of(incarnation)) {
+            let uid = self.estate.state().participant(incarnation).map_or(0, |participant| participant.uid);
+            self.unfinished.add(uid, Unfinished::Gone(incarnation));
+            return Ok(());
         }
         // A coordinator that cannot write down who left would give their places away wrongly after a restart. It ends,
         // and its successor tries again.

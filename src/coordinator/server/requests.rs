@@ -4,15 +4,22 @@ use std::collections::BTreeSet;
 use std::io;
 
 use super::Server;
-use crate::coordinator::connection::Push;
+use crate::coordinator::connection::{Connection, Push};
 use crate::coordinator::estate::Granted;
 use crate::coordinator::link::Link;
 use crate::coordinator::protocol::{Answer, Request, TopicInfo};
+use crate::error::Refusal;
 
 impl Server {
     pub(super) fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
-        match (client.incarnation, request) {
+        let incarnation = client.incarnation;
+        // None of what is done in part has a number.
+        if once == 0 && self.is_done_in_part(id, &request) {
+            self.put_off(id, request);
+            return Ok(());
+        }
+        match (incarnation, request) {
             (None, Request::Hello { protocol, token, incarnation, holds }) => {
                 self.hello(id, protocol, token, incarnation, &holds)
             }
@@ -24,14 +31,21 @@ impl Server {
                 self.hear_of_notice(id, incarnation, wildcard);
                 Ok(())
             }
-            // Nothing depends on it: what was lost is lost.
-            (Some(_), Request::AllPresented) => Ok(()),
+            // What was lost is lost; what comes now was not asked for.
+            (Some(_), Request::AllPresented) => {
+                self.clients.get_mut(&id).into_iter().for_each(Connection::refuse_fds);
+                Ok(())
+            }
             (None, _) => {
                 self.expel(id);
                 Ok(())
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
             (Some(incarnation), Request::Report) => self.report(id, incarnation),
+            (Some(incarnation), request) if self.estate.long_status(incarnation, &request).is_some() => {
+                self.answer_once_counted(id, incarnation, request);
+                Ok(())
+            }
             (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
         }
     }
@@ -48,8 +62,19 @@ impl Server {
     /// What is presented of a topic that is lost or removed serves to tell those who hold it.
     fn hear_too_late(&mut self, id: u64, info: &TopicInfo, names: Vec<String>) {
         let Some(client) = self.clients.get_mut(&id) else { return };
-        let segments = names.into_iter().zip(client.take_fds()).collect();
+        let fds = client.take_fds();
+        // Each topic's end is told once, of what was asked for: what else may be said of it costs nothing.
+        let is_heard = self.estate.is_heard_of(info.id, &names);
+        if !client.was_asked_for(info.id, is_heard) {
+            return;
+        }
+        // One segment of each name.
+        let segments = names.into_iter().zip(fds).collect();
         if let Err(refusal) = self.estate.end_presented(info, segments) {
+            if let Refusal::System { .. } = refusal {
+                // Want of something: presented again, it may be heard.
+                client.ask_for(&[info.id]);
+            }
             eprintln!("shmbus coordinator: process {}: {refusal}", client.peer.pid);
         }
     }

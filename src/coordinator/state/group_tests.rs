@@ -234,6 +234,33 @@ fn only_consumers_reclaim_and_publish_as_themselves() {
     assert_eq!(known(&state), 0, "what a group that is gone published is forgotten");
 }
 
+/// Not what others' consumers did, nor who has a name.
+#[test]
+fn an_end_forgets_what_its_own_consumers_published() {
+    let (mut state, a) = with_topic();
+    ask(&mut state, a, create("u", TopicOptions::default())).unwrap();
+    let groups = [("t", "g"), ("t", "h"), ("u", "g")];
+    groups.iter().for_each(|(topic, group)| drop(ask(&mut state, a, consumer_of_new(topic, group)).unwrap()));
+    let mut publish = |identity| {
+        let (topic, create) = ("out".to_owned(), Some(TopicOptions::default()));
+        ask(&mut state, a, Request::OpenPublisher { topic, schema: None, create, identity: Some(identity) }).unwrap();
+    };
+    let origin = |topic, group| Identity::Origin { topic, group, consumer: 0 };
+    let identities = [Identity::Named("n".to_owned()), origin(0, 0), origin(0, 1), origin(1, 0)];
+    identities.iter().cloned().for_each(&mut publish);
+    let topic = state.names["out"];
+    let handles = (0..4).map(|slot| HandleRef::Publisher { topic, slot }).collect();
+    ask(&mut state, a, Request::Close { handles }).unwrap();
+    let known = |state: &State| Vec::from_iter(state.topic(topic).unwrap().identities.keys().cloned());
+    assert_eq!(known(&state), identities);
+    ask(&mut state, a, Request::Close { handles: vec![HandleRef::Consumer { topic: 0, group: 0, consumer: 0 }] })
+        .unwrap();
+    ask(&mut state, a, remove("t", "g", false)).unwrap();
+    assert_eq!(known(&state), [&identities[0], &identities[2], &identities[3]].map(Clone::clone));
+    state.apply(&Event::TopicRemoved { topic: 0 });
+    assert_eq!(known(&state), [&identities[0], &identities[3]].map(Clone::clone));
+}
+
 #[test]
 fn consumers_are_released_before_what_they_publish_through() {
     let (mut state, a) = with_topic();

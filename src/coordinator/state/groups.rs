@@ -1,6 +1,7 @@
 //! Groups in the state machine: who they are, who consumes, and what is decided about them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use super::topics::{check_schema, shown};
 use super::{Decider, Event, Plan, Reply, State, TopicEntry};
@@ -83,27 +84,38 @@ impl State {
             }
             let uid = entry.uid;
             self.disown(uid, 0, 1);
-            self.forget_all_origins();
+            self.forget_ended(topic, group..=group);
         }
     }
 
-    pub(super) fn forget_all_origins(&mut self) {
+    /// Forgets on every topic what consumers of these groups of `topic` published, which are gone.
+    pub(super) fn forget_ended(&mut self, topic: u64, groups: RangeInclusive<u32>) {
+        let origin = |group, consumer| Identity::Origin { topic, group, consumer };
+        let ended = origin(*groups.start(), 0)..=origin(*groups.end(), u32::MAX);
         let topics: Vec<u64> = self.topics.keys().copied().collect();
-        topics.into_iter().for_each(|topic| self.forget_origins(topic));
+        topics.into_iter().for_each(|on| self.forget_among(on, ended.clone()));
     }
 
     /// Forgets what consumers of groups that are gone published on a topic. For when something has ended, not for a replay in
     /// which their topic has not come yet.
     pub(super) fn forget_origins(&mut self, topic: u64) {
+        let origin = |topic, number| Identity::Origin { topic, group: number, consumer: number };
+        self.forget_among(topic, origin(0, 0)..=origin(u64::MAX, u32::MAX));
+    }
+
+    /// The same for some: identities are in order, names before origins, so others are not looked at.
+    fn forget_among(&mut self, topic: u64, origins: RangeInclusive<Identity>) {
         let is_gone = |identity: &Identity| match identity {
             Identity::Origin { topic, group, .. } => self.group(*topic, *group).is_none(),
             Identity::Named(_) => false,
         };
-        let identities = self.topics.get(&topic).into_iter().flat_map(|entry| &entry.identities);
+        let identities = self.topics.get(&topic).into_iter().flat_map(|entry| entry.identities.range(origins.clone()));
         let idle = identities.filter(|(_, known)| known.holder.is_none()).map(|(identity, _)| identity);
         let gone: Vec<Identity> = idle.filter(|identity| is_gone(identity)).cloned().collect();
         if let Some(entry) = self.topics.get_mut(&topic) {
-            entry.identities.retain(|identity, _| !gone.contains(identity));
+            for identity in &gone {
+                entry.identities.remove(identity);
+            }
         }
     }
 }
@@ -343,7 +355,7 @@ impl Decider<'_> {
                 "the dead-letter topic {dead_letter:?} is {mode}, so only one could write it; {mend}"
             ));
         }
-        if self.dead_letters_reach(&dead_letter, &entry.info.name) {
+        if self.dead_letters_reach(&dead_letter, entry.info.id) {
             let topic = &entry.info.name;
             let path = format!("what fails in topic {topic:?} goes to {dead_letter:?} and from there back");
             return refused(format!("{path}; name another dead-letter topic"));
@@ -351,18 +363,19 @@ impl Decider<'_> {
         Ok(())
     }
 
-    /// Whether a message that goes to topic `from` may come to topic `to` through groups' dead-letter topics.
-    fn dead_letters_reach(&self, from: &str, to: &str) -> bool {
-        let (mut seen, mut open) = (BTreeSet::new(), vec![from.to_owned()]);
-        while let Some(name) = open.pop() {
-            if name == to {
+    /// Whether a message that goes to topic `from` may come to topic `to`, which is there, through groups' dead-letter topics.
+    fn dead_letters_reach(&self, from: &str, to: u64) -> bool {
+        let names = &self.state.names;
+        let (mut seen, mut open) = (BTreeSet::new(), Vec::from_iter(names.get(from).copied()));
+        while let Some(topic) = open.pop() {
+            if topic == to {
                 return true;
             }
-            if let Some(entry) = self.state.names.get(&name).and_then(|id| self.state.topics.get(id)) {
-                let next = |group: &GroupEntry| group.info.options.dead_letter_topic(&name, &group.info.name);
-                open.extend(entry.living_groups().map(next).filter(|next| !seen.contains(next)));
-            }
-            seen.insert(name);
+            // Many groups may share one.
+            let Some(entry) = self.state.topics.get(&topic).filter(|_| seen.insert(topic)) else { continue };
+            let next = |group: &GroupEntry| group.info.options.dead_letter_topic(&entry.info.name, &group.info.name);
+            let next = entry.living_groups().filter_map(|group| names.get(&next(group)).copied());
+            open.extend(next.filter(|next| !seen.contains(next)));
         }
         false
     }

@@ -174,7 +174,7 @@ impl State {
         let Some(entry) = self.topics.remove(&topic) else { return };
         self.disown(entry.uid, 1, entry.segments());
         self.names.remove(&entry.info.name);
-        self.forget_all_origins();
+        self.forget_ended(topic, 0..=u32::MAX);
         if let Some(reserved) = self.reserved.get_mut(&entry.uid) {
             *reserved = reserved.saturating_sub(entry.bytes);
         }

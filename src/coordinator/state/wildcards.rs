@@ -126,10 +126,13 @@ impl State {
     }
 
     pub(super) fn snapshot_wildcards(&self, events: &mut Vec<Event>) {
+        let mut cursors: BTreeMap<u64, u64> = BTreeMap::new();
+        let subscribers = self.topics.values().flat_map(|topic| topic.subscribers.values());
+        subscribers.filter_map(|s| s.wildcard).for_each(|wildcard| *cursors.entry(wildcard).or_default() += 1);
         for (&wildcard, entry) in &self.wildcards {
             let WildcardEntry { incarnation, pattern, schema, start, droppable, opened, notice, .. } = entry.clone();
             // The cursors that follow count themselves.
-            let opened = opened - self.cursors_of_wildcard(wildcard).len() as u64;
+            let opened = opened - cursors.get(&wildcard).copied().unwrap_or(0);
             events.push(Event::WildcardOpened { wildcard, incarnation, pattern, schema, start, droppable, opened });
             events.extend(notice.map(|inode| Event::NoticeKnown { wildcard, inode }));
         }

@@ -35,6 +35,31 @@ pub const MAX_CONSUMERS: u32 = 255;
 #[repr(C, align(128))]
 struct Line(AtomicU64);
 
+/// Some of a group's consumers, by number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owners([u64; 4]);
+
+impl Owners {
+    /// Whether this one is among them.
+    #[inline]
+    pub fn contains(&self, owner: u8) -> bool {
+        self.0[usize::from(owner) / 64] >> (owner % 64) & 1 == 1
+    }
+
+    /// One more.
+    pub fn insert(&mut self, owner: u8) {
+        self.0[usize::from(owner) / 64] |= 1 << (owner % 64);
+    }
+}
+
+impl FromIterator<u8> for Owners {
+    fn from_iter<I: IntoIterator<Item = u8>>(owners: I) -> Self {
+        let mut all = Owners::default();
+        owners.into_iter().for_each(|owner| all.insert(owner));
+        all
+    }
+}
+
 /// The head of a ledger segment's body. Zeroed memory plus [`LedgerHeader::format`] is a group without deliveries.
 #[repr(C)]
 pub struct LedgerHeader {
@@ -300,14 +325,17 @@ impl Ledger {
     /// and what `committed` says it had finished is settled. Idempotent. Returns how many messages it concerned.
     /// `now` is when: it may be taken again at once.
     pub fn release_owner(&self, owner: u8, now: u64, committed: impl Fn(u64, State) -> bool) -> u64 {
+        self.release_owners(&Owners::from_iter([owner]), now, |_, sequence, state| committed(sequence, state))
+    }
+
+    /// The same for several owners, in one walk.
+    pub fn release_owners(&self, owners: &Owners, now: u64, committed: impl Fn(u8, u64, State) -> bool) -> u64 {
         let mut released = 0;
         for sequence in self.handed_out() {
             let seen = self.look(sequence);
-            if seen.owner() != Some(owner) {
-                continue;
-            }
+            let Some(owner) = seen.owner().filter(|owner| owners.contains(*owner)) else { continue };
             let swapped = match seen.state() {
-                State::Leased | State::Moving(_) if committed(sequence, seen.state()) => self.settle(seen),
+                State::Leased | State::Moving(_) if committed(owner, sequence, seen.state()) => self.settle(seen),
                 State::Leased => self.give_back(seen, now),
                 State::Moving(reason) => self
                     .swap(seen, self.pack(sequence, seen.due(), seen.attempt(), NOBODY, MOVING + reason as u64))

@@ -89,9 +89,16 @@ impl Ledger {
 
     /// `owner` is at work no more: another may take the role. Whether it was.
     pub fn leave_role(&self, owner: u8) -> bool {
-        let seen = self.role();
-        // A renewal may come between; nobody but the one at work, and whoever speaks for the dead, writes it then.
-        seen.owner() == Some(owner) && (self.swap_role(seen, Role(0)) || self.leave_role(owner))
+        // Again where a renewal came between: nobody but the one at work, and whoever speaks for the dead, writes it then.
+        loop {
+            let seen = self.role();
+            if seen.owner() != Some(owner) {
+                return false;
+            }
+            if self.swap_role(seen, Role(0)) {
+                return true;
+            }
+        }
     }
 
     fn swap_role(&self, seen: Role, new: Role) -> bool {

@@ -223,6 +223,25 @@ fn what_the_dead_held_may_be_taken_at_once() {
     assert_eq!(ledger.release_owner(3, now, |_, _| true), 0);
 }
 
+#[test]
+fn several_owners_are_released_in_one_walk() {
+    let ledger = ledger(256, 0);
+    let take = |owner: u8| ledger.take(ledger.look(owner.into()), owner, 5).map(drop).unwrap();
+    (0..255).for_each(take);
+    let owners = Owners::from_iter([0, 63, 64, 200, 254]);
+    let is_among = |owner: &u8| [0, 63, 64, 200, 254].contains(owner);
+    // Each is asked about for itself.
+    assert_eq!(ledger.release_owners(&owners, 5, |owner, sequence, _| (owner, sequence) == (64, 64)), 5);
+    for owner in 0..255 {
+        let expected = match owner {
+            64 => State::Settled,
+            _ if is_among(&owner) => State::Returned,
+            _ => State::Leased,
+        };
+        assert_eq!(ledger.look(owner.into()).state(), expected, "{owner}");
+    }
+}
+
 /// Nobody looks at a group for weeks; the coordinator renews once a day what has long been due.
 #[test]
 fn what_is_due_stays_due() {

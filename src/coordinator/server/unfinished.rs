@@ -1,0 +1,111 @@
+//! What takes too long to be done while everybody else waits: whoever holds consumers on many ledgers, and gives them back or dies,
+//! is served in parts, so many a round of the loop as others may wait for, of each user in turn.
+//!
+//! Each part is done and logged for itself (`Estate::close_in_part`), so there is nothing to be remembered: what began it is looked
+//! at anew for the rest. If we die in between, who was not answered comes back without the handles, and who is dead is
+//! found dead by our successor.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::ops::Bound;
+
+use super::Server;
+use crate::coordinator::protocol::{HandleRef, Request};
+
+/// What is to be gone on with in the next round.
+pub(super) enum Unfinished {
+    /// A participant that is past, or has left.
+    Gone(u64),
+    /// A client's request. The client is not listened to meanwhile.
+    Request { client: u64, request: Request },
+}
+
+/// All that is to be gone on with.
+#[derive(Default)]
+pub(super) struct Queue {
+    /// By user, and in the order in which it came.
+    waiting: BTreeMap<(u32, u64), Unfinished>,
+    added: u64,
+    /// Whose turn was the last.
+    last_uid: u32,
+}
+
+impl Queue {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub(super) fn add(&mut self, uid: u32, unfinished: Unfinished) {
+        self.waiting.insert((uid, self.added), unfinished);
+        self.added += 1;
+    }
+
+    /// The first of the user whose turn it is.
+    fn take_next(&mut self) -> Option<Unfinished> {
+        let behind = (Bound::Excluded((self.last_uid, u64::MAX)), Bound::Unbounded);
+        let next = self.waiting.range(behind).next().or(self.waiting.first_key_value());
+        let key = next.map(|(key, _)| *key)?;
+        self.last_uid = key.0;
+        self.waiting.remove(&key)
+    }
+}
+
+impl Server {
+    /// Whether these handles are more than may be closed at once: then some of them have been.
+    pub(super) fn is_put_off(&mut self, handles: Vec<HandleRef>) -> bool {
+        // What cannot be done in part fails as a whole, and is answered there.
+        self.estate.close_in_part(handles).unwrap_or(false)
+    }
+
+    /// Takes a client's request up again in the next round.
+    pub(super) fn put_off(&mut self, client: u64, request: Request) {
+        if let Some(connection) = self.clients.get_mut(&client) {
+            connection.set_put_off(true);
+            let uid = connection.peer.uid;
+            self.unfinished.add(uid, Unfinished::Request { client, request });
+        }
+    }
+
+    /// Whether a client's request is done in part only, for now.
+    pub(super) fn is_done_in_part(&mut self, id: u64, request: &Request) -> bool {
+        let Some(incarnation) = self.clients.get(&id).and_then(|client| client.incarnation) else { return false };
+        let held = self.estate.state().handles_of(incarnation);
+        match request {
+            Request::Close { handles } => {
+                // A set: both lists may be long, and who sends one may be hostile.
+                let named: BTreeSet<HandleRef> = handles.iter().copied().collect();
+                self.is_put_off(held.into_iter().filter(|handle| named.contains(handle)).collect())
+            }
+            Request::Goodbye if self.connected.get(&incarnation) == Some(&id) => self.is_put_off(held),
+            _ => false,
+        }
+    }
+
+    /// Whether a participant is being released.
+    pub(super) fn is_going(&self, incarnation: u64) -> bool {
+        let is_his = |unfinished: &Unfinished| matches!(unfinished, Unfinished::Gone(who) if *who == incarnation);
+        self.unfinished.waiting.values().any(is_his)
+    }
+
+    /// Goes on with what takes long, now that others have been served.
+    pub(super) fn go_on(&mut self) -> io::Result<()> {
+        self.estate.begin_round();
+        while !self.estate.has_done_its_part()
+            && let Some(next) = self.unfinished.take_next()
+        {
+            match next {
+                Unfinished::Gone(incarnation) => self.go_on_releasing(incarnation)?,
+                Unfinished::Request { client, request } => {
+                    let Some(connection) = self.clients.get_mut(&client) else { continue };
+                    connection.set_put_off(false);
+                    self.serve_request(client, request, 0)?;
+                    self.update_interest(client)?;
+                }
+            }
+            if self.ended {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
