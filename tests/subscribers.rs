@@ -81,6 +81,28 @@ fn an_arena_that_came_when_there_was_no_descriptor_for_it_comes_again() {
 }
 
 #[test]
+fn who_was_overtaken_by_a_publisher_whose_arena_takes_long_to_map_goes_on() {
+    let scene = Scene::new("overtaken");
+    let bus = scene.open();
+    let topic = Topic::<[u8]>::named("overtaken").messages(64).bytes(256 << 20).full(Full::Overwrite);
+    let _has_the_first_arena = bus.publisher(topic.clone()).unwrap();
+    let mut subscriber = open(&bus, &topic, Start::Latest);
+    let mut publisher = bus.publisher(topic).unwrap();
+    send(&mut publisher, 0..20_000);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _stop = SetAtEnd(&over);
+        // What the subscriber looks at while it maps the arena is overwritten before it has done so.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                send(&mut publisher, 20_000..20_100);
+            }
+        });
+        assert_eq!(lagged(subscriber.try_recv()).0, 0);
+    });
+}
+
+#[test]
 fn subscribers_start_where_they_ask_to() {
     let scene = Scene::new("starts");
     let bus = scene.open();

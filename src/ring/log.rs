@@ -1,6 +1,9 @@
 //! The head of a log: its state, the floor, checkpoints and tenancies (ARCHITECTURE.md §3.2).
 
 #[cfg(not(loom))]
+use std::time::Duration;
+
+#[cfg(not(loom))]
 use crate::os::clock;
 use crate::ring::notes::Note;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, pause};
@@ -33,7 +36,7 @@ const SAME_PLACE_LOOKS: usize = 8;
 /// How long to follow a place that keeps moving: the coordinator may be the one who looks, and one look at a garbled ring may take as
 /// long as many at a sound one. In time of our own: who sleeps between two looks has not looked for longer.
 #[cfg(not(loom))]
-const PLACE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(5);
+const PLACE_PATIENCE: Duration = Duration::from_millis(5);
 
 /// First position of a tenancy that is being written: above every message's.
 const NO_POSITION: u64 = u64::MAX;
@@ -107,13 +110,40 @@ pub struct Place {
     pub sequence: u64,
 }
 
+/// How long a search for a place goes on, in time of this thread.
+#[cfg(not(loom))]
+pub(crate) struct Patience {
+    end: Duration,
+}
+
+#[cfg(not(loom))]
+impl Patience {
+    pub(crate) fn new() -> Self {
+        Patience { end: clock::thread_time() + PLACE_PATIENCE }
+    }
+
+    fn is_over(&self) -> bool {
+        clock::thread_time() >= self.end
+    }
+
+    /// Does what may take longer than the search itself, and has its own limit: mapping an arena, of which there are so many.
+    pub(crate) fn aside<R>(&mut self, act: impl FnOnce() -> R) -> R {
+        let start = clock::thread_time();
+        let done = act();
+        self.end += clock::thread_time() - start;
+        done
+    }
+}
+
 /// What `find` finds at the position that `at` names, which others may move on meanwhile.
 #[cfg(not(loom))]
-pub(crate) fn find_place<R>(mut at: impl FnMut() -> u64, mut find: impl FnMut(u64) -> Option<R>) -> Option<R> {
-    let (mut last, mut same) = (None, 0);
-    let end = clock::thread_time() + PLACE_PATIENCE;
+pub(crate) fn find_place<R>(
+    mut at: impl FnMut() -> u64,
+    mut find: impl FnMut(u64, &mut Patience) -> Option<R>,
+) -> Option<R> {
+    let (mut last, mut same, mut patience) = (None, 0, Patience::new());
     for look in 0..PLACE_LOOKS {
-        if look > 0 && clock::thread_time() >= end {
+        if look > 0 && patience.is_over() {
             return None;
         }
         let position = at();
@@ -122,7 +152,7 @@ pub(crate) fn find_place<R>(mut at: impl FnMut() -> u64, mut find: impl FnMut(u6
             return None;
         }
         last = Some(position);
-        if let Some(found) = find(position) {
+        if let Some(found) = find(position, &mut patience) {
             return Some(found);
         }
     }
@@ -341,7 +371,7 @@ mod tests {
             position += 1;
             position
         };
-        let found = find_place(moving, |_| {
+        let found = find_place(moving, |_, _| {
             let start = clock::thread_time();
             while clock::thread_time() - start < PLACE_PATIENCE {}
             looks += 1;
@@ -355,11 +385,29 @@ mod tests {
         let start = Instant::now();
         let found = find_place(
             || start.elapsed().as_nanos() as u64,
-            |_| {
+            |_, _| {
                 std::thread::sleep(PLACE_PATIENCE);
                 (start.elapsed() > 4 * PLACE_PATIENCE).then_some(())
             },
         );
+        assert_eq!(found, Some(()));
+    }
+
+    #[test]
+    fn what_is_done_aside_takes_no_time_of_a_search() {
+        let mut position = 0;
+        let moving = || {
+            position += 1;
+            position
+        };
+        let long = || {
+            let start = clock::thread_time();
+            while clock::thread_time() - start < 2 * PLACE_PATIENCE {}
+        };
+        let found = find_place(moving, |position, patience| {
+            patience.aside(long);
+            (position == 4).then_some(())
+        });
         assert_eq!(found, Some(()));
     }
 }

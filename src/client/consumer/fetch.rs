@@ -14,7 +14,7 @@ use crate::os::cache::prefetch_line;
 use crate::ring::arena::{Arena, Span};
 use crate::ring::exclusive::ExclusiveLog;
 use crate::ring::gate::still_retained;
-use crate::ring::log::{LogHeader, MAX_PLACE, Place, find_place};
+use crate::ring::log::{LogHeader, MAX_PLACE, Patience, Place, find_place};
 use crate::ring::many::{self, EntryWord, ManyLog, Record};
 use crate::ring::slot::{Kind, Slot};
 use crate::shm::layout::RECORD_HEADER_BYTES;
@@ -281,9 +281,10 @@ impl EntryLog {
     fn search(&mut self, sequence: u64) -> Option<Place> {
         let mut low = self.line_place().filter(|line| line.sequence <= sequence)?;
         let mut high = self.read.next().position.max(low.position + 1);
+        let mut patience = Patience::new();
         while low.position + 1 < high {
             let middle = low.position + (high - low.position) / 2;
-            let place = self.place_at(middle).ok()??;
+            let place = self.place_at(middle, &mut patience).ok()??;
             if place.sequence <= sequence {
                 low = place;
             } else {
@@ -295,7 +296,7 @@ impl EntryLog {
 
     /// Position and sequence of the entry at `position`, if it is there and so is the record that says its sequence. An error:
     /// it names an arena that is not there, and looking again would ask for it again.
-    fn place_at(&mut self, position: u64) -> Result<Option<Place>, &'static str> {
+    fn place_at(&mut self, position: u64, patience: &mut Patience) -> Result<Option<Place>, &'static str> {
         // A fence has no record; it takes one sequence, and so does each behind it.
         let with_record = self.log.past_fences(position);
         let fences = with_record - position;
@@ -305,6 +306,9 @@ impl EntryLog {
             Some(word) if word.is_fence() => None,
             Some(word) => {
                 let (slot, offset) = locate(&self.info.geometry, word.unit());
+                if !self.has_arena(slot) {
+                    patience.aside(|| self.load_arena(slot))?;
+                }
                 let record = Record::read(self.arena(slot)?, offset);
                 record.filter(|record| record.position == with_record).map(|record| record.first_sequence)
             }
@@ -329,7 +333,7 @@ impl EntryLog {
         // Others may raise the line while we look; each time it is a batch further on.
         let (log, line) = (self.log.clone(), self.line);
         let line = || log.cursors[line].place().map_or(MAX_PLACE, |place| place.position.min(MAX_PLACE));
-        find_place(line, |position| self.place_at(position).transpose())?.ok()
+        find_place(line, |position, patience| self.place_at(position, patience).transpose())?.ok()
     }
 
     fn position_of_floor(&mut self, floor: u64) -> u64 {
@@ -399,11 +403,14 @@ impl EntryLog {
     /// The arena of a publisher slot. One that is new since we joined lies in our control socket: the coordinator
     /// pushed it before its publisher could publish.
     fn arena(&mut self, slot: u32) -> Result<&Arena, &'static str> {
-        let index = slot as usize;
-        if self.arenas.get(index).is_none_or(Option::is_none) {
+        if !self.has_arena(slot) {
             self.load_arena(slot)?;
         }
-        self.arenas[index].as_ref().ok_or("an entry points to no arena")
+        self.arenas[slot as usize].as_ref().ok_or("an entry points to no arena")
+    }
+
+    fn has_arena(&self, slot: u32) -> bool {
+        self.arenas.get(slot as usize).is_some_and(Option::is_some)
     }
 
     #[cold]

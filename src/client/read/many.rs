@@ -10,7 +10,7 @@ use crate::error::{GoneReason, RecvError};
 use crate::ring::arena::{Arena, Span};
 use crate::ring::doorbell::Doorbell;
 use crate::ring::gate::still_retained;
-use crate::ring::log::{Place, find_place};
+use crate::ring::log::{Patience, Place, find_place};
 use crate::ring::many::{self, EntryWord, Record};
 use crate::ring::sequence::Sequence;
 use crate::shm::layout::RECORD_HEADER_BYTES;
@@ -65,12 +65,15 @@ impl ManyPort {
         ManyPort { reader, keeper, info, lengths, arenas, control, gating, batch: None, skip_below, lost_from }
     }
 
-    /// The arena of a publisher slot. One that is new since we joined lies in our control socket: the coordinator
+    #[inline]
+    fn has_arena(&self, slot: u32) -> bool {
+        self.arenas.get(slot as usize).is_some_and(Option::is_some)
+    }
+
+    /// Maps the arena of a publisher slot. One that is new since we joined lies in our control socket: the coordinator
     /// pushed it before its publisher could publish.
+    #[cold]
     fn load_arena(&mut self, slot: u32) -> Result<(), RecvError> {
-        if self.arenas.get(slot as usize).is_some_and(Option::is_some) {
-            return Ok(());
-        }
         if slot >= self.info.options.max_publishers {
             return Err(RecvError::Corrupt("an entry points outside every arena"));
         }
@@ -93,7 +96,9 @@ impl ManyPort {
     fn open(&mut self, word: EntryWord) -> Result<Option<Batch>, RecvError> {
         let position = self.reader.next().position;
         let (slot, offset) = locate(&self.info.geometry, word.unit());
-        self.load_arena(slot)?;
+        if !self.has_arena(slot) {
+            self.load_arena(slot)?;
+        }
         let Some(record) = Record::read(self.arena(slot), offset) else {
             return self.unless_overwritten(position, RecvError::Corrupt("a record does not fit its arena"));
         };
@@ -172,7 +177,8 @@ impl ManyPort {
         let read = self.batch.take().map_or(0, |batch| batch.index);
         let from = self.reader.next().sequence + read;
         let log = self.reader.log().clone();
-        match find_place(|| log.header.announced(), |oldest| self.place_at(oldest).transpose()) {
+        let place_at = |oldest, patience: &mut Patience| self.place_at(oldest, patience).transpose();
+        match find_place(|| log.header.announced(), place_at) {
             // Overwritten where we stood: what is retained begins further on.
             Some(Ok(place)) if place.position <= self.reader.next().position || place.sequence < from => {
                 RecvError::Corrupt("what was overwritten is said to be retained")
@@ -187,7 +193,7 @@ impl ManyPort {
     }
 
     /// Position and sequence of the batch at `position`, if it is still retained.
-    fn place_at(&mut self, position: u64) -> Result<Option<Place>, RecvError> {
+    fn place_at(&mut self, position: u64, patience: &mut Patience) -> Result<Option<Place>, RecvError> {
         // A fence has no record to say its sequence; it takes one, and so does each behind it.
         let (fence, position) = (position, self.reader.log().past_fences(position));
         let back = |place: Place| {
@@ -206,7 +212,9 @@ impl ManyPort {
             return Ok(None);
         }
         let (slot, offset) = locate(&self.info.geometry, word.unit());
-        self.load_arena(slot)?;
+        if !self.has_arena(slot) {
+            patience.aside(|| self.load_arena(slot))?;
+        }
         let record = Record::read(self.arena(slot), offset).filter(|record| record.position == position);
         let sound = record.filter(|_| still_retained(&self.reader.log().header, fence));
         Ok(sound.and_then(|record| back(Place { position, sequence: record.first_sequence })))

@@ -262,7 +262,7 @@ impl TopicMemory {
         // Consumers move it on meanwhile. A cursor that is not in force stands where nothing is.
         let line = || self.with_line(cursor, Cursor::place).flatten().map_or(u64::MAX, |at| at.position);
         // They move position and sequence one after the other: the record knows which belong together.
-        let found = find_place(line, |position| self.confirmed_place(position).transpose());
+        let found = find_place(line, |position, _| self.confirmed_place(position).transpose());
         found.unwrap_or_else(|| Err(corrupt(&self.info, format!("the cursor {cursor} of a group stands nowhere"))))
     }
 

@@ -80,7 +80,7 @@ impl TopicMemory {
         }
         // In force at the oldest first: from here on the search runs over memory that stays (I-4). Only a reader that
         // holds nothing back can be overtaken by publishers meanwhile; it tries again from what is the oldest then.
-        find_place(|| gate.join(cursor, gate.header.announced()), |oldest| self.place_of(asked, oldest, tail))
+        find_place(|| gate.join(cursor, gate.header.announced()), |oldest, _| self.place_of(asked, oldest, tail))
     }
 
     fn join_channel(&self) -> Result<Joined, Refusal> {
