@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, Process, Scene, end_with_the_test, mode_of, of_mode, say};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
-    Bus, ConsumerBuilder, Envelope, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
+    Bus, ConsumerBuilder, Envelope, Full, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
 };
 
 /// A flood ends by itself after so long: then even who cannot get past it is through.
@@ -470,6 +470,28 @@ fn who_rests_after_a_look_that_left_off_is_not_fenced_and_holds_nobody_back() {
     drop(let_go);
     running.stop();
     running.join().unwrap();
+}
+
+#[test]
+fn who_holds_what_cannot_be_moved_yet_may_pause_between_its_looks() {
+    let scene = Scene::new("pauses");
+    let bus = scene.open();
+    let letters = Topic::<[u8]>::named("dlq.jobs.g").messages(16).envelope().hold().full(Full::Reject);
+    let mut letters = bus.publisher(letters).unwrap();
+    // No room for one more.
+    while letters.publish(b"a letter").is_ok() {}
+    let mut publisher = bus.publisher(topic(Mode::Many, "jobs")).unwrap();
+    let lease = Duration::from_secs(4);
+    let options = GroupOptions::new().lease(lease);
+    let mut pausing = group(&bus, "jobs", "g", &options).open().unwrap();
+    let mut other = group(&bus, "jobs", "g", &options).open().unwrap();
+    publisher.publish(b"bad").unwrap();
+    pausing.recv_timeout(LIMIT).unwrap().reject("bad").unwrap();
+    for pause in [45, 75] {
+        // Whoever looks meanwhile has what is overdue reclaimed, and its holder fenced.
+        assert_eq!(other.recv_timeout(lease * pause / 100).map(|_| ()), Err(RecvError::TimedOut));
+        assert!(pausing.try_recv().unwrap().is_none());
+    }
 }
 
 #[test]

@@ -165,13 +165,15 @@ impl Core {
         if now < self.moves.keep_at {
             return;
         }
-        let (due, half) = (self.lease_end(now), self.group.options.lease_ms / 2);
-        // What has more than half of its time left now, or comes later, has a quarter left then.
-        self.moves.keep_at = now + half / 2;
+        let (due, lease) = (self.lease_end(now), self.group.options.lease_ms);
+        let quarter = lease / 4;
+        // What has three quarters of its time left now, or comes later, has half of it left then: who pauses between two looks
+        // may do so for that long.
+        self.moves.keep_at = now + quarter;
         let (ledger, me) = (&self.ledger, self.me);
         let mut keep = |waiting: &mut Move| {
             let State::Moving(reason) = waiting.seen.state() else { return false };
-            if waiting.seen.due_in(now) > half {
+            if waiting.seen.due_in(now) > lease - quarter {
                 return true;
             }
             let kept = ledger.begin_move(waiting.seen, me, due, reason);
