@@ -4,14 +4,16 @@
 
 mod common;
 
+use std::os::unix::process::CommandExt;
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Process, Scene, end_with_the_test, mode_of, of_mode, say};
+use common::{LIMIT, Process, Scene, await_that, end_with_the_test, mode_of, of_mode, say};
 use nix::sys::signal::{Signal, kill};
 use shmbus::{
-    Bus, ConsumerBuilder, Envelope, Full, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, WildcardError, wait_any,
+    Bus, ConsumerBuilder, Envelope, Full, GroupOptions, Mode, Publisher, RecvError, Runner, Topic, TopicOptions,
+    WildcardError, wait_any,
 };
 
 /// A flood ends by itself after so long: then even who cannot get past it is through.
@@ -429,6 +431,45 @@ fn a_route_of_a_pattern_passes_over_what_cannot_be_its_input() {
     let mut first = bus.publisher(topic(Mode::Many, "mixed.first")).unwrap();
     first.publish(b"an input").unwrap();
     assert!(route.step(LIMIT).unwrap());
+}
+
+#[test]
+fn a_route_takes_from_topics_without_room_once_they_have_some() {
+    let scene = Scene::new("floods");
+    let mut serve = scene.shmbus(&["serve"]);
+    serve.env("SHMBUS_BUDGET", (48 << 20).to_string());
+    // The scene kills it.
+    #[allow(clippy::zombie_processes)]
+    serve.process_group(0).stdout(std::process::Stdio::null()).spawn().unwrap();
+    await_that("the bus", || scene.options().spawn(false).open().is_ok());
+    let bus = scene.open();
+    let small = Topic::<[u8]>::named("mixed.small").messages(64).bytes(1 << 16).envelope();
+    bus.create_topic("routed", &small.options(), false).unwrap();
+    let mut route = bus.route("mixed.*", "routed").open().unwrap();
+    // Its one place for a reader is the route's own, until it has a group there.
+    let options = TopicOptions { max_subscribers: 1, ..small.options() };
+    bus.create_topic("mixed.narrow", &options, false).unwrap();
+    let mut narrow = bus.publisher(Topic::<[u8]>::named("mixed.narrow")).unwrap();
+    assert!(!route.step(SOON).unwrap());
+    narrow.publish(b"an input").unwrap();
+    assert!(promptly("a step", || route.step(LIMIT).unwrap()));
+
+    let mut publisher = bus.publisher(small).unwrap();
+    // Take all that is left.
+    let fits = |bits: &u32| {
+        let options = TopicOptions { mode: Mode::Channel, messages: 64, bytes: 1 << bits, ..TopicOptions::default() };
+        bus.create_topic(&format!("ballast.{bits}"), &options, false).is_ok()
+    };
+    let ballast: Vec<u32> = (8..26).rev().filter(fits).collect();
+    assert!(!route.step(SOON).unwrap());
+    let passed_over: Vec<&str> = route.passed_over().map(|(topic, _)| topic).collect();
+    assert_eq!(passed_over, ["mixed.small"]);
+    // Nothing is lost meanwhile, though nobody reads.
+    let published = (0..=u8::MAX).take_while(|number| publisher.try_publish(&[*number]).is_ok()).count();
+    assert_eq!(published, 64);
+    ballast.iter().for_each(|bits| bus.remove_topic(&format!("ballast.{bits}"), true).unwrap());
+    (0..published).for_each(|_| assert!(route.step(LIMIT).unwrap()));
+    assert_eq!((route.passed_over().count(), route.counts().routed), (0, 65));
 }
 
 #[test]

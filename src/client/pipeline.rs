@@ -152,20 +152,42 @@ impl<I: Payload + ?Sized, O: Payload + ?Sized> PipelineBuilder<I, O> {
     /// As [`ConsumerBuilder::open`] and [`Bus::publisher`]; the output topic is not for many publishers, or is the group's
     /// dead-letter topic.
     pub fn open(self) -> Result<Pipeline<I, O>, OpenError> {
-        let consumer = self.consumer.open()?;
-        let (topic, group) = consumer.place();
-        let origin = Identity::Origin { topic, group, consumer: consumer.number() };
-        let publisher = OriginPublisher::open(self.bus.control(), self.to.name(), self.to.options(), origin);
-        let publisher = publisher.map_err(|error| match consumer.is_gone() {
-            // The topic was removed meanwhile, and its consumers are unknown since.
-            true => Refusal::UnknownTopic { topic: consumer.topic().to_owned() }.into(),
-            false => error,
-        })?;
-        check_output(&consumer, publisher.options(), self.to.name())?;
+        self.open_ends().map_err(|(_, error)| error)
+    }
+
+    /// The same, and if not, which end it is that could not be opened.
+    pub(crate) fn open_ends(self) -> Result<Pipeline<I, O>, (End, OpenError)> {
+        let consumer = self.consumer.open().map_err(|error| (End::Input, error))?;
+        let publisher = open_output(&self.bus, &self.to, &consumer).map_err(|error| (End::Output, error))?;
         let lease = Duration::from_millis(consumer.group_options().lease_ms);
         let outputs = Outputs { bytes: Vec::new(), messages: Vec::new(), payload: PhantomData };
         Ok(Pipeline { consumer, publisher, outputs, lease })
     }
+}
+
+/// Opens what a consumer's outputs go through.
+fn open_output<I: Payload + ?Sized, O: Payload + ?Sized>(
+    bus: &Bus,
+    to: &Topic<O>,
+    consumer: &Consumer<I>,
+) -> Result<OriginPublisher, OpenError> {
+    let (topic, group) = consumer.place();
+    let origin = Identity::Origin { topic, group, consumer: consumer.number() };
+    let publisher = OriginPublisher::open(bus.control(), to.name(), to.options(), origin);
+    let publisher = publisher.map_err(|error| match consumer.is_gone() {
+        // The topic was removed meanwhile, and its consumers are unknown since.
+        true => Refusal::UnknownTopic { topic: consumer.topic().to_owned() }.into(),
+        false => error,
+    })?;
+    check_output(consumer, publisher.options(), to.name())?;
+    Ok(publisher)
+}
+
+/// An end of a pipeline.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Input,
+    Output,
 }
 
 /// Whether the coordinator could tell which outputs are there: exclusive topics keep no notes of it, and dead letters on the

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::client::bus::Bus;
 use crate::client::consumer::Delivery;
 use crate::client::envelope::Envelope;
-use crate::client::pipeline::{Failure, Outputs, Pipeline};
+use crate::client::pipeline::{End, Failure, Outputs, Pipeline};
 use crate::client::subscriber::Start;
 use crate::client::wildcard::Arrivals;
 use crate::coordinator::protocol::TopicStatus;
@@ -115,6 +115,15 @@ struct Plan {
     to: String,
     group: String,
     options: GroupOptions,
+}
+
+/// When topics are looked for.
+#[derive(Clone, Copy)]
+enum When {
+    /// While the route is opened: all that are there, and where their groups start.
+    AtFirst(Start),
+    /// Later, some at a time, from their first message on.
+    Later,
 }
 
 /// Why a route woke up.
@@ -246,7 +255,7 @@ impl RouteBuilder {
         let (legs, passed_over) = Default::default();
         let (last, turn, has_more) = (None, 0, false);
         let mut route = Route { plan, legs, filters, transform, counts, last, turn, arrivals, has_more, passed_over };
-        route.open_legs(&topics, start, usize::MAX)?;
+        route.open_legs(&topics, When::AtFirst(start))?;
         if route.arrivals.is_some() {
             // Between the list and the subscription some may have come.
             route.find_topics()?;
@@ -296,12 +305,12 @@ impl Plan {
     }
 
     /// A pipeline from one topic; `start` where its group may be created.
-    fn open(&self, topic: &str, bytes: u64, start: Option<Start>) -> Result<Pipeline<[u8], [u8]>, OpenError> {
+    fn open(&self, topic: &str, bytes: u64, start: Option<Start>) -> Result<Pipeline<[u8], [u8]>, (End, OpenError)> {
         let to = Topic::<[u8]>::named(self.to.as_str()).envelope().bytes(bytes);
         let pipeline = self.bus.pipeline(Topic::<[u8]>::named(topic), self.group.as_str(), to);
         match start {
-            Some(start) => pipeline.options(self.options.clone()).start(start).open(),
-            None => pipeline.existing().open(),
+            Some(start) => pipeline.options(self.options.clone()).start(start).open_ends(),
+            None => pipeline.existing().open_ends(),
         }
     }
 }
@@ -348,7 +357,8 @@ impl Route {
 
     /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
     /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew; for room
-    /// it asks again every 10 s.
+    /// it asks again every 10 s. What is published meanwhile on one that has come since it was opened is held where it is memory
+    /// that is short, and not where it is places: a cursor would take one.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
     }
@@ -361,16 +371,17 @@ impl Route {
         }
         let topics = self.plan.topics()?;
         self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
-        self.has_more = !self.open_legs(&topics, Start::Oldest, LEGS_A_LOOK)?;
+        self.has_more = !self.open_legs(&topics, When::Later)?;
         if let Some(arrivals) = self.arrivals.as_mut().filter(|_| !self.has_more) {
-            // Our groups hold their messages now.
-            arrivals.release();
+            // Our groups hold their messages now, but for those that memory lacked for.
+            let waits = |passed: &PassedOver, topic| passed.id == topic && matches!(passed.why, Refusal::Budget { .. });
+            arrivals.release(|topic| self.passed_over.iter().any(|passed| waits(passed, topic)));
         }
         Ok(())
     }
 
-    /// Opens a pipeline for each of these that is an input topic and has none, but for `most` at most. Whether those are all.
-    fn open_legs(&mut self, topics: &[TopicStatus], start: Start, most: usize) -> Result<bool, RouteError> {
+    /// Opens a pipeline for each of these that is an input topic and has none, or for some of them. Whether those are all.
+    fn open_legs(&mut self, topics: &[TopicStatus], when: When) -> Result<bool, RouteError> {
         let is_new = |topic: &&TopicStatus| {
             matches(&self.plan.from, &topic.name)
                 && self.legs.iter().all(|leg| leg.topic != topic.name)
@@ -380,14 +391,21 @@ impl Route {
         if !new.is_empty() {
             self.plan.check_loop(topics)?;
         }
-        let all = new.len() <= most;
-        for topic in new.into_iter().take(most) {
-            self.open_leg(topic, start)?;
+        let count = match when {
+            When::AtFirst(_) => new.len(),
+            When::Later => new.len().min(LEGS_A_LOOK),
+        };
+        for topic in &new[..count] {
+            self.open_leg(topic, when)?;
         }
-        Ok(all)
+        Ok(count == new.len())
     }
 
-    fn open_leg(&mut self, topic: &TopicStatus, start: Start) -> Result<(), RouteError> {
+    fn open_leg(&mut self, topic: &TopicStatus, when: When) -> Result<(), RouteError> {
+        let start = match when {
+            When::AtFirst(start) => start,
+            When::Later => Start::Oldest,
+        };
         let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
         let name = topic.name.clone();
         match self.plan.open(&name, least.max(topic.options.bytes), Some(start)) {
@@ -396,11 +414,13 @@ impl Route {
                 self.legs.push(Leg { topic: name, pipeline, refused: None });
             }
             // It was there a moment ago.
-            Err(OpenError::Refused(Refusal::UnknownTopic { .. })) if is_pattern(&self.plan.from) => {}
-            Err(OpenError::Refused(why)) if is_pattern(&self.plan.from) && cannot_be_input(&name, &why) => {
+            Err((_, OpenError::Refused(Refusal::UnknownTopic { .. }))) if is_pattern(&self.plan.from) => {}
+            Err((end, OpenError::Refused(why)))
+                if is_pattern(&self.plan.from) && is_passed_over(&name, when, end, &why) =>
+            {
                 self.pass_over(topic.id, name, why);
             }
-            Err(error) => return Err(error.into()),
+            Err((_, error)) => return Err(error.into()),
         }
         Ok(())
     }
@@ -411,6 +431,8 @@ impl Route {
         match self.passed_over.iter_mut().find(|passed| passed.id == id) {
             Some(passed) => (passed.why, passed.again_at) = (why, again_at),
             None => {
+                // What takes the room may be the cursor that holds its messages for us: it is let go of first.
+                let again_at = if matches!(why, Refusal::Limit { .. }) { Some(Instant::now()) } else { again_at };
                 self.passed_over.push(PassedOver { id, name, why, again_at });
                 self.counts.passed_over += 1;
             }
@@ -518,24 +540,24 @@ impl Route {
         let bytes = pipeline.output_options().bytes;
         // The old consumer's number is free only now.
         drop(pipeline);
-        let pipeline = self.plan.open(&topic, bytes, None)?;
+        let pipeline = self.plan.open(&topic, bytes, None).map_err(|(_, error)| error)?;
         self.legs.push(Leg { topic, pipeline, refused: None });
         self.counts.reopened += 1;
         Ok(())
     }
 }
 
-/// Whether it is the topic that is refused as an input: by who created it, or because there is no room.
-fn cannot_be_input(input: &str, why: &Refusal) -> bool {
+/// Whether the route goes on without this input: because of who created it, or because there is no room for one more. An output
+/// that has no room for it is an error only to who opens the route.
+fn is_passed_over(input: &str, when: When, refused: End, why: &Refusal) -> bool {
     match why {
         Refusal::NoRight { topic, .. }
         | Refusal::Options { topic, .. }
         | Refusal::Schema { topic, .. }
         | Refusal::GroupExists { topic, .. }
         | Refusal::GroupOptions { topic, .. }
-        | Refusal::Budget { topic, .. }
         | Refusal::Corrupt { topic, .. } => topic == input,
-        Refusal::Limit { .. } => true,
+        Refusal::Limit { .. } | Refusal::Budget { .. } => refused == End::Input || matches!(when, When::Later),
         _ => false,
     }
 }

@@ -396,8 +396,10 @@ impl WildcardCore {
 /// has seen to that.
 pub(crate) struct Arrivals {
     core: WildcardCore,
-    /// The cursors on those that have come.
-    held: Vec<HandleRef>,
+    /// The topics that have come since the last release, and our cursors on them.
+    taken: Vec<(u64, HandleRef)>,
+    /// Those that were kept then.
+    kept: Vec<(u64, HandleRef)>,
 }
 
 impl Arrivals {
@@ -408,7 +410,7 @@ impl Arrivals {
         while !core.topics.is_empty() {
             drop(core.remove(0));
         }
-        Ok(Arrivals { core, held: Vec::new() })
+        Ok(Arrivals { core, taken: Vec::new(), kept: Vec::new() })
     }
 
     /// Rings when there may be news.
@@ -418,7 +420,7 @@ impl Arrivals {
 
     /// Whether topics have come that were not released.
     pub(crate) fn has_news(&self) -> bool {
-        self.core.notice.opened() != self.core.told || !self.held.is_empty()
+        self.core.notice.opened() != self.core.told || !self.taken.is_empty()
     }
 
     /// Whether the bus was stopped.
@@ -431,15 +433,21 @@ impl Arrivals {
     pub(crate) fn take(&mut self) {
         let _ = self.core.receive_topics();
         let cursors = self.core.waiting.drain(..).filter_map(|(answer, _)| match answer {
-            Answer::WildcardTopic { info, cursor, .. } => Some(HandleRef::Subscriber { topic: info.id, cursor }),
+            Answer::WildcardTopic { info, cursor, .. } => {
+                Some((info.id, HandleRef::Subscriber { topic: info.id, cursor }))
+            }
             _ => None,
         });
-        self.held.extend(cursors);
+        self.taken.extend(cursors);
     }
 
-    /// Lets go of the topics that were taken.
-    pub(crate) fn release(&mut self) {
-        self.held.drain(..).for_each(|cursor| self.core.control.release(cursor));
+    /// Lets go of the topics that were taken, but for those that are to be held for longer: until a release that says otherwise.
+    pub(crate) fn release(&mut self, keep: impl Fn(u64) -> bool) {
+        let all = self.kept.drain(..).chain(self.taken.drain(..));
+        let (kept, over) = all.partition(|(topic, _)| keep(*topic));
+        self.kept = kept;
+        let over: Vec<(u64, HandleRef)> = over;
+        over.into_iter().for_each(|(_, cursor)| self.core.control.release(cursor));
     }
 }
 

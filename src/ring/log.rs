@@ -19,8 +19,8 @@ pub(crate) const COORDINATOR: u32 = CHECKPOINTS as u32;
 
 const NO_CHECKPOINT: u64 = u64::MAX;
 
-/// Times that a walk to the tail goes on from a newer checkpoint, because the ring was overwritten where it stood; a publisher's within
-/// one publish. All checkpoints are looked at each time.
+/// Times that a walk along the entries goes on from further on, because the ring was overwritten where it stood: from the newest
+/// checkpoint, for which all are looked at, or from a group's line. A publisher's within one publish.
 pub(crate) const JUMPS: u32 = 100;
 
 /// No log gets this far. What memory says beyond is garbage, and must not overflow what is added to it (I-8).
