@@ -3,9 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::access::Access;
-use crate::client::control::{Control, launch, watch};
+use crate::client::control::{Control, Granted, launch, watch};
 use crate::coordinator::directory::Place;
 use crate::coordinator::protocol::{Answer, BusReport, NameStatus, Purged, Request, TopicStatus};
 use crate::error::{ConnectError, OpenError};
@@ -159,18 +160,31 @@ impl Bus {
 
     /// Every topic, in the order of names. True at some moment while the answer was made.
     pub fn topics(&self) -> Result<Vec<TopicStatus>, OpenError> {
+        Ok(self.list_topics(|request| self.control.request(request).map(Some))?.unwrap_or_default())
+    }
+
+    /// The same for who has no longer than until `deadline`. `None`: that has passed.
+    pub(crate) fn topics_until(&self, deadline: Instant) -> Result<Option<Vec<TopicStatus>>, OpenError> {
+        self.list_topics(|request| self.control.request_until(request, deadline))
+    }
+
+    fn list_topics(
+        &self,
+        ask: impl Fn(&Request) -> Result<Option<Granted>, OpenError>,
+    ) -> Result<Option<Vec<TopicStatus>>, OpenError> {
         let mut all: Vec<TopicStatus> = Vec::new();
         loop {
             let after = all.last().map(|topic| topic.name.clone());
-            match self.control.request(&Request::Status { topic: None, after })?.0 {
-                Answer::Status { topics, more } => {
+            match ask(&Request::Status { topic: None, after })? {
+                None => return Ok(None),
+                Some((Answer::Status { topics, more }, _)) => {
                     let more = more && !topics.is_empty();
                     all.extend(topics);
                     if !more {
-                        return Ok(all);
+                        return Ok(Some(all));
                     }
                 }
-                other => return Err(unexpected(&other)),
+                Some((other, _)) => return Err(unexpected(&other)),
             }
         }
     }

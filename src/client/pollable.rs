@@ -72,8 +72,8 @@ impl Pollable {
         Ok(Pollable { waker: event.clone().into(), event, seat: Seat::default(), home: Home::here()? })
     }
 
-    /// Arms it for `handles`, and for those only. `true`: they have nothing to receive, and the descriptor, not readable now,
-    /// becomes readable when that may have changed. `false`: one of them may have something already; receive from all of them
+    /// Arms it for `handles`, and for those only. `true`: they have nothing to receive as far as one look goes, and the descriptor
+    /// becomes readable when that may have changed, or there is more to look at. `false`: one of them may have something already; receive from all of them
     /// with `try_recv`, and arm again before the next wait. Never waits.
     ///
     /// # Errors

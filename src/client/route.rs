@@ -11,7 +11,9 @@ use crate::client::pipeline::{End, Failure, Outputs, Pipeline};
 use crate::client::subscriber::Start;
 use crate::client::wildcard::Arrivals;
 use crate::coordinator::protocol::TopicStatus;
-use crate::error::{AckError, GoneReason, OpenError, PipelineError, PublishError, RecvError, Refusal, RouteError};
+use crate::error::{
+    AckError, ConnectError, GoneReason, OpenError, PipelineError, PublishError, RecvError, Refusal, RouteError,
+};
 use crate::group::GroupOptions;
 use crate::pattern::{check_pattern, is_pattern, matches};
 use crate::ring::doorbell::Doorbell;
@@ -22,8 +24,11 @@ use crate::wait::{self, Look, Wait};
 /// What comes due within this time is waited for awake, so to say: with short naps.
 const SOON: Duration = Duration::from_millis(10);
 
-/// How often to ask again whether a topic now has room for us.
+/// How often to ask again whether a topic now has room for us; and how long not to ask a coordinator that did not answer.
 const ROOM_LOOK: Duration = Duration::from_secs(10);
+
+/// How long to wait for the list of topics: inputs wait meanwhile, and come without the coordinator.
+const LIST_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Topics opened before inputs have their turn again.
 const LEGS_A_LOOK: usize = 16;
@@ -61,6 +66,8 @@ pub struct Route {
     arrivals: Option<Arrivals>,
     /// Whether there were more than one look opens.
     has_more: bool,
+    /// The coordinator did not answer: it is not asked before.
+    ask_at: Option<Instant>,
     passed_over: Vec<PassedOver>,
 }
 
@@ -103,7 +110,7 @@ pub struct RouteCounts {
     pub duplicates: u64,
     /// How often it was fenced and began anew.
     pub reopened: u64,
-    /// Topics that the pattern stands for and that it does not take from, because they cannot be inputs of it; see
+    /// Topics that the pattern stands for and that it does not take from now, because they cannot be inputs of it; see
     /// [`Route::passed_over`].
     pub passed_over: u64,
 }
@@ -139,6 +146,7 @@ struct Sources<'a> {
     legs: &'a mut Vec<Leg>,
     arrivals: Option<&'a Arrivals>,
     has_more: bool,
+    may_ask: bool,
 }
 
 impl Sources<'_> {
@@ -150,7 +158,7 @@ impl Sources<'_> {
     /// Whether topics have come. That the bus has ended its topics say, where there are any.
     fn has_news(&self) -> bool {
         let have_come = |arrivals: &Arrivals| arrivals.has_news() || self.legs.is_empty() && arrivals.have_ended();
-        self.has_more || self.arrivals.is_some_and(have_come)
+        self.may_ask && (self.has_more || self.arrivals.is_some_and(have_come))
     }
 
     /// The earliest moment at which an input comes due, as far as is known.
@@ -253,12 +261,14 @@ impl RouteBuilder {
         plan.check_loop(&topics)?;
         let arrivals = if is_pattern(&plan.from) { Some(Arrivals::open(&plan.bus, &plan.from)?) } else { None };
         let (legs, passed_over) = Default::default();
-        let (last, turn, has_more) = (None, 0, false);
-        let mut route = Route { plan, legs, filters, transform, counts, last, turn, arrivals, has_more, passed_over };
+        let (last, turn, has_more, ask_at) = (None, 0, false, None);
+        let mut route =
+            Route { plan, legs, filters, transform, counts, last, turn, arrivals, has_more, ask_at, passed_over };
         route.open_legs(&topics, When::AtFirst(start))?;
         if route.arrivals.is_some() {
             // Between the list and the subscription some may have come.
-            route.find_topics()?;
+            let topics = route.plan.topics()?;
+            route.open_new(&topics)?;
         }
         Ok(route)
     }
@@ -317,7 +327,8 @@ impl Plan {
 
 impl Route {
     /// Routes one input, waiting for it for at most `limit`; then, where the output topic is full, for room for as long as it
-    /// takes. `false`: none came.
+    /// takes. `false`: none came. Where topics have come it asks the coordinator first: one that does not answer costs half
+    /// a second, and is not asked again for ten.
     ///
     /// # Errors
     /// [`RouteError`]. The input is not lost: it goes back to its group.
@@ -347,7 +358,7 @@ impl Route {
 
     /// What it has done since it was opened.
     pub fn counts(&self) -> RouteCounts {
-        self.counts
+        RouteCounts { passed_over: self.passed_over.len() as u64, ..self.counts }
     }
 
     /// The topics it takes from now, in the order in which it found them.
@@ -357,8 +368,8 @@ impl Route {
 
     /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
     /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew; for room
-    /// it asks again every 10 s. What is published meanwhile on one that has come since it was opened is held where it is memory
-    /// that is short, and not where it is places: a cursor would take one.
+    /// it asks again every 10 s. What is published meanwhile on one that has come since it was opened is held where only memory
+    /// is short, and not where places are: a cursor would take one.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
     }
@@ -369,22 +380,53 @@ impl Route {
             // Before the list, which then has them all.
             arrivals.take();
         }
-        let topics = self.plan.topics()?;
-        self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
-        self.has_more = !self.open_legs(&topics, When::Later)?;
-        if let Some(arrivals) = self.arrivals.as_mut().filter(|_| !self.has_more) {
-            // Our groups hold their messages now, but for those that memory lacked for.
-            let waits = |passed: &PassedOver, topic| passed.id == topic && matches!(passed.why, Refusal::Budget { .. });
-            arrivals.release(|topic| self.passed_over.iter().any(|passed| waits(passed, topic)));
+        let listed = match self.arrivals.as_ref().is_some_and(Arrivals::have_ended) {
+            // There is nothing else to come: why, the coordinator or its absence says.
+            true => self.plan.bus.topics().map(Some),
+            false => self.plan.bus.topics_until(Instant::now() + LIST_PATIENCE),
+        };
+        let found = match listed {
+            Ok(Some(topics)) => self.open_new(&topics).map(|()| true),
+            Ok(None) => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        let is_away = match &found {
+            Ok(is_there) => !is_there,
+            Err(RouteError::Open(OpenError::Connect(error))) => may_come_back(error) && !self.legs.is_empty(),
+            Err(_) => false,
+        };
+        if is_away {
+            // Inputs come without the coordinator.
+            self.ask_at = Some(Instant::now() + ROOM_LOOK);
+            return Ok(());
         }
-        Ok(())
+        found.map(drop)
+    }
+
+    /// The same for these topics.
+    fn open_new(&mut self, topics: &[TopicStatus]) -> Result<(), RouteError> {
+        self.ask_at = None;
+        self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
+        self.has_more = !self.open_legs(topics, When::Later)?;
+        let Some(arrivals) = &mut self.arrivals else { return Ok(()) };
+        // Our groups hold their messages now, but for those that memory lacked for, or whose turn is to come.
+        let lacks = |topic: u64| self.passed_over.iter().find(|passed| passed.id == topic).map(|passed| &passed.why);
+        let let_go = arrivals.release(|topic| match lacks(topic) {
+            Some(why) => matches!(why, Refusal::Budget { .. }),
+            None => self.has_more,
+        });
+        // What took the room may have been the cursor that held the messages for us.
+        let again =
+            |topic: &&TopicStatus| let_go.contains(&topic.id) && matches!(lacks(topic.id), Some(Refusal::Limit { .. }));
+        let again: Vec<&TopicStatus> = topics.iter().filter(again).collect();
+        again.into_iter().try_for_each(|topic| self.open_leg(topic, When::Later))
     }
 
     /// Opens a pipeline for each of these that is an input topic and has none, or for some of them. Whether those are all.
     fn open_legs(&mut self, topics: &[TopicStatus], when: When) -> Result<bool, RouteError> {
         let is_new = |topic: &&TopicStatus| {
             matches(&self.plan.from, &topic.name)
-                && self.legs.iter().all(|leg| leg.topic != topic.name)
+                && self.legs.iter().all(|leg| leg.pipeline.consumer().place().0 != topic.id)
                 && self.passed_over.iter().all(|passed| passed.id != topic.id || passed.is_due())
         };
         let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
@@ -407,10 +449,21 @@ impl Route {
             When::Later => Start::Oldest,
         };
         let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
-        let name = topic.name.clone();
-        match self.plan.open(&name, least.max(topic.options.bytes), Some(start)) {
+        let opened = self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start));
+        self.take_leg(topic.id, topic.name.clone(), when, opened)
+    }
+
+    /// Takes from a topic from now on, or passes over it.
+    fn take_leg(
+        &mut self,
+        id: u64,
+        name: String,
+        when: When,
+        opened: Result<Pipeline<[u8], [u8]>, (End, OpenError)>,
+    ) -> Result<(), RouteError> {
+        match opened {
             Ok(pipeline) => {
-                self.passed_over.retain(|passed| passed.id != topic.id);
+                self.passed_over.retain(|passed| passed.id != id);
                 self.legs.push(Leg { topic: name, pipeline, refused: None });
             }
             // It was there a moment ago.
@@ -418,7 +471,7 @@ impl Route {
             Err((end, OpenError::Refused(why)))
                 if is_pattern(&self.plan.from) && is_passed_over(&name, when, end, &why) =>
             {
-                self.pass_over(topic.id, name, why);
+                self.pass_over(id, name, why);
             }
             Err((_, error)) => return Err(error.into()),
         }
@@ -430,24 +483,21 @@ impl Route {
         let again_at = lacks_room.then(|| Instant::now() + ROOM_LOOK);
         match self.passed_over.iter_mut().find(|passed| passed.id == id) {
             Some(passed) => (passed.why, passed.again_at) = (why, again_at),
-            None => {
-                // What takes the room may be the cursor that holds its messages for us: it is let go of first.
-                let again_at = if matches!(why, Refusal::Limit { .. }) { Some(Instant::now()) } else { again_at };
-                self.passed_over.push(PassedOver { id, name, why, again_at });
-                self.counts.passed_over += 1;
-            }
+            None => self.passed_over.push(PassedOver { id, name, why, again_at }),
         }
     }
 
     fn sources(&mut self) -> Sources<'_> {
         let has_more = self.has_more || self.passed_over.iter().any(PassedOver::is_due);
-        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref(), has_more }
+        let may_ask = self.ask_at.is_none_or(|at| at <= Instant::now());
+        Sources { legs: &mut self.legs, arrivals: self.arrivals.as_ref(), has_more, may_ask }
     }
 
     /// Waits until one of the topics has an input, and takes it; or until there is something else to look at.
     fn wait(&mut self, deadline: Option<Instant>) -> Option<Woken> {
         let turn = self.turn;
-        let again_at = self.passed_over.iter().filter_map(|passed| passed.again_at).min();
+        let room_at = self.passed_over.iter().filter_map(|passed| passed.again_at).min();
+        let again_at = self.ask_at.filter(|at| *at > Instant::now()).or(room_at);
         let mut sources = self.sources();
         let planned = sources.next_due();
         let until = deadline.into_iter().chain(planned).chain(again_at).min();
@@ -537,14 +587,18 @@ impl Route {
     /// Takes its place in the group again, which must still be there.
     fn reopen(&mut self, leg: usize) -> Result<(), RouteError> {
         let Leg { topic, pipeline, .. } = self.legs.swap_remove(leg);
-        let bytes = pipeline.output_options().bytes;
+        let (id, bytes) = (pipeline.consumer().place().0, pipeline.output_options().bytes);
         // The old consumer's number is free only now.
         drop(pipeline);
-        let pipeline = self.plan.open(&topic, bytes, None).map_err(|(_, error)| error)?;
-        self.legs.push(Leg { topic, pipeline, refused: None });
-        self.counts.reopened += 1;
-        Ok(())
+        let opened = self.plan.open(&topic, bytes, None);
+        self.counts.reopened += u64::from(opened.is_ok());
+        self.take_leg(id, topic, When::Later, opened)
     }
+}
+
+/// Whether the coordinator may be there later.
+fn may_come_back(error: &ConnectError) -> bool {
+    matches!(error, ConnectError::Timeout { .. } | ConnectError::NotRunning { .. } | ConnectError::Io { .. })
 }
 
 /// Whether the route goes on without this input: because of who created it, or because there is no room for one more. An output

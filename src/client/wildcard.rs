@@ -1,6 +1,6 @@
 //! [`WildcardSubscriber`]: many topics read as one, each in its own order.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -442,12 +442,13 @@ impl Arrivals {
     }
 
     /// Lets go of the topics that were taken, but for those that are to be held for longer: until a release that says otherwise.
-    pub(crate) fn release(&mut self, keep: impl Fn(u64) -> bool) {
+    /// Which ones those were.
+    pub(crate) fn release(&mut self, keep: impl Fn(u64) -> bool) -> BTreeSet<u64> {
         let all = self.kept.drain(..).chain(self.taken.drain(..));
-        let (kept, over) = all.partition(|(topic, _)| keep(*topic));
+        let (kept, over): (_, Vec<(u64, HandleRef)>) = all.partition(|(topic, _)| keep(*topic));
         self.kept = kept;
-        let over: Vec<(u64, HandleRef)> = over;
-        over.into_iter().for_each(|(_, cursor)| self.core.control.release(cursor));
+        over.iter().for_each(|(_, cursor)| self.core.control.release(*cursor));
+        over.into_iter().map(|(topic, _)| topic).collect()
     }
 }
 

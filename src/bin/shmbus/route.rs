@@ -1,5 +1,6 @@
 //! `shmbus route`: copies messages from topics to a topic.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -133,11 +134,11 @@ fn pump(route: &mut Route, args: &Args) -> anyhow::Result<Ended> {
     let idle_exit = args.idle_exit.map(Duration::from_millis);
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut quiet_since = Instant::now();
-    let mut told = 0;
+    let (mut told, mut tell_at) = (BTreeSet::new(), Instant::now());
     while left > 0 {
-        if route.counts().passed_over > told {
-            tell_passed_over(route, route.counts().passed_over - told);
-            told = route.counts().passed_over;
+        if Instant::now() >= tell_at {
+            tell_passed_over(route, &mut told);
+            tell_at = Instant::now() + LOOK;
         }
         if let Some(signal) = signals::caught() {
             return Ok(Ended::BySignal(signal));
@@ -159,12 +160,12 @@ fn pump(route: &mut Route, args: &Args) -> anyhow::Result<Ended> {
     Ok(Ended::Well)
 }
 
-/// Says of the last so many topics that they are not routed.
-fn tell_passed_over(route: &Route, count: u64) {
-    let known = route.passed_over().count();
-    for (topic, why) in route.passed_over().skip(known.saturating_sub(count as usize)) {
+/// Says of each topic that is not routed that it is not, once.
+fn tell_passed_over(route: &Route, told: &mut BTreeSet<String>) {
+    for (topic, why) in route.passed_over().filter(|(topic, _)| !told.contains(*topic)) {
         eprintln!("shmbus: topic {topic:?} is passed over: {why}");
     }
+    *told = route.passed_over().map(|(topic, _)| topic.to_owned()).collect();
 }
 
 fn is_stopped(error: &RouteError) -> bool {
