@@ -431,6 +431,12 @@ fn a_route_of_a_pattern_passes_over_what_cannot_be_its_input() {
     let mut first = bus.publisher(topic(Mode::Many, "mixed.first")).unwrap();
     first.publish(b"an input").unwrap();
     assert!(route.step(LIMIT).unwrap());
+    // Nor does it end the others that somebody sends it away from one.
+    bus.remove_group("mixed.first", "route.routed", true).unwrap();
+    assert!(!route.step(SOON).unwrap());
+    calm.publish(b"an input").unwrap();
+    assert!(route.step(LIMIT).unwrap());
+    assert_eq!(route.topics().collect::<Vec<_>>(), ["mixed.calm"]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::access::Access;
 use crate::client::control::{Control, Granted, launch, watch};
@@ -163,9 +163,9 @@ impl Bus {
         Ok(self.list_topics(|request| self.control.request(request).map(Some))?.unwrap_or_default())
     }
 
-    /// The same for who has no longer than until `deadline`. `None`: that has passed.
-    pub(crate) fn topics_until(&self, deadline: Instant) -> Result<Option<Vec<TopicStatus>>, OpenError> {
-        self.list_topics(|request| self.control.request_until(request, deadline))
+    /// The same for who waits no longer than `patience` for each of the coordinator's answers. `None`: one did not come.
+    pub(crate) fn topics_within(&self, patience: Duration) -> Result<Option<Vec<TopicStatus>>, OpenError> {
+        self.list_topics(|request| self.control.request_until(request, Instant::now() + patience))
     }
 
     fn list_topics(

@@ -27,7 +27,7 @@ const SOON: Duration = Duration::from_millis(10);
 /// How often to ask again whether a topic now has room for us; and how long not to ask a coordinator that did not answer.
 const ROOM_LOOK: Duration = Duration::from_secs(10);
 
-/// How long to wait for the list of topics: inputs wait meanwhile, and come without the coordinator.
+/// How long to wait for a part of the list of topics: inputs wait meanwhile, and come without the coordinator.
 const LIST_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Topics opened before inputs have their turn again.
@@ -157,8 +157,8 @@ impl Sources<'_> {
 
     /// Whether topics have come. That the bus has ended its topics say, where there are any.
     fn has_news(&self) -> bool {
-        let have_come = |arrivals: &Arrivals| arrivals.has_news() || self.legs.is_empty() && arrivals.have_ended();
-        self.may_ask && (self.has_more || self.arrivals.is_some_and(have_come))
+        let has_ended = self.legs.is_empty() && self.arrivals.is_some_and(Arrivals::have_ended);
+        has_ended || self.may_ask && (self.has_more || self.arrivals.is_some_and(Arrivals::has_news))
     }
 
     /// The earliest moment at which an input comes due, as far as is known.
@@ -328,7 +328,7 @@ impl Plan {
 impl Route {
     /// Routes one input, waiting for it for at most `limit`; then, where the output topic is full, for room for as long as it
     /// takes. `false`: none came. Where topics have come it asks the coordinator first: one that does not answer costs half
-    /// a second, and is not asked again for ten.
+    /// a second, or ten if it falls silent while topics are opened, and is not asked again for ten.
     ///
     /// # Errors
     /// [`RouteError`]. The input is not lost: it goes back to its group.
@@ -367,9 +367,9 @@ impl Route {
     }
 
     /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
-    /// the group, a kind of topic that has no groups, no room. It takes nothing from them until they are created anew; for room
-    /// it asks again every 10 s. What is published meanwhile on one that has come since it was opened is held where only memory
-    /// is short, and not where places are: a cursor would take one.
+    /// the group, which somebody has removed under it, a kind of topic that has no groups, no room. It takes nothing from them
+    /// until they are created anew; for room it asks again every 10 s. What is published meanwhile on one that has come since
+    /// it was opened is held where only memory is short, and not where places are: a cursor would take one.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
     }
@@ -380,10 +380,11 @@ impl Route {
             // Before the list, which then has them all.
             arrivals.take();
         }
-        let listed = match self.arrivals.as_ref().is_some_and(Arrivals::have_ended) {
+        let has_ended = self.arrivals.as_ref().is_some_and(Arrivals::have_ended);
+        let listed = match has_ended {
             // There is nothing else to come: why, the coordinator or its absence says.
             true => self.plan.bus.topics().map(Some),
-            false => self.plan.bus.topics_until(Instant::now() + LIST_PATIENCE),
+            false => self.plan.bus.topics_within(LIST_PATIENCE),
         };
         let found = match listed {
             Ok(Some(topics)) => self.open_new(&topics).map(|()| true),
@@ -392,15 +393,20 @@ impl Route {
         };
         let is_away = match &found {
             Ok(is_there) => !is_there,
-            Err(RouteError::Open(OpenError::Connect(error))) => may_come_back(error) && !self.legs.is_empty(),
+            Err(RouteError::Open(error)) => may_come_back(error) && !has_ended,
             Err(_) => false,
         };
         if is_away {
-            // Inputs come without the coordinator.
-            self.ask_at = Some(Instant::now() + ROOM_LOOK);
+            self.ask_later();
             return Ok(());
         }
         found.map(drop)
+    }
+
+    /// The coordinator does not answer. Inputs come without it.
+    fn ask_later(&mut self) {
+        self.ask_at = Some(Instant::now() + ROOM_LOOK);
+        self.has_more = true;
     }
 
     /// The same for these topics.
@@ -413,7 +419,7 @@ impl Route {
         let lacks = |topic: u64| self.passed_over.iter().find(|passed| passed.id == topic).map(|passed| &passed.why);
         let let_go = arrivals.release(|topic| match lacks(topic) {
             Some(why) => matches!(why, Refusal::Budget { .. }),
-            None => self.has_more,
+            None => self.has_more && !has_leg(&self.legs, topic),
         });
         // What took the room may have been the cursor that held the messages for us.
         let again =
@@ -426,7 +432,7 @@ impl Route {
     fn open_legs(&mut self, topics: &[TopicStatus], when: When) -> Result<bool, RouteError> {
         let is_new = |topic: &&TopicStatus| {
             matches(&self.plan.from, &topic.name)
-                && self.legs.iter().all(|leg| leg.pipeline.consumer().place().0 != topic.id)
+                && !has_leg(&self.legs, topic.id)
                 && self.passed_over.iter().all(|passed| passed.id != topic.id || passed.is_due())
         };
         let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
@@ -592,12 +598,25 @@ impl Route {
         drop(pipeline);
         let opened = self.plan.open(&topic, bytes, None);
         self.counts.reopened += u64::from(opened.is_ok());
-        self.take_leg(id, topic, When::Later, opened)
+        match opened {
+            Err((_, error)) if is_pattern(&self.plan.from) && may_come_back(&error) => {
+                // It is found again as what has come.
+                self.ask_later();
+                Ok(())
+            }
+            opened => self.take_leg(id, topic, When::Later, opened),
+        }
     }
 }
 
-/// Whether the coordinator may be there later.
-fn may_come_back(error: &ConnectError) -> bool {
+/// Whether a topic, by its number, is an input already.
+fn has_leg(legs: &[Leg], topic: u64) -> bool {
+    legs.iter().any(|leg| leg.pipeline.consumer().place().0 == topic)
+}
+
+/// Whether the coordinator was not there, and may be later.
+fn may_come_back(error: &OpenError) -> bool {
+    let OpenError::Connect(error) = error else { return false };
     matches!(error, ConnectError::Timeout { .. } | ConnectError::NotRunning { .. } | ConnectError::Io { .. })
 }
 
@@ -609,6 +628,7 @@ fn is_passed_over(input: &str, when: When, refused: End, why: &Refusal) -> bool 
         | Refusal::Options { topic, .. }
         | Refusal::Schema { topic, .. }
         | Refusal::GroupExists { topic, .. }
+        | Refusal::UnknownGroup { topic, .. }
         | Refusal::GroupOptions { topic, .. }
         | Refusal::Corrupt { topic, .. } => topic == input,
         Refusal::Limit { .. } | Refusal::Budget { .. } => refused == End::Input || matches!(when, When::Later),

@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use shmbus::{Delivery, GoneReason, PipelineError, PublishError, RecvError, Route, RouteCounts, RouteError, Start};
+use shmbus::{
+    ConnectError, Delivery, GoneReason, OpenError, PipelineError, PublishError, RecvError, Route, RouteCounts,
+    RouteError, Start,
+};
 
 use crate::output::{grouped, json_line, line};
 use crate::{Ended, Globals, signals, values};
@@ -20,7 +23,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// origin-topic and origin-sequence. What cannot be published to TO goes to the dead-letter topic dlq.FROM.GROUP.
 /// A route whose copies would come back to it is refused, as far as the groups' names tell.
 ///
-/// In the end it prints what it did; with --json {from, to, group, routed, filtered, rejected, duplicates, reopened}.
+/// In the end it prints what it did; with --json {from, to, group, routed, filtered, rejected, duplicates, reopened,
+/// passed_over}.
 #[derive(clap::Args)]
 #[command(after_help = "Filters: key=GLOB, header:NAME=GLOB, contains=TEXT; in a GLOB * stands for anything.\n\
     Example: shmbus route 'orders.>' all-orders --from oldest --filter 'key=customer-*'")]
@@ -171,11 +175,12 @@ fn tell_passed_over(route: &Route, told: &mut BTreeSet<String>) {
 fn is_stopped(error: &RouteError) -> bool {
     matches!(
         error,
-        RouteError::Step {
-            source: PipelineError::Recv(RecvError::Gone(GoneReason::Stopped))
-                | PipelineError::Publish(PublishError::Gone(GoneReason::Stopped)),
-            ..
-        }
+        RouteError::Open(OpenError::Connect(ConnectError::Ended { .. }))
+            | RouteError::Step {
+                source: PipelineError::Recv(RecvError::Gone(GoneReason::Stopped))
+                    | PipelineError::Publish(PublishError::Gone(GoneReason::Stopped)),
+                ..
+            }
     )
 }
 
