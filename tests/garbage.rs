@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -173,6 +174,41 @@ fn what_a_wildcard_has_given_up_stays_away() {
     bus.publisher(Topic::<[u8]>::new("given.new")).unwrap().publish(b"new").unwrap();
     assert_eq!(wildcard.recv_timeout(LIMIT).unwrap().as_bytes(), b"new");
     assert_eq!(wildcard.topics().collect::<Vec<_>>(), ["given.new"]);
+}
+
+/// Who may write one of a route's inputs has no part in the others.
+#[test]
+fn a_route_gives_up_a_garbled_input_and_goes_on_with_the_others() {
+    let scene = Scene::new("routed");
+    let bus = scene.open();
+    let input = |name: &str| of_mode(Mode::Many, Topic::<[u8]>::named(name)).messages(64).bytes(4096);
+    let mut garbled = bus.publisher(input("in.garbled")).unwrap();
+    let _liar = bus.publisher(input("in.liar")).unwrap();
+    let mut sound = bus.publisher(input("in.sound")).unwrap();
+    let mut route = bus.route("in.*", "out").open().unwrap();
+    garbled.publish(b"sound").unwrap();
+    garbled.publish(b"garbled").unwrap();
+    assert!(route.step(LIMIT).unwrap());
+    let (log, second) = (segment(&scene, "in.garbled:log"), BODY + RING + 8);
+    // Its record's place.
+    let mut word = [0; 8];
+    log.read_exact_at(&mut word, second).unwrap();
+    log.write_all_at(&(u64::from_le_bytes(word) ^ 1 << 4).to_le_bytes(), second).unwrap();
+    // The topic's state, that the bus was stopped, and that readers are to look at it.
+    segment(&scene, "in.liar:log").write_all_at(&2_u32.to_le_bytes(), BODY).unwrap();
+    segment(&scene, "in.liar:cursors").write_all_at(&2_u32.to_le_bytes(), BODY).unwrap();
+    for _ in 0..3 {
+        sound.publish(b"sound").unwrap();
+        assert!(route.step(LIMIT).unwrap());
+    }
+    assert!(!route.step(Duration::from_millis(100)).unwrap());
+    let is_corrupt = |(name, why): (&str, &Refusal)| matches!(why, Refusal::Corrupt { topic, .. } if topic == name);
+    assert!(route.passed_over().all(is_corrupt));
+    let given_up: BTreeSet<&str> = route.passed_over().map(|(name, _)| name).collect();
+    assert_eq!(given_up, BTreeSet::from(["in.garbled", "in.liar"]));
+    assert_eq!(route.topics().collect::<Vec<_>>(), ["in.sound"]);
+    bus.stop().unwrap();
+    assert!(route.step(LIMIT).is_err());
 }
 
 /// What a look at garbage may take at most, a debug build and other tests at work included; a few milliseconds otherwise.

@@ -367,8 +367,8 @@ impl Route {
     }
 
     /// The topics that its pattern stands for and that cannot be inputs of it, and why: no right to consume there, or to create
-    /// the group, which somebody has removed under it, a kind of topic that has no groups, no room. It takes nothing from them
-    /// until they are created anew; for room it asks again every 10 s. What is published meanwhile on one that has come since
+    /// the group, which somebody has removed under it, a kind of topic that has no groups, garbage, no room. It takes nothing from
+    /// them until they are created anew; for room it asks again every 10 s. What is published meanwhile on one that has come since
     /// it was opened is held where only memory is short, and not where places are: a cursor would take one.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
@@ -567,6 +567,18 @@ impl Route {
                 self.legs.remove(leg);
                 return Ok(());
             }
+            // So says the topic, but not the bus: it lies, or is the first to know.
+            PipelineError::Recv(RecvError::Gone(GoneReason::Stopped))
+            | PipelineError::Ack(AckError::Gone(GoneReason::Stopped))
+                if self.arrivals.as_ref().is_some_and(|arrivals| !arrivals.have_ended()) =>
+            {
+                self.give_up(leg, "it says that the bus was stopped");
+                return Ok(());
+            }
+            PipelineError::Recv(RecvError::Corrupt(problem)) if is_pattern(&self.plan.from) => {
+                self.give_up(leg, problem);
+                return Ok(());
+            }
             // Given to another, who routes it, or back.
             PipelineError::Ack(AckError::LeaseLost { .. } | AckError::Ended { .. }) => return Ok(()),
             _ => {}
@@ -588,6 +600,13 @@ impl Route {
             }
             _ => Err(RouteError::Step { topic: topic.clone(), source: error }),
         }
+    }
+
+    /// Takes nothing from a garbled topic any more. What it has not routed stays in the group.
+    fn give_up(&mut self, leg: usize, problem: &str) {
+        let Leg { topic, pipeline, .. } = self.legs.remove(leg);
+        let why = Refusal::Corrupt { topic: topic.clone(), problem: problem.to_owned() };
+        self.pass_over(pipeline.consumer().place().0, topic, why);
     }
 
     /// Takes its place in the group again, which must still be there.
