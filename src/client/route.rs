@@ -1,40 +1,25 @@
 //! [`Route`]: copies messages from topics to a topic, filtered and transformed.
 
-use std::collections::BTreeSet;
+mod inputs;
+mod plan;
+mod sources;
+
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::client::bus::Bus;
 use crate::client::consumer::Delivery;
 use crate::client::envelope::Envelope;
-use crate::client::pipeline::{End, Failure, Outputs, Pipeline};
+use crate::client::pipeline::{Failure, Outputs, Pipeline};
 use crate::client::subscriber::Start;
 use crate::client::wildcard::Arrivals;
-use crate::coordinator::protocol::TopicStatus;
-use crate::error::{
-    AckError, ConnectError, GoneReason, OpenError, PipelineError, PublishError, RecvError, Refusal, RouteError,
-};
+use crate::error::{AckError, GoneReason, PipelineError, PublishError, RecvError, Refusal, RouteError};
 use crate::group::GroupOptions;
-use crate::pattern::{check_pattern, is_pattern, matches};
-use crate::ring::doorbell::Doorbell;
-use crate::shm::shared::Shared;
-use crate::topic::{Topic, check_name};
-use crate::wait::{self, Look, Wait};
-
-/// What comes due within this time is waited for awake, so to say: with short naps.
-const SOON: Duration = Duration::from_millis(10);
-
-/// How often to ask again whether a topic now has room for us; and how long not to ask a coordinator that did not answer.
-const ROOM_LOOK: Duration = Duration::from_secs(10);
-
-/// How long to wait for a part of the list of topics: inputs wait meanwhile, and come without the coordinator.
-const LIST_PATIENCE: Duration = Duration::from_millis(500);
-
-/// Topics opened before inputs have their turn again.
-const LEGS_A_LOOK: usize = 16;
-
-/// What routes' groups are called: this, and the output topic.
-const GROUP_PREFIX: &str = "route.";
+use crate::pattern::is_pattern;
+use crate::wait::{self, Wait};
+use inputs::{PassedOver, When, may_come_back};
+use plan::{GROUP_PREFIX, Plan};
+use sources::{Sources, Woken};
 
 /// Decides whether an input is routed.
 type Filter = Box<dyn FnMut(&Delivery<'_, [u8]>) -> bool + Send>;
@@ -71,22 +56,6 @@ pub struct Route {
     passed_over: Vec<PassedOver>,
 }
 
-/// A topic that cannot be an input.
-struct PassedOver {
-    /// The topic's number: one that is created anew is another one.
-    id: u64,
-    name: String,
-    why: Refusal,
-    /// When to try it again, where all that it lacks is room.
-    again_at: Option<Instant>,
-}
-
-impl PassedOver {
-    fn is_due(&self) -> bool {
-        self.again_at.is_some_and(|at| at <= Instant::now())
-    }
-}
-
 /// How a route is to be opened; ends with [`RouteBuilder::open`].
 #[must_use]
 pub struct RouteBuilder {
@@ -113,84 +82,6 @@ pub struct RouteCounts {
     /// Topics that the pattern stands for and that it does not take from now, because they cannot be inputs of it; see
     /// [`Route::passed_over`].
     pub passed_over: u64,
-}
-
-/// From where to where.
-struct Plan {
-    bus: Bus,
-    from: String,
-    to: String,
-    group: String,
-    options: GroupOptions,
-}
-
-/// When topics are looked for.
-#[derive(Clone, Copy)]
-enum When {
-    /// While the route is opened: all that are there, and where their groups start.
-    AtFirst(Start),
-    /// Later, some at a time, from their first message on.
-    Later,
-}
-
-/// Why a route woke up.
-enum Woken {
-    /// A leg has an input, or says why it will have none.
-    Input(usize, Result<(), RecvError>),
-    /// Topics have come, and there is no input; or a moment to look at is sooner than was planned.
-    LookAgain,
-}
-
-/// What a route waits on.
-struct Sources<'a> {
-    legs: &'a mut Vec<Leg>,
-    arrivals: Option<&'a Arrivals>,
-    has_more: bool,
-    may_ask: bool,
-}
-
-impl Sources<'_> {
-    fn bells(&self, into: &mut Vec<Shared<Doorbell>>) {
-        into.extend(self.arrivals.map(Arrivals::bell));
-        into.extend(self.legs.iter().map(|leg| leg.pipeline.consumer().shared_bell()));
-    }
-
-    /// Whether topics have come. That the bus has ended its topics say, where there are any.
-    fn has_news(&self) -> bool {
-        let has_ended = self.legs.is_empty() && self.arrivals.is_some_and(Arrivals::have_ended);
-        has_ended || self.may_ask && (self.has_more || self.arrivals.is_some_and(Arrivals::has_news))
-    }
-
-    /// The earliest moment at which an input comes due, as far as is known.
-    fn next_due(&self) -> Option<Instant> {
-        let naps = self.legs.iter().filter_map(|leg| leg.pipeline.consumer().nap());
-        naps.min().and_then(|nap| Instant::now().checked_add(nap))
-    }
-
-    /// Takes an input, beginning with the leg whose turn it is; if there is none, says whether there is news.
-    fn look(&mut self, turn: usize, planned: Option<Instant>) -> Look<Woken> {
-        let count = self.legs.len();
-        for index in (0..count).map(|at| (turn + at) % count) {
-            match self.legs[index].pipeline.consumer_mut().take() {
-                Ok(true) => return Look::Found(Woken::Input(index, Ok(()))),
-                Ok(false) => {}
-                Err(error) => return Look::Found(Woken::Input(index, Err(error))),
-            }
-        }
-        if self.has_news() {
-            return Look::Found(Woken::LookAgain);
-        }
-        if self.legs.iter().any(|leg| leg.pipeline.consumer().has_left_off()) {
-            return Look::Within(Duration::ZERO);
-        }
-        match self.next_due() {
-            None => Look::Nothing,
-            Some(due) if due <= Instant::now() + SOON => Look::Within(wait::MOMENT),
-            // The clock that leases end by is coarse, so that the same moment seems to come a little sooner or later.
-            Some(due) if planned.is_none_or(|planned| due + SOON < planned) => Look::Found(Woken::LookAgain),
-            Some(_) => Look::Nothing,
-        }
-    }
 }
 
 /// One input topic.
@@ -274,57 +165,6 @@ impl RouteBuilder {
     }
 }
 
-impl Plan {
-    fn check_names(&self) -> Result<(), OpenError> {
-        let bad = |name: &str, source| Refusal::Name { name: name.to_owned(), source };
-        check_pattern(&self.from).map_err(|source| bad(&self.from, source))?;
-        check_name(&self.to).map_err(|source| bad(&self.to, source))?;
-        Ok(())
-    }
-
-    /// The existing topics that are inputs.
-    fn topics(&self) -> Result<Vec<TopicStatus>, OpenError> {
-        let mut topics = self.bus.topics()?;
-        if !is_pattern(&self.from) && topics.iter().all(|topic| topic.name != self.from) {
-            // The coordinator's own words about it.
-            topics.push(self.bus.topic(&self.from)?);
-        }
-        Ok(topics)
-    }
-
-    /// Refuses what would come back to one of its inputs by routes whose groups have the default names.
-    fn check_loop(&self, topics: &[TopicStatus]) -> Result<(), RouteError> {
-        let refused = |path| RouteError::Loop { from: self.from.clone(), to: self.to.clone(), path };
-        if matches(&self.from, &self.to) {
-            return Err(refused(format!("{:?} is one of its inputs", self.to)));
-        }
-        let (mut seen, mut open) = (BTreeSet::new(), vec![self.to.as_str()]);
-        while let Some(name) = open.pop() {
-            let groups = topics.iter().filter(|topic| topic.name == name).flat_map(|topic| &topic.groups);
-            for next in groups.filter_map(|group| group.name.strip_prefix(GROUP_PREFIX)) {
-                if matches(&self.from, next) {
-                    let mend = format!("if that is over, `shmbus group rm {name} {GROUP_PREFIX}{next}`");
-                    return Err(refused(format!("from topic {name:?} there is a route to {next:?}; {mend}")));
-                }
-                if seen.insert(next) {
-                    open.push(next);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A pipeline from one topic; `start` where its group may be created.
-    fn open(&self, topic: &str, bytes: u64, start: Option<Start>) -> Result<Pipeline<[u8], [u8]>, (End, OpenError)> {
-        let to = Topic::<[u8]>::named(self.to.as_str()).envelope().bytes(bytes);
-        let pipeline = self.bus.pipeline(Topic::<[u8]>::named(topic), self.group.as_str(), to);
-        match start {
-            Some(start) => pipeline.options(self.options.clone()).start(start).open_ends(),
-            None => pipeline.existing().open_ends(),
-        }
-    }
-}
-
 impl Route {
     /// Routes one input, waiting for it for at most `limit`; then, where the output topic is full, for room for as long as it
     /// takes. `false`: none came. Where topics have come it asks the coordinator first: one that does not answer costs half
@@ -372,125 +212,6 @@ impl Route {
     /// it was opened is held where only memory is short, and not where places are: a cursor would take one.
     pub fn passed_over(&self) -> impl Iterator<Item = (&str, &Refusal)> {
         self.passed_over.iter().map(|topic| (topic.name.as_str(), &topic.why))
-    }
-
-    /// Opens a pipeline for each input topic that has come later, or for some and the others next time.
-    fn find_topics(&mut self) -> Result<(), RouteError> {
-        if let Some(arrivals) = &mut self.arrivals {
-            // Before the list, which then has them all.
-            arrivals.take();
-        }
-        let has_ended = self.arrivals.as_ref().is_some_and(Arrivals::have_ended);
-        let listed = match has_ended {
-            // There is nothing else to come: why, the coordinator or its absence says.
-            true => self.plan.bus.topics().map(Some),
-            false => self.plan.bus.topics_within(LIST_PATIENCE),
-        };
-        let found = match listed {
-            Ok(Some(topics)) => self.open_new(&topics).map(|()| true),
-            Ok(None) => Ok(false),
-            Err(error) => Err(error.into()),
-        };
-        let is_away = match &found {
-            Ok(is_there) => !is_there,
-            Err(RouteError::Open(error)) => may_come_back(error) && !has_ended,
-            Err(_) => false,
-        };
-        if is_away {
-            self.ask_later();
-            return Ok(());
-        }
-        found.map(drop)
-    }
-
-    /// The coordinator does not answer. Inputs come without it.
-    fn ask_later(&mut self) {
-        self.ask_at = Some(Instant::now() + ROOM_LOOK);
-        self.has_more = true;
-    }
-
-    /// The same for these topics.
-    fn open_new(&mut self, topics: &[TopicStatus]) -> Result<(), RouteError> {
-        self.ask_at = None;
-        self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
-        self.has_more = !self.open_legs(topics, When::Later)?;
-        let Some(arrivals) = &mut self.arrivals else { return Ok(()) };
-        // Our groups hold their messages now, but for those that memory lacked for, or whose turn is to come.
-        let lacks = |topic: u64| self.passed_over.iter().find(|passed| passed.id == topic).map(|passed| &passed.why);
-        let let_go = arrivals.release(|topic| match lacks(topic) {
-            Some(why) => matches!(why, Refusal::Budget { .. }),
-            None => self.has_more && !has_leg(&self.legs, topic),
-        });
-        // What took the room may have been the cursor that held the messages for us.
-        let again =
-            |topic: &&TopicStatus| let_go.contains(&topic.id) && matches!(lacks(topic.id), Some(Refusal::Limit { .. }));
-        let again: Vec<&TopicStatus> = topics.iter().filter(again).collect();
-        again.into_iter().try_for_each(|topic| self.open_leg(topic, When::Later))
-    }
-
-    /// Opens a pipeline for each of these that is an input topic and has none, or for some of them. Whether those are all.
-    fn open_legs(&mut self, topics: &[TopicStatus], when: When) -> Result<bool, RouteError> {
-        let is_new = |topic: &&TopicStatus| {
-            matches(&self.plan.from, &topic.name)
-                && !has_leg(&self.legs, topic.id)
-                && self.passed_over.iter().all(|passed| passed.id != topic.id || passed.is_due())
-        };
-        let new: Vec<&TopicStatus> = topics.iter().filter(is_new).collect();
-        if !new.is_empty() {
-            self.plan.check_loop(topics)?;
-        }
-        let count = match when {
-            When::AtFirst(_) => new.len(),
-            When::Later => new.len().min(LEGS_A_LOOK),
-        };
-        for topic in &new[..count] {
-            self.open_leg(topic, when)?;
-        }
-        Ok(count == new.len())
-    }
-
-    fn open_leg(&mut self, topic: &TopicStatus, when: When) -> Result<(), RouteError> {
-        let start = match when {
-            When::AtFirst(start) => start,
-            When::Later => Start::Oldest,
-        };
-        let least = Topic::<[u8]>::named(self.plan.to.as_str()).options().bytes;
-        let opened = self.plan.open(&topic.name, least.max(topic.options.bytes), Some(start));
-        self.take_leg(topic.id, topic.name.clone(), when, opened)
-    }
-
-    /// Takes from a topic from now on, or passes over it.
-    fn take_leg(
-        &mut self,
-        id: u64,
-        name: String,
-        when: When,
-        opened: Result<Pipeline<[u8], [u8]>, (End, OpenError)>,
-    ) -> Result<(), RouteError> {
-        match opened {
-            Ok(pipeline) => {
-                self.passed_over.retain(|passed| passed.id != id);
-                self.legs.push(Leg { topic: name, pipeline, refused: None });
-            }
-            // It was there a moment ago.
-            Err((_, OpenError::Refused(Refusal::UnknownTopic { .. }))) if is_pattern(&self.plan.from) => {}
-            Err((end, OpenError::Refused(why)))
-                if is_pattern(&self.plan.from) && is_passed_over(&name, when, end, &why) =>
-            {
-                self.pass_over(id, name, why);
-            }
-            Err((_, error)) => return Err(error.into()),
-        }
-        Ok(())
-    }
-
-    fn pass_over(&mut self, id: u64, name: String, why: Refusal) {
-        let lacks_room = matches!(why, Refusal::Limit { .. } | Refusal::Budget { .. });
-        let again_at = lacks_room.then(|| Instant::now() + ROOM_LOOK);
-        match self.passed_over.iter_mut().find(|passed| passed.id == id) {
-            Some(passed) => (passed.why, passed.again_at) = (why, again_at),
-            None => self.passed_over.push(PassedOver { id, name, why, again_at }),
-        }
     }
 
     fn sources(&mut self) -> Sources<'_> {
@@ -602,13 +323,6 @@ impl Route {
         }
     }
 
-    /// Takes nothing from a garbled topic any more. What it has not routed stays in the group.
-    fn give_up(&mut self, leg: usize, problem: &str) {
-        let Leg { topic, pipeline, .. } = self.legs.remove(leg);
-        let why = Refusal::Corrupt { topic: topic.clone(), problem: problem.to_owned() };
-        self.pass_over(pipeline.consumer().place().0, topic, why);
-    }
-
     /// Takes its place in the group again, which must still be there.
     fn reopen(&mut self, leg: usize) -> Result<(), RouteError> {
         let Leg { topic, pipeline, .. } = self.legs.swap_remove(leg);
@@ -625,33 +339,6 @@ impl Route {
             }
             opened => self.take_leg(id, topic, When::Later, opened),
         }
-    }
-}
-
-/// Whether a topic, by its number, is an input already.
-fn has_leg(legs: &[Leg], topic: u64) -> bool {
-    legs.iter().any(|leg| leg.pipeline.consumer().place().0 == topic)
-}
-
-/// Whether the coordinator was not there, and may be later.
-fn may_come_back(error: &OpenError) -> bool {
-    let OpenError::Connect(error) = error else { return false };
-    matches!(error, ConnectError::Timeout { .. } | ConnectError::NotRunning { .. } | ConnectError::Io { .. })
-}
-
-/// Whether the route goes on without this input: because of who created it, or because there is no room for one more. An output
-/// that has no room for it is an error only to who opens the route.
-fn is_passed_over(input: &str, when: When, refused: End, why: &Refusal) -> bool {
-    match why {
-        Refusal::NoRight { topic, .. }
-        | Refusal::Options { topic, .. }
-        | Refusal::Schema { topic, .. }
-        | Refusal::GroupExists { topic, .. }
-        | Refusal::UnknownGroup { topic, .. }
-        | Refusal::GroupOptions { topic, .. }
-        | Refusal::Corrupt { topic, .. } => topic == input,
-        Refusal::Limit { .. } | Refusal::Budget { .. } => refused == End::Input || matches!(when, When::Later),
-        _ => false,
     }
 }
 
