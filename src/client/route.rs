@@ -143,7 +143,7 @@ impl RouteBuilder {
     ///
     /// # Errors
     /// [`RouteError::Loop`], as far as it can be seen; an input topic that is named does not exist, or cannot have groups (those of
-    /// a pattern are passed over then); the output topic is not for many publishers.
+    /// a pattern are passed over then); the output topic is not for many publishers, or has no room for one more.
     pub fn open(self) -> Result<Route, RouteError> {
         let RouteBuilder { plan, start, filters, transform } = self;
         let counts = RouteCounts::default();
