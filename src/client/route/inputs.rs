@@ -81,7 +81,8 @@ impl Route {
         self.has_more = true;
     }
 
-    /// The same for these topics.
+    /// Opens a pipeline for each of these topics that is new, or for some and the others next time, and lets go of those that need
+    /// not be held any more.
     pub(super) fn open_new(&mut self, topics: &[TopicStatus]) -> Result<(), RouteError> {
         self.ask_at = None;
         self.passed_over.retain(|topic| topics.iter().any(|there| there.id == topic.id));
@@ -121,7 +122,7 @@ impl Route {
         Ok(count == new.len())
     }
 
-    pub(super) fn open_leg(&mut self, topic: &TopicStatus, when: When) -> Result<(), RouteError> {
+    fn open_leg(&mut self, topic: &TopicStatus, when: When) -> Result<(), RouteError> {
         let start = match when {
             When::AtFirst(start) => start,
             When::Later => Start::Oldest,
@@ -156,7 +157,7 @@ impl Route {
         Ok(())
     }
 
-    pub(super) fn pass_over(&mut self, id: u64, name: String, why: Refusal) {
+    fn pass_over(&mut self, id: u64, name: String, why: Refusal) {
         let lacks_room = matches!(why, Refusal::Limit { .. } | Refusal::Budget { .. });
         let again_at = lacks_room.then(|| Instant::now() + ROOM_LOOK);
         match self.passed_over.iter_mut().find(|passed| passed.id == id) {
