@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use common::{MODES, Process, Random, Scene, await_that, end_with_the_test, hear, mode_of, of_mode, say, seed};
+use common::{LIMIT, MODES, Process, Random, Scene, await_that, end_with_the_test, hear, mode_of, of_mode, say, seed};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::mman::{MRemapFlags, MapFlags, ProtFlags, mmap, mremap};
@@ -31,6 +31,10 @@ const STATE_BYTES: usize = 128;
 
 /// One topic is garbled for so long.
 const ROUND: Duration = Duration::from_millis(400);
+
+/// Memory that one asks for, and how often.
+const HOARD_BYTES: u64 = 512 << 20;
+const HOARDS: usize = 4;
 
 /// Nothing here waits for longer than a few milliseconds; this is for a machine that is very busy.
 const PROMPT: Duration = Duration::from_secs(5);
@@ -58,6 +62,7 @@ fn role() {
         "vandal" => vandal(&arguments),
         "honest" => honest(&arguments),
         "bystander" => bystander(),
+        "hoard" => hoard(),
         "noise" => noise(&arguments),
         "reader" => reader_without_rights(&arguments),
         _ => panic!("no role {role}"),
@@ -655,6 +660,53 @@ fn hostile_clients_delay_nobody() {
     noises.into_iter().for_each(Process::kill);
     assert_eq!([scene.server("keeper"), scene.server("coordinator")], servers, "a server died");
     await_that("its descriptors", || fds() <= before);
+}
+
+/// Role: has a topic of much memory created and removed, over and over.
+fn hoard() {
+    end_with_the_test();
+    let bus = Bus::open_default().unwrap();
+    say("ready");
+    for _ in 0..HOARDS {
+        say("begun");
+        bus.create(&Topic::<[u8]>::new("hoard").bytes(HOARD_BYTES)).unwrap();
+        say("done");
+        bus.remove_topic("hoard", false).unwrap();
+    }
+    thread::sleep(LIMIT);
+}
+
+/// What one asks for may take the kernel long: others are answered all the while.
+#[test]
+fn who_asks_for_much_memory_delays_nobody() {
+    let scene = Scene::new("hoard");
+    let bus = scene.open();
+    bus.create(&Topic::<[u8]>::new("calm")).unwrap();
+    let mut hoard = scene.start("hoard", "");
+    hoard.expect("ready");
+    let (over, end) = (AtomicBool::new(false), Instant::now() + LIMIT);
+    let requests = AtomicU64::new(0);
+    let answered = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && Instant::now() < end {
+                bus.topic("calm").unwrap();
+                requests.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let answered = (0..HOARDS).map(|_| {
+            hoard.expect("begun");
+            let before = requests.load(Ordering::Relaxed);
+            hoard.expect("done");
+            requests.load(Ordering::Relaxed) - before
+        });
+        let answered: Vec<u64> = answered.collect();
+        over.store(true, Ordering::Relaxed);
+        answered
+    });
+    println!("requests while {HOARD_BYTES} bytes were reserved: {answered:?}");
+    // Where they wait for it, it is one that was under way, and perhaps the next.
+    let most = answered.into_iter().max();
+    assert!(most > Some(10), "nobody is answered while memory is reserved for another");
 }
 
 /// Something that looks like a request: the kind, then anything; or a good one over and over.

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::coordinator::estate::{Granted, News};
+use crate::coordinator::estate::{Granted, News, Progress};
 use crate::coordinator::limits::MAX_QUEUED_PACKETS;
 use crate::coordinator::protocol::{Answer, MAX_PACKET_FDS, Request};
 use crate::error::Refusal;
@@ -70,6 +70,8 @@ pub(crate) struct Connection {
     fds: Vec<OwnedFd>,
     /// Its last request is done in parts: until it is done nothing else is heard.
     put_off: bool,
+    /// How far that has come.
+    pub(crate) progress: Progress,
     /// Lost topics that it was asked for and has not presented.
     asked: BTreeSet<u64>,
 }
@@ -89,6 +91,7 @@ impl Connection {
             max_fds: 0,
             fds: Vec::new(),
             put_off: false,
+            progress: Progress::default(),
             asked: BTreeSet::new(),
         }
     }

@@ -19,6 +19,7 @@ mod release;
 mod report;
 mod resume;
 mod retention;
+mod rounds;
 mod wildcards;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,13 +31,17 @@ use nix::unistd::Uid;
 
 pub(crate) use crate::coordinator::estate::groups::Expired;
 use crate::coordinator::estate::groups::Reclaims;
+use crate::coordinator::estate::rounds::Others;
+pub(crate) use crate::coordinator::estate::rounds::Progress;
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
-use crate::coordinator::memory::{Joined, LedgerCount, TopicMemory};
+use crate::coordinator::memory::{Joined, LedgerCount, Reservation, TopicMemory};
 use crate::coordinator::notices::Notices;
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry};
+#[cfg(test)]
+use crate::coordinator::state::Aside;
 use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
 use crate::ring::log::TopicState;
@@ -51,6 +56,16 @@ const FOOTPRINT: Footprint = Footprint {
 
 /// An answer with its descriptors.
 pub(crate) type Granted = (Answer, Vec<OwnedFd>);
+
+/// What became of a request.
+#[expect(clippy::large_enum_variant, reason = "answered at once")]
+pub(crate) enum Outcome {
+    Granted(Granted),
+    /// The bus is to be stopped.
+    Stop,
+    /// It takes longer than others may wait: ask again in the next round, with the progress made.
+    PutOff,
+}
 
 /// Everything a bus consists of, but for its sockets.
 pub(crate) struct Estate {
@@ -70,8 +85,10 @@ pub(crate) struct Estate {
     /// What the looks under way have still to look at.
     rest: Rest,
     reclaims: Reclaims,
-    /// Words of ledgers walked for releases since the last round of the loop.
-    walked: u64,
+    /// What was done since the last round of the loop, in words of ledgers walked.
+    worked: u64,
+    /// Memory for the event that is about to be carried out.
+    reserved: Reservation,
     /// What was counted in ledgers for a status that is to be given, and when, by topic and group.
     counted: BTreeMap<(u64, u32), (Instant, LedgerCount)>,
     /// Where the subscriber that opens right now begins.
@@ -116,7 +133,8 @@ impl Estate {
             expiring: Vec::new(),
             rest: Rest::default(),
             reclaims: Reclaims::new(),
-            walked: 0,
+            worked: 0,
+            reserved: Reservation::default(),
             counted: BTreeMap::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
@@ -194,21 +212,65 @@ impl Estate {
         std::mem::take(&mut self.announcements)
     }
 
-    /// Grants a participant's request, or declines it. `None`: the bus is to be stopped. `once`: the number under which it is granted
-    /// once, or 0.
+    /// Grants a participant's request, or declines it. `once`: the number under which it is granted once, or 0. `progress`: how far
+    /// it came in earlier rounds.
     pub(crate) fn request_once(
         &mut self,
         incarnation: u64,
         request: &Request,
         once: u64,
-    ) -> Result<Option<Granted>, Refusal> {
+        progress: &mut Progress,
+        others: Others<'_>,
+    ) -> Result<Outcome, Refusal> {
         if matches!(request, Request::Stop) {
             self.check_host(incarnation)?;
         }
+        if progress.opening.is_some() {
+            return self.grant_wildcard(progress);
+        }
+        if !self.reserve(&mut progress.reservation)? {
+            return Ok(Outcome::PutOff);
+        }
+        // Much may have changed while it was reserved: it is decided as if nothing had been.
         let Plan { events, reply } = self.state.request_once(&self.limits, FOOTPRINT, incarnation, once, request)?;
-        self.carry_out_all(events)?;
+        if let Reply::Wildcard { wildcard } = reply {
+            progress.opening = Some(self.begin_opening(wildcard, events)?);
+            return self.grant_wildcard(progress);
+        }
+        if !self.reserve_for(&events, &mut progress.reservation, others)? {
+            return Ok(Outcome::PutOff);
+        }
+        self.reserved = std::mem::take(&mut progress.reservation);
+        let carried_out = self.carry_out_all(events);
+        self.reserved = Reservation::default();
+        carried_out.and_then(|()| self.answered(reply))
+    }
+
+    fn grant_wildcard(&mut self, progress: &mut Progress) -> Result<Outcome, Refusal> {
+        let Some(opening) = &mut progress.opening else { return Err(broken("a wildcard that is not being opened")) };
+        let wildcard = opening.wildcard;
+        match self.go_on_opening(opening) {
+            Ok(true) => self.answered(Reply::Wildcard { wildcard }),
+            Ok(false) => Ok(Outcome::PutOff),
+            Err(refusal) => {
+                self.close_again(HandleRef::Wildcard { wildcard })?;
+                Err(refusal)
+            }
+        }
+    }
+
+    /// A handle that was opened and cannot be handed out.
+    fn close_again(&mut self, handle: HandleRef) -> Result<(), Refusal> {
+        let cursors = match handle {
+            HandleRef::Wildcard { wildcard } => self.state.cursors_of_wildcard(wildcard),
+            _ => Vec::new(),
+        };
+        self.carry_out_all(cursors.into_iter().chain([handle]).map(|handle| Event::Closed { handle }).collect())
+    }
+
+    fn answered(&mut self, reply: Reply) -> Result<Outcome, Refusal> {
         let opened = match reply {
-            Reply::Stop => return Ok(None),
+            Reply::Stop => return Ok(Outcome::Stop),
             Reply::Publisher { topic, slot } => Some(HandleRef::Publisher { topic, slot }),
             Reply::Subscriber { topic, cursor } => Some(HandleRef::Subscriber { topic, cursor }),
             Reply::Consumer { topic, group, consumer } => Some(HandleRef::Consumer { topic, group, consumer }),
@@ -217,14 +279,33 @@ impl Estate {
         };
         let granted = self.granted(reply);
         if let (Err(_), Some(handle)) = (&granted, opened) {
-            self.carry_out(Event::Closed { handle })?;
+            self.close_again(handle)?;
         }
-        granted.map(Some)
+        granted.map(Outcome::Granted)
     }
 
     #[cfg(test)]
     pub(crate) fn request(&mut self, incarnation: u64, request: &Request) -> Result<Option<Granted>, Refusal> {
-        self.request_once(incarnation, request, 0)
+        self.request_numbered(incarnation, request, 0)
+    }
+
+    /// The same under a number, and however many rounds it takes.
+    #[cfg(test)]
+    pub(crate) fn request_numbered(
+        &mut self,
+        incarnation: u64,
+        request: &Request,
+        once: u64,
+    ) -> Result<Option<Granted>, Refusal> {
+        let mut progress = Progress::default();
+        loop {
+            self.begin_round();
+            match self.request_once(incarnation, request, once, &mut progress, &|_| Aside::default())? {
+                Outcome::Granted(granted) => return Ok(Some(granted)),
+                Outcome::Stop => return Ok(None),
+                Outcome::PutOff => {}
+            }
+        }
     }
 
     /// Whether a participant may do what concerns the whole bus.

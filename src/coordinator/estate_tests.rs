@@ -197,19 +197,19 @@ fn what_is_to_be_done_once_is_answered_as_it_was() {
     let remove = Request::RemoveTopic { topic: "new".to_owned(), force: false };
     let created = |answer| matches!(answer, Ok(Some((Answer::Created { existed: false }, _))));
     for (request, number) in [(&create, 1), (&remove, 2), (&create, 3)] {
-        let first = estate.request_once(us, request, number).unwrap().unwrap().0;
+        let first = estate.request_numbered(us, request, number).unwrap().unwrap().0;
         keeper.listen();
         drop(estate);
         estate = keeper.restart();
-        let again = estate.request_once(us, request, number).unwrap().unwrap().0;
+        let again = estate.request_numbered(us, request, number).unwrap().unwrap().0;
         assert_eq!(postcard::to_stdvec(&again), postcard::to_stdvec(&first));
         let snapshot = estate.state().snapshot();
         estate.registry.compact(&snapshot).unwrap();
     }
-    assert!(created(estate.request_once(us, &create, 3)));
-    assert!(matches!(estate.request_once(us, &create, 4), Err(Refusal::AlreadyExists { .. })));
+    assert!(created(estate.request_numbered(us, &create, 3)));
+    assert!(matches!(estate.request_numbered(us, &create, 4), Err(Refusal::AlreadyExists { .. })));
     assert!(matches!(estate.request(us, &create), Err(Refusal::AlreadyExists { .. })));
-    assert!(matches!(estate.request_once(us, &Request::Report, 5), Err(Refusal::Protocol { .. })));
+    assert!(matches!(estate.request_numbered(us, &Request::Report, 5), Err(Refusal::Protocol { .. })));
 }
 
 /// Nobody has been let in of whom the registry does not say who he is: he comes again.
@@ -317,6 +317,9 @@ fn a_wildcard_leaves_nothing_with_the_keeper() {
 
 #[path = "estate/group_tests.rs"]
 mod groups;
+
+#[path = "estate/round_tests.rs"]
+mod rounds;
 
 /// A keeper that is stopped, and whose socket is full.
 fn stopped_keeper() -> (OwnedFd, Link) {

@@ -5,6 +5,7 @@ mod expiry;
 mod groups;
 mod publishers;
 mod readers;
+mod reservation;
 mod retention;
 
 use std::collections::BTreeMap;
@@ -14,9 +15,10 @@ pub(crate) use crate::coordinator::memory::expiry::AtFloor;
 use crate::coordinator::memory::groups::GroupMemory;
 pub(crate) use crate::coordinator::memory::groups::{LedgerCount, Overdue, ledger_name};
 pub(crate) use crate::coordinator::memory::readers::Joined;
+pub(crate) use crate::coordinator::memory::reservation::{Reservation, Wanted};
 use crate::coordinator::protocol::{SegmentRef, TopicInfo};
 use crate::error::Refusal;
-use crate::os::memfd;
+use crate::os::memfd::{self, free_elsewhere};
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::{Place, TopicState};
@@ -55,6 +57,13 @@ struct ArenaPart {
     arena: Arena,
 }
 
+impl ArenaPart {
+    fn new(info: &TopicInfo, slot: u32, (fd, segment): (OwnedFd, Segment)) -> ArenaPart {
+        segment.publish(&info.arena(slot));
+        ArenaPart { fd, arena: topic::arena(&segment, &info.geometry) }
+    }
+}
+
 /// A descriptor that goes into the keeper's store, with its name's last part: "log", "cursors", "arena-3", "ledger-0", "own-5",
 /// "channel".
 pub(crate) struct StoredSegment<'a> {
@@ -63,10 +72,34 @@ pub(crate) struct StoredSegment<'a> {
 }
 
 impl TopicMemory {
-    /// Creates log, cursors and the first arena (a channel: its one segment), reserved in full and sealed.
-    pub(crate) fn create(info: &TopicInfo) -> Result<TopicMemory, Refusal> {
+    /// The segments that [`Self::create`] makes.
+    pub(crate) fn first_segments(info: &TopicInfo) -> Vec<Wanted> {
         if info.options.mode == Mode::Channel {
-            let (fd, segment) = new_segment(info, "channel", &info.channel())?;
+            return vec![Wanted::new(info, "channel", info.channel())];
+        }
+        vec![
+            Wanted::new(info, "log", info.log()),
+            Wanted::new(info, "cursors", info.cursors()),
+            TopicMemory::arena_segment(info, 0),
+        ]
+    }
+
+    /// The segment that [`Self::add_arena`] makes.
+    pub(crate) fn arena_segment(info: &TopicInfo, slot: u32) -> Wanted {
+        Wanted::new(info, "arena", info.arena(slot))
+    }
+
+    /// Creates log, cursors and the first arena (a channel: its one segment), reserved in full and sealed, of what was `reserved`
+    /// for them.
+    pub(crate) fn create(info: &TopicInfo, reserved: &mut Reservation) -> Result<TopicMemory, Refusal> {
+        let mut made = Vec::new();
+        for wanted in TopicMemory::first_segments(info) {
+            made.push(reserved.make(&wanted)?);
+        }
+        let mut made = made.into_iter();
+        let mut next = || made.next().ok_or_else(|| corrupt(info, "a segment too few".into()));
+        if info.options.mode == Mode::Channel {
+            let (fd, segment) = next()?;
             if info.small_slots() {
                 topic::channel::<1>(&segment, &info.geometry).0.format();
             } else {
@@ -75,26 +108,20 @@ impl TopicMemory {
             segment.publish(&info.channel());
             return Ok(TopicMemory::new(info, Parts::Channel { segment, fd }));
         }
-        let (log_fd, log) = new_segment(info, "log", &info.log())?;
-        let (cursors_fd, cursors) = new_segment(info, "cursors", &info.cursors())?;
+        let ((log_fd, log), (cursors_fd, cursors)) = (next()?, next()?);
         let segments = LogSegments { log, cursors };
         segments.header().format(0);
         segments.cursor_lines(info).iter().for_each(|cursor| cursor.format());
         segments.log.publish(&info.log());
         segments.cursors.publish(&info.cursors());
-        let arenas = Vec::new();
+        let arenas = vec![Some(ArenaPart::new(info, 0, next()?))];
         let parts = Parts::Log { segments, log: log_fd, cursors: cursors_fd, arenas };
-        let mut memory = TopicMemory::new(info, parts);
-        memory.add_arena(info, 0)?;
-        Ok(memory)
+        Ok(TopicMemory::new(info, parts))
     }
 
     /// Bytes that `create` reserves.
     pub(crate) fn footprint_bytes(info: &TopicInfo) -> u64 {
-        if info.options.mode == Mode::Channel {
-            return info.channel().len_bytes;
-        }
-        info.log().len_bytes + info.cursors().len_bytes + info.arena(0).len_bytes
+        TopicMemory::first_segments(info).iter().map(|wanted| wanted.promise.len_bytes).sum()
     }
 
     /// Bytes that a subscriber's own cursors reserve.
@@ -185,12 +212,11 @@ impl TopicMemory {
         }
     }
 
-    /// Creates the arena of a publisher slot.
-    pub(crate) fn add_arena(&mut self, info: &TopicInfo, slot: u32) -> Result<(), Refusal> {
-        let Parts::Log { arenas, .. } = &mut self.parts else { return Ok(()) };
-        let (fd, segment) = new_segment(info, &format!("arena-{slot}"), &info.arena(slot))?;
-        segment.publish(&info.arena(slot));
-        put_arena(arenas, slot, ArenaPart { fd, arena: topic::arena(&segment, &info.geometry) });
+    /// Creates the arena of a publisher slot, of what was `reserved` for it.
+    pub(crate) fn add_arena(&mut self, slot: u32, reserved: &mut Reservation) -> Result<(), Refusal> {
+        let (info, Parts::Log { arenas, .. }) = (&self.info, &mut self.parts) else { return Ok(()) };
+        let made = reserved.make(&TopicMemory::arena_segment(info, slot))?;
+        put_arena(arenas, slot, ArenaPart::new(info, slot, made));
         Ok(())
     }
 
@@ -200,7 +226,8 @@ impl TopicMemory {
             return Err(corrupt(&self.info, "a channel has no cursors".into()));
         };
         let promise = self.info.cursors();
-        let (fd, cursors) = new_segment(&self.info, "own-cursors", &promise)?;
+        let wanted = Wanted::new(&self.info, "own-cursors", promise);
+        let (fd, cursors) = Reservation::default().make(&wanted)?;
         let segments = LogSegments { log: segments.log.clone(), cursors };
         segments.cursor_lines(&self.info).iter().for_each(|line| line.format());
         segments.cursors.publish(&promise);
@@ -325,6 +352,16 @@ impl TopicMemory {
         }
     }
 
+    /// Lets go of all of it. Nobody waits until the kernel has freed it.
+    pub(crate) fn let_go(self) {
+        let groups: u64 = self.groups.values().map(|group| group.footprint_bytes(&self.info)).sum();
+        let arenas = match &self.parts {
+            Parts::Log { arenas, .. } => arenas.len() as u64 * TopicMemory::arena_footprint_bytes(&self.info),
+            Parts::Channel { .. } => 0,
+        };
+        free_elsewhere(TopicMemory::footprint_bytes(&self.info) + arenas + groups, self);
+    }
+
     /// Marks the topic as removed or its bus as stopped, and wakes everybody.
     pub(crate) fn end(&self, state: TopicState) {
         match &self.parts {
@@ -367,12 +404,6 @@ fn channel_ends(segment: &Segment, info: &TopicInfo) -> (u64, u64) {
     }
 }
 
-fn new_segment(info: &TopicInfo, part: &str, promise: &Promise) -> Result<(OwnedFd, Segment), Refusal> {
-    let name = format!("shmbus:{}:{part}", info.name);
-    let problem = format!("cannot reserve {} bytes for topic {:?}", promise.len_bytes, info.name);
-    Segment::create(&name, promise).map_err(|e| Refusal::System { context: problem, problem: e.to_string() })
-}
-
 /// Maps a segment of a topic.
 type Attach = fn(&TopicInfo, &OwnedFd, &Promise) -> Result<Segment, Refusal>;
 
@@ -381,7 +412,8 @@ fn attach_for_a_word(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Resul
 }
 
 fn attach(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Result<Segment, Refusal> {
-    Segment::attach(fd.as_fd(), promise, Access::ReadWrite).map_err(|e| corrupt(info, e.to_string()))
+    let attached = Segment::attach_with(fd.as_fd(), promise, Access::ReadWrite, reservation::pages_of(promise));
+    attached.map_err(|e| corrupt(info, e.to_string()))
 }
 
 fn corrupt(info: &TopicInfo, problem: String) -> Refusal {

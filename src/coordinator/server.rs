@@ -213,6 +213,7 @@ impl Server {
                 Err(Errno::EINTR) => 0,
                 other => other?,
             };
+            self.estate.begin_round();
             for event in &events[..count] {
                 self.handle(event.data(), event.events())?;
                 // Once the topics are marked as stopped nothing may be granted any more.

@@ -27,6 +27,7 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::event::Event;
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
+pub(crate) use crate::coordinator::state::limits::Aside;
 use crate::coordinator::state::limits::Owned;
 use crate::error::Refusal;
 use crate::os::pidfd::Birth;

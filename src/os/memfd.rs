@@ -7,11 +7,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, SealFlag, fallocate, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::ftruncate;
 
 /// Longest name the kernel shows for a memfd (`/proc/PID/fd`), in bytes.
 const MAX_LABEL_BYTES: usize = 200;
+
+/// Memory that takes longer to free than a thread takes to start.
+const MUCH_BYTES: u64 = 1 << 20;
 
 /// Its length stays, and so do its seals.
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
@@ -19,15 +22,32 @@ const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).uni
 /// A memfd of exactly `len` bytes, all zero. Its memory is reserved now, so that a later write cannot meet SIGBUS for
 /// want of memory, and its length is sealed, so that nobody who holds the descriptor can pull it from under a mapping.
 pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
+    let fd = begin(name, len)?;
+    if len > 0 {
+        reserve(fd.as_fd(), 0, len)?;
+    }
+    seal(fd.as_fd())?;
+    Ok(fd)
+}
+
+/// What [`create`] begins with: the length is there, the memory is not.
+pub(crate) fn begin(name: &str, len: u64) -> io::Result<OwnedFd> {
     let file_len = i64::try_from(len).map_err(|_| io::Error::from(Errno::EFBIG))?;
     let fd = open_sealable(name)?;
     fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
     ftruncate(&fd, file_len)?;
-    if len > 0 {
-        retry(|| fallocate(&fd, FallocateFlags::empty(), 0, file_len))?;
-    }
-    fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
     Ok(fd)
+}
+
+/// Reserves the memory of `len` bytes of it, of a file that [`begin`] has given its length.
+pub(crate) fn reserve(fd: BorrowedFd<'_>, from: u64, len: u64) -> io::Result<()> {
+    Ok(retry(|| fallocate(fd, FallocateFlags::empty(), from as i64, len as i64))?)
+}
+
+/// What [`create`] ends with.
+pub(crate) fn seal(fd: BorrowedFd<'_>) -> io::Result<()> {
+    fcntl(fd, FcntlArg::F_ADD_SEALS(SEALS))?;
+    Ok(())
 }
 
 /// The same memory through a descriptor that cannot write. A new open file description, not a duplicate: a duplicate
@@ -56,6 +76,20 @@ pub(crate) fn check_sealed(fd: BorrowedFd<'_>) -> Result<(), String> {
 /// Whether this is memory of the kernel's own, sealed or not. Asks no file system.
 pub(crate) fn is_memory(fd: BorrowedFd<'_>) -> bool {
     fcntl(fd, FcntlArg::F_GET_SEALS).is_ok()
+}
+
+/// Bytes of memory that a file takes.
+pub(crate) fn held_bytes(fd: BorrowedFd<'_>) -> u64 {
+    fstat(fd).map_or(0, |status| status.st_blocks as u64 * 512)
+}
+
+/// Lets go of much memory on a thread of its own: to free a gigabyte takes the kernel 50 ms. `bytes`: how much it may be.
+pub(crate) fn free_elsewhere<T: Send + 'static>(bytes: u64, memory: T) {
+    if bytes >= MUCH_BYTES {
+        let freeing = std::thread::Builder::new().name("shmbus-freeing".to_owned()).stack_size(64 << 10);
+        // Without a thread it is freed here.
+        let _ = freeing.spawn(move || drop(memory));
+    }
 }
 
 /// Closes files of which nobody knows how long that takes, on a thread of its own.

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::uio::pread;
 
@@ -17,6 +17,9 @@ use crate::shm::layout::{BODY_OFFSET, Geometry, LAYOUT_VERSION};
 use crate::shm::shared::Shared;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SHMBUS\0\x01");
+
+/// What memory is reserved in multiples of: whole pages, of any machine.
+const PIECE_BYTES: u64 = 1 << 16;
 
 /// What a segment is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +53,7 @@ pub(crate) enum Access {
 
 /// When the pages of a mapping come into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pages {
+pub(crate) enum Pages {
     /// At once: a page fault on the first lap would cost more than a whole lap later.
     Populated,
     AsTouched,
@@ -85,9 +88,9 @@ impl Segment {
     /// Creates and maps a segment, reserved in full and zeroed. It can be attached once it is formatted and
     /// [`Self::publish`]ed.
     pub(crate) fn create(name: &str, promise: &Promise) -> std::io::Result<(OwnedFd, Segment)> {
-        let fd = memfd::create(name, promise.len_bytes)?;
-        let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite, Pages::Populated)?;
-        Ok((fd, segment))
+        let mut new = NewSegment::begin(name, promise.len_bytes, Pages::Populated)?;
+        new.reserve(promise.len_bytes)?;
+        new.finish()
     }
 
     /// Writes the header, the magic last (I-1).
@@ -105,7 +108,8 @@ impl Segment {
         Segment::attach_with(fd, promise, Access::ReadWrite, Pages::AsTouched)
     }
 
-    fn attach_with(
+    /// The same, if all of it is not to be touched soon.
+    pub(crate) fn attach_with(
         fd: BorrowedFd<'_>,
         promise: &Promise,
         access: Access,
@@ -179,6 +183,49 @@ impl Segment {
         let end = BODY_OFFSET + offset + bytes;
         assert!(end <= self.map.len() as u64, "a view ends at {end}, the segment at {}", self.map.len());
         assert!(offset.is_multiple_of(align as u64), "a view at {offset} is not aligned to {align}");
+    }
+}
+
+/// A segment in the making: who has other things to do as well reserves its memory piece by piece.
+pub(crate) struct NewSegment {
+    fd: OwnedFd,
+    segment: Segment,
+    pages: Pages,
+    reserved: u64,
+}
+
+impl NewSegment {
+    pub(crate) fn begin(name: &str, len: u64, pages: Pages) -> std::io::Result<NewSegment> {
+        let fd = memfd::begin(name, len)?;
+        let segment = Segment::map(fd.as_fd(), len, Access::ReadWrite, Pages::AsTouched)?;
+        Ok(NewSegment { fd, segment, pages, reserved: 0 })
+    }
+
+    /// Bytes that have not been reserved yet.
+    pub(crate) fn missing(&self) -> u64 {
+        self.segment.map.len() as u64 - self.reserved
+    }
+
+    /// Reserves so many bytes more, if as many are missing, and perhaps a few beyond.
+    pub(crate) fn reserve(&mut self, bytes: u64) -> std::io::Result<()> {
+        let piece = self.missing().min(bytes.div_ceil(PIECE_BYTES) * PIECE_BYTES);
+        if piece == 0 {
+            return Ok(());
+        }
+        memfd::reserve(self.fd.as_fd(), self.reserved, piece)?;
+        if self.pages == Pages::Populated {
+            // Where the kernel cannot (before Linux 5.14) they come as they are touched.
+            let _ = self.segment.map.advise_range(Advice::PopulateWrite, self.reserved as usize, piece as usize);
+        }
+        self.reserved += piece;
+        Ok(())
+    }
+
+    /// What was reserved in full, and zeroed. It can be attached once it is formatted and [`Segment::publish`]ed.
+    pub(crate) fn finish(self) -> std::io::Result<(OwnedFd, Segment)> {
+        debug_assert_eq!(self.missing(), 0, "a segment is reserved in full");
+        memfd::seal(self.fd.as_fd())?;
+        Ok((self.fd, self.segment))
     }
 }
 

@@ -89,21 +89,31 @@ impl Estate {
         Ok(Answer::Names { names, more })
     }
 
-    /// The topic whose ledgers are to be counted first if this is a request for its status: it takes long ([`Self::count_ahead`]).
-    pub(crate) fn long_status(&self, incarnation: u64, request: &Request) -> Option<u64> {
-        let Request::Status { .. } = request else { return None };
+    /// The groups whose ledgers are to be counted before this is answered, since it takes long, and have not been since then.
+    pub(crate) fn to_count(&self, incarnation: u64, request: &Request, since: Instant) -> Vec<(u64, u32)> {
+        let groups = match request {
+            Request::Status { .. } => self.groups_of_status(incarnation, request).unwrap_or_default(),
+            Request::Report => self.blocking_groups(incarnation),
+            _ => return Vec::new(),
+        };
+        let words = |(topic, group): &(u64, u32)| self.memory(*topic).map_or(0, |memory| memory.window_words(*group));
+        if groups.iter().map(words).sum::<u64>() <= STATUS_WORDS {
+            return Vec::new();
+        }
+        groups.into_iter().filter(|(topic, group)| self.counted_since(*topic, *group, since).is_none()).collect()
+    }
+
+    /// The groups of a status' first topic: the others of its page are short.
+    fn groups_of_status(&self, incarnation: u64, request: &Request) -> Option<Vec<(u64, u32)>> {
         let plan = self.state.request(&self.limits, FOOTPRINT, incarnation, request).ok()?;
         let Reply::Status { topics, .. } = plan.reply else { return None };
         let first = self.state.topic(*topics.first()?)?;
-        (self.window_words(first) > STATUS_WORDS).then_some(first.info.id)
+        Some(first.living_groups().map(|group| (first.info.id, group.info.id)).collect())
     }
 
-    /// Counts what has not been counted since then, until `end`. Whether the status can be given.
-    pub(crate) fn count_ahead(&mut self, incarnation: u64, request: &Request, since: Instant, end: Instant) -> bool {
-        let Some(topic) = self.long_status(incarnation, request) else { return true };
-        let groups = self.state.topic(topic).into_iter().flat_map(TopicEntry::living_groups).map(|group| group.info.id);
-        let mut missing = groups.filter(|group| self.counted_since(topic, *group, since).is_none()).collect::<Vec<_>>();
-        while let Some(group) = missing.pop() {
+    /// Counts these ledgers, until `end`.
+    pub(crate) fn count_ahead(&mut self, groups: &mut Vec<(u64, u32)>, end: Instant) {
+        while let Some((topic, group)) = groups.pop() {
             let at = Instant::now();
             let count = self.memory(topic).ok().and_then(|memory| memory.count_ledger(group)).unwrap_or_default();
             self.counted.insert((topic, group), (at, count));
@@ -111,7 +121,6 @@ impl Estate {
                 break;
             }
         }
-        missing.is_empty()
     }
 
     /// A status for which all was counted.
@@ -127,7 +136,7 @@ impl Estate {
         }
     }
 
-    pub(super) fn counted_since(&self, topic: u64, group: u32, since: Instant) -> Option<&LedgerCount> {
+    pub(crate) fn counted_since(&self, topic: u64, group: u32, since: Instant) -> Option<&LedgerCount> {
         self.counted.get(&(topic, group)).filter(|(at, _)| *at >= since).map(|(_, count)| count)
     }
 

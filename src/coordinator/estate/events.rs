@@ -66,8 +66,11 @@ impl Estate {
     pub(super) fn prepare(&mut self, event: &Event) -> Result<(), Refusal> {
         match event {
             Event::TopicCreated { info, .. } => {
-                let memory = TopicMemory::create(info)?;
-                self.store_segments(info.id, &memory)?;
+                let memory = TopicMemory::create(info, &mut self.reserved)?;
+                if let Err(refusal) = self.store_segments(info.id, &memory) {
+                    memory.let_go();
+                    return Err(refusal);
+                }
                 self.memories.insert(info.id, memory);
                 self.ageing.extend((info.options.max_age_ms > 0).then_some(info.id));
             }
@@ -144,6 +147,7 @@ impl Estate {
             Event::TopicRemoved { topic } => {
                 if let Some(memory) = self.memories.remove(topic) {
                     memory.end(TopicState::Removed);
+                    memory.let_go();
                 }
             }
             Event::Left { incarnation } => {
@@ -189,12 +193,10 @@ impl Estate {
     }
 
     pub(super) fn prepare_arena(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
-        let (Some(entry), Some(memory)) = (self.state.topic(topic), self.memories.get_mut(&topic)) else {
-            return Err(broken("an arena for a topic that is not there"));
-        };
+        let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("an arena for a topic that is not there"))?;
         // It may be there from an attempt that failed later on.
         if !memory.has_arena(slot) {
-            memory.add_arena(&entry.info, slot)?;
+            memory.add_arena(slot, &mut self.reserved)?;
         }
         self.store_segment(topic, &format!("arena-{slot}"))
     }

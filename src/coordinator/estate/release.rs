@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Estate;
+use super::rounds::{HANDLE_WORDS, SEGMENT_WORDS};
 use crate::coordinator::protocol::{HandleRef, StartAt};
 use crate::coordinator::state::{Event, SubscriberEntry};
 use crate::error::Refusal;
 use crate::ring::ledger::Owners;
 
-/// Words of ledgers that are walked before others have their turn: the longest window.
-const WORDS_AT_ONCE: u64 = 1 << 20;
+/// Publishers and subscribers that are closed at once, whatever others have used up: to come again would take as long.
+const FEW_HANDLES: usize = 8;
 
 impl Estate {
     /// Stops a publisher by the log itself and settles its identity. Idempotent: twice leaves one more hole.
@@ -51,39 +52,55 @@ impl Estate {
         handles.into_iter().try_for_each(|handle| self.release(handle))
     }
 
-    /// From now on others have had their turn.
-    pub(crate) fn begin_round(&mut self) {
-        self.walked = 0;
+    /// Releases some of what a participant has, where all of it would take too long at once, or others have used up this round.
+    /// Whether to come again for the rest.
+    pub(crate) fn release_in_part(&mut self, incarnation: u64) -> Result<bool, Refusal> {
+        for topic in self.state.topics_of(incarnation) {
+            if self.has_done_its_part() {
+                return Ok(true);
+            }
+            self.count_work(SEGMENT_WORDS * self.entry(topic)?.segments() as u64);
+            self.carry_out(Event::TopicRemoved { topic })?;
+        }
+        self.close_in_part(self.state.handles_of(incarnation))
     }
 
-    /// Whether so much was done in this round that the rest is for the next.
-    pub(crate) fn has_done_its_part(&self) -> bool {
-        self.walked >= WORDS_AT_ONCE
-    }
-
-    /// Closes some of the consumers among these handles, where all of them would take too long at once, or others have used up
-    /// this round: those of so many groups as one may wait for. Whether to come again for the others.
+    /// Closes some of these handles, where all of them would take too long at once, or others have used up this round: the
+    /// consumers of one group together. Whether to come again for the others.
     pub(crate) fn close_in_part(&mut self, handles: impl IntoIterator<Item = HandleRef>) -> Result<bool, Refusal> {
-        let mut groups: BTreeMap<_, Vec<HandleRef>> = BTreeMap::new();
+        let (mut groups, mut others) = (BTreeMap::<_, Vec<HandleRef>>::new(), Vec::new());
         for handle in handles {
-            if let HandleRef::Consumer { topic, group, .. } = handle {
-                groups.entry((topic, group)).or_default().push(handle);
+            match handle {
+                HandleRef::Consumer { topic, group, .. } => groups.entry((topic, group)).or_default().push(handle),
+                HandleRef::Publisher { .. } | HandleRef::Subscriber { .. } => others.push(handle),
+                // It goes last: its cursors are handles of their own.
+                HandleRef::Wildcard { .. } => {}
             }
         }
+        if groups.is_empty() && others.len() <= FEW_HANDLES {
+            self.count_work(others.len() as u64 * HANDLE_WORDS);
+            return Ok(false);
+        }
+        let groups = groups.into_iter().map(|((topic, group), consumers)| (self.words_of(topic, group), consumers));
+        let others = others.into_iter().map(|handle| (HANDLE_WORDS, vec![handle]));
+        let works: Vec<_> = groups.chain(others).collect();
         let mut closed = Vec::new();
-        // What such a consumer had finished is looked for in all topics.
-        let least = self.state.topics().len() as u64;
-        for ((topic, group), consumers) in groups {
+        for (words, handles) in works {
             if self.has_done_its_part() {
                 let events = closed.into_iter().map(|handle| Event::Closed { handle });
                 return self.carry_out_all(events.collect()).map(|()| true);
             }
-            let entry = self.state.topic(topic).zip(self.state.group(topic, group));
-            let words = entry.map_or(0, |(topic, group)| group.info.options.window_words(topic.info.options.messages));
-            self.walked += words.max(least);
-            closed.extend(consumers);
+            self.count_work(words);
+            closed.extend(handles);
         }
         Ok(false)
+    }
+
+    /// What it takes to release consumers of a group. What they had finished is looked for in all topics.
+    fn words_of(&self, topic: u64, group: u32) -> u64 {
+        let entry = self.state.topic(topic).zip(self.state.group(topic, group));
+        let words = entry.map_or(0, |(topic, group)| group.info.options.window_words(topic.info.options.messages));
+        words.max(SEGMENT_WORDS).max(self.state.topics().len() as u64)
     }
 
     /// Takes the consumers among these handles out of force, and returns them.

@@ -1,7 +1,9 @@
 //! What the coordinator tells `shmbus doctor` of its bus.
 
+use std::time::Instant;
+
 use super::Estate;
-use crate::coordinator::memory::TopicMemory;
+use crate::coordinator::memory::LedgerCount;
 use crate::coordinator::protocol::{BlockedTopic, BlockingGroup, BusReport, ParticipantStatus};
 use crate::coordinator::state::{GroupEntry, TopicEntry};
 use crate::topic::{Full, Mode};
@@ -12,11 +14,16 @@ const MAX_BLOCKED: usize = 64;
 impl Estate {
     /// The bus as it is now, as far as it is for the eyes of who `asks`: root and who runs the bus see everything, others their
     /// own processes and the topics on which they have a right.
-    pub(crate) fn report(&self, asks: u64, keeper_pid: Option<u32>, is_connected: impl Fn(u64) -> bool) -> BusReport {
+    pub(crate) fn report(
+        &self,
+        asks: u64,
+        since: Instant,
+        keeper_pid: Option<u32>,
+        is_connected: impl Fn(u64) -> bool,
+    ) -> BusReport {
         let is_host = self.check_host(asks).is_ok();
         let me = self.state().participant(asks);
         let is_mine = |uid: u32| is_host || me.is_some_and(|me| me.uid == uid);
-        let sees = |entry: &&TopicEntry| is_host || me.is_some_and(|me| entry.is_seen_by(me));
         let everybody = self.state().participants().iter().filter(|(_, participant)| is_mine(participant.uid));
         let participants = everybody.map(|(&incarnation, participant)| ParticipantStatus {
             incarnation,
@@ -31,19 +38,29 @@ impl Estate {
             budget_bytes: self.limits().budget_bytes,
             most_reserved_bytes: self.state().most_reserved_bytes(),
             participants: participants.collect(),
-            blocked: self
-                .state()
-                .topics()
-                .values()
-                .filter(sees)
-                .filter_map(|t| self.blocked(t))
-                .take(MAX_BLOCKED)
-                .collect(),
+            blocked: self.blocked_for(asks).map(|blocked| self.blocked_topic(&blocked, since)).collect(),
         }
     }
 
+    /// The groups among those that hold full rings in this report.
+    pub(super) fn blocking_groups(&self, asks: u64) -> Vec<(u64, u32)> {
+        let group = |blocked: Blocked<'_>| match blocked.holder {
+            Holder::Group(group) => Some((blocked.entry.info.id, group.info.id)),
+            Holder::Subscriber(_) => None,
+        };
+        self.blocked_for(asks).filter_map(group).collect()
+    }
+
+    /// The full rings that one participant is told of.
+    fn blocked_for(&self, asks: u64) -> impl Iterator<Item = Blocked<'_>> {
+        let is_host = self.check_host(asks).is_ok();
+        let me = self.state().participant(asks);
+        let sees = move |entry: &&TopicEntry| is_host || me.is_some_and(|me| entry.is_seen_by(me));
+        self.state().topics().values().filter(sees).filter_map(|entry| self.blocked(entry)).take(MAX_BLOCKED)
+    }
+
     /// Who holds a full ring, if the topic has one.
-    fn blocked(&self, entry: &TopicEntry) -> Option<BlockedTopic> {
+    fn blocked<'a>(&'a self, entry: &'a TopicEntry) -> Option<Blocked<'a>> {
         let memory = self.memories.get(&entry.info.id)?;
         let options = &entry.info.options;
         if options.full == Full::Overwrite {
@@ -57,11 +74,13 @@ impl Estate {
         let lag = memory.range().ok()?.1.saturating_sub(sequence);
         // A publisher that spins leaves no mark, so a ring that holds all it promises counts as well.
         let is_full = memory.is_waited_for() || lag >= options.messages;
-        if !is_full || lag == 0 {
-            return None;
-        }
+        (is_full && lag > 0).then_some(Blocked { entry, cursor, holder, sequence, lag })
+    }
+
+    fn blocked_topic(&self, blocked: &Blocked<'_>, since: Instant) -> BlockedTopic {
+        let Blocked { entry, cursor, holder, sequence, lag } = *blocked;
         let group = match holder {
-            Holder::Group(group) => Some(self.blocking_group(memory, group)),
+            Holder::Group(group) => Some(self.blocking_group(entry.info.id, group, since)),
             Holder::Subscriber(_) => None,
         };
         let pid = match holder {
@@ -70,19 +89,34 @@ impl Estate {
                 group.as_ref().and_then(|group| group.oldest_lease.as_ref()).map_or(0, |lease| lease.pid)
             }
         };
-        let (topic, channel) = (entry.info.name.clone(), options.mode == Mode::Channel);
-        Some(BlockedTopic { topic, channel, cursor, pid, sequence, lag, group })
+        let (topic, channel) = (entry.info.name.clone(), entry.info.options.mode == Mode::Channel);
+        BlockedTopic { topic, channel, cursor, pid, sequence, lag, group }
     }
 
-    fn blocking_group(&self, memory: &TopicMemory, group: &GroupEntry) -> BlockingGroup {
-        let count = memory.count_ledger(group.info.id).unwrap_or_default();
-        BlockingGroup {
+    /// What was counted `since` then is not counted again.
+    fn blocking_group(&self, topic: u64, group: &GroupEntry, since: Instant) -> BlockingGroup {
+        let of = |count: &LedgerCount| BlockingGroup {
             name: group.info.name.clone(),
             consumers: group.consumers.len() as u32,
             moving: count.moving,
             oldest_lease: count.oldest.and_then(|seen| self.lease_status(group, seen)),
+        };
+        match self.counted_since(topic, group.info.id, since) {
+            Some(count) => of(count),
+            None => {
+                of(&self.memory(topic).ok().and_then(|memory| memory.count_ledger(group.info.id)).unwrap_or_default())
+            }
         }
     }
+}
+
+/// A full ring and who holds it.
+struct Blocked<'a> {
+    entry: &'a TopicEntry,
+    cursor: u32,
+    holder: Holder<'a>,
+    sequence: u64,
+    lag: u64,
 }
 
 /// Whose cursor it is.

@@ -140,7 +140,7 @@ impl Estate {
     /// their cursors, or have them in the registry only. Nobody was told of such a topic, so nothing has been missed.
     fn repair_wildcards(&mut self) {
         for (wildcard, topic) in self.state.missing_cursors() {
-            let event = self.state.cursor_for(wildcard, topic, FOOTPRINT);
+            let event = self.state.cursor_for(wildcard, topic, StartAt::Oldest, FOOTPRINT);
             if let Err(error) = event.map_or(Ok(()), |event| self.carry_out_for_others(event)) {
                 eprintln!("shmbus coordinator: topic {topic} is not in wildcard subscription {wildcard}: {error}");
             }

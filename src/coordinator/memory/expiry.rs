@@ -164,6 +164,7 @@ fn settle_one(ledger: &Ledger, sequence: u64, expiry: Expiry, to_dead_letters: b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::memory::Reservation;
     use crate::coordinator::protocol::{GroupInfo, StartAt, TopicInfo};
     use crate::group::GroupOptions;
     use crate::ring::many::Writer;
@@ -175,9 +176,9 @@ mod tests {
         let options = TopicOptions { messages: 16, bytes: 4096, envelope: true, ..TopicOptions::default() };
         let geometry = Geometry::from_options(&options).unwrap();
         let info = TopicInfo { id: 0, bus: 7, name: "t".to_owned(), generation: 0, options, geometry };
-        let mut memory = TopicMemory::create(&info).unwrap();
+        let mut memory = TopicMemory::create(&info, &mut Reservation::default()).unwrap();
         let group = GroupInfo { id: 0, name: "g".to_owned(), options: GroupOptions::default(), cursor: 0 };
-        memory.create_ledger(&group).unwrap();
+        memory.create_ledger(&group, &mut Reservation::default()).unwrap();
         memory.begin_group(0, StartAt::Oldest).unwrap();
         let Parts::Log { segments, .. } = &memory.parts else { panic!("no log") };
         let mut writer = Writer::new(segments.many(&info), info.policy(), 0).unwrap();

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{Parts, StoredSegment, TopicMemory, corrupt, new_segment, system};
+use super::{Parts, Reservation, StoredSegment, TopicMemory, Wanted, corrupt, system};
+use crate::coordinator::memory::reservation::pages_of;
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
+use crate::os::memfd::free_elsewhere;
 use crate::ring::cursor::Cursor;
 use crate::ring::ledger::{Ledger, Owners, Seen, State};
 use crate::ring::log::{Place, find_place};
@@ -60,6 +62,10 @@ impl GroupMemory {
     pub(super) fn ledger(&self, info: &TopicInfo) -> Ledger {
         topic::ledger(&self.segment, info, &self.info)
     }
+
+    pub(super) fn footprint_bytes(&self, info: &TopicInfo) -> u64 {
+        TopicMemory::group_footprint_bytes(info, &self.info)
+    }
 }
 
 impl TopicMemory {
@@ -68,16 +74,22 @@ impl TopicMemory {
         info.ledger(group).len_bytes
     }
 
-    /// Reserves a group's ledger. It is not one yet: [`Self::begin_group`] says where it starts.
-    pub(crate) fn create_ledger(&mut self, group: &GroupInfo) -> Result<(), Refusal> {
-        let (fd, segment) = new_segment(&self.info, &ledger_name(group.id), &self.info.ledger(group))?;
+    /// The segment that [`Self::create_ledger`] makes.
+    pub(crate) fn ledger_segment(info: &TopicInfo, group: &GroupInfo) -> Wanted {
+        Wanted::new(info, "ledger", info.ledger(group))
+    }
+
+    /// Makes a group's ledger of what was `reserved` for it. It is not one yet: [`Self::begin_group`] says where it starts.
+    pub(crate) fn create_ledger(&mut self, group: &GroupInfo, reserved: &mut Reservation) -> Result<(), Refusal> {
+        let (fd, segment) = reserved.make(&TopicMemory::ledger_segment(&self.info, group))?;
         self.groups.insert(group.id, GroupMemory { info: group.clone(), fd, segment });
         Ok(())
     }
 
     /// Takes over the ledger that an earlier coordinator created. `false`: it had not begun, and nobody knows it.
     pub(crate) fn adopt_ledger(&mut self, group: &GroupInfo, fd: OwnedFd) -> Result<bool, Refusal> {
-        match Segment::attach(fd.as_fd(), &self.info.ledger(group), Access::ReadWrite) {
+        let promise = self.info.ledger(group);
+        match Segment::attach_with(fd.as_fd(), &promise, Access::ReadWrite, pages_of(&promise)) {
             Ok(segment) => {
                 self.groups.insert(group.id, GroupMemory { info: group.clone(), fd, segment });
                 Ok(true)
@@ -102,7 +114,9 @@ impl TopicMemory {
 
     /// Lets go of a group's ledger.
     pub(crate) fn drop_ledger(&mut self, group: u32) {
-        self.groups.remove(&group);
+        if let Some(memory) = self.groups.remove(&group) {
+            free_elsewhere(memory.footprint_bytes(&self.info), memory);
+        }
     }
 
     /// The ledgers with the names they are stored under.

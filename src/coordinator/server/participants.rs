@@ -35,6 +35,11 @@ impl Server {
             self.expel(id);
             return Ok(());
         }
+        if incarnation.and_then(|incarnation| self.connected.get(&incarnation)).is_some_and(|later| *later > id) {
+            // It has come back once more since, and may hold other things by now.
+            self.expel(id);
+            return Ok(());
+        }
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let peer = client.peer;
         let user = socket::user(client.as_fd())?;
@@ -63,7 +68,7 @@ impl Server {
             });
             if self.is_put_off(closed.collect()) {
                 let holds = holds.to_vec();
-                self.put_off(id, Request::Hello { protocol, token, incarnation, holds });
+                self.put_off(id, Request::Hello { protocol, token, incarnation, holds }, 0);
                 return Ok(());
             }
         }
@@ -199,7 +204,7 @@ impl Server {
 
     /// Releases what a participant has left, or a part of it.
     pub(super) fn go_on_releasing(&mut self, incarnation: u64) -> io::Result<()> {
-        if self.is_put_off(self.estate.state().handles_of(incarnation)) {
+        if self.is_released_in_part(incarnation) {
             let uid = self.estate.state().participant(incarnation).map_or(0, |participant| participant.uid);
             self.unfinished.add(uid, Unfinished::Gone(incarnation));
             return Ok(());

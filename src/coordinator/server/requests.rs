@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::time::Instant;
 
 use super::Server;
 use crate::coordinator::connection::{Connection, Push};
-use crate::coordinator::estate::Granted;
+use crate::coordinator::estate::{Granted, Outcome};
 use crate::coordinator::link::Link;
 use crate::coordinator::protocol::{Answer, Request, TopicInfo};
 use crate::error::Refusal;
@@ -16,7 +17,7 @@ impl Server {
         let incarnation = client.incarnation;
         // None of what is done in part has a number.
         if once == 0 && self.is_done_in_part(id, &request) {
-            self.put_off(id, request);
+            self.put_off(id, request, once);
             return Ok(());
         }
         match (incarnation, request) {
@@ -41,12 +42,9 @@ impl Server {
                 Ok(())
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
-            (Some(incarnation), Request::Report) => self.report(id, incarnation),
-            (Some(incarnation), request) if self.estate.long_status(incarnation, &request).is_some() => {
-                self.answer_once_counted(id, incarnation, request);
-                Ok(())
-            }
-            (Some(incarnation), request) => self.grant(id, incarnation, &request, once),
+            (Some(incarnation), request) if self.is_to_be_counted(id, incarnation, &request) => Ok(()),
+            (Some(incarnation), Request::Report) => self.report(id, incarnation, Instant::now()),
+            (Some(incarnation), request) => self.grant(id, incarnation, request, once),
         }
     }
 
@@ -79,15 +77,26 @@ impl Server {
         }
     }
 
-    fn grant(&mut self, id: u64, incarnation: u64, request: &Request, once: u64) -> io::Result<()> {
-        let granted = self.estate.request_once(incarnation, request, once);
+    fn grant(&mut self, id: u64, incarnation: u64, request: Request, once: u64) -> io::Result<()> {
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
+        let mut progress = std::mem::take(&mut client.progress);
+        let clients = &self.clients;
+        let others = |payer| clients.values().map(|client| client.progress.aside(payer)).sum();
+        let outcome = self.estate.request_once(incarnation, &request, once, &mut progress, &others);
         self.announce()?;
         self.spread_news()?;
-        let (answer, fds): Granted = match granted {
-            Ok(Some(granted)) => granted,
-            Ok(None) => {
+        let (answer, fds): Granted = match outcome {
+            Ok(Outcome::Granted(granted)) => granted,
+            Ok(Outcome::Stop) => {
                 self.stop();
                 (Answer::Done, Vec::new())
+            }
+            Ok(Outcome::PutOff) => {
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.progress = progress;
+                }
+                self.put_off(id, request, once);
+                return Ok(());
             }
             Err(refusal) => (Answer::Refused(refusal), Vec::new()),
         };
@@ -107,9 +116,11 @@ impl Server {
         Ok(())
     }
 
-    fn report(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
+    /// What was counted `since` then is not counted again.
+    pub(super) fn report(&mut self, id: u64, incarnation: u64, since: Instant) -> io::Result<()> {
         let keeper = self.estate.link().and_then(Link::pid);
-        let report = self.estate.report(incarnation, keeper, |incarnation| self.connected.contains_key(&incarnation));
+        let is_connected = |incarnation| self.connected.contains_key(&incarnation);
+        let report = self.estate.report(incarnation, since, keeper, is_connected);
         self.send(id, &Answer::Report(report), Vec::new())
     }
 

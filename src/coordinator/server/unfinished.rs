@@ -1,9 +1,9 @@
-//! What takes too long to be done while everybody else waits: whoever holds consumers on many ledgers, and gives them back or dies,
-//! is served in parts, so many a round of the loop as others may wait for, of each user in turn.
+//! What takes too long to be done while everybody else waits: whoever holds much, and gives it back or dies, or asks for much, is
+//! served in parts, so many a round of the loop as others may wait for (`estate/rounds.rs`), of each user in turn.
 //!
-//! Each part is done and logged for itself (`Estate::close_in_part`), so there is nothing to be remembered: what began it is looked
-//! at anew for the rest. If we die in between, who was not answered comes back without the handles, and who is dead is
-//! found dead by our successor.
+//! Of a release each part is done and logged for itself (`Estate::release_in_part`), so there is nothing to be remembered: what
+//! began it is looked at anew for the rest. If we die in between, who was not answered comes back without the handles, and who
+//! is dead is found dead by our successor. What is to be given, and has come but in part, waits with the connection.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,8 +16,8 @@ use crate::coordinator::protocol::{HandleRef, Request};
 pub(super) enum Unfinished {
     /// A participant that is past, or has left.
     Gone(u64),
-    /// A client's request. The client is not listened to meanwhile.
-    Request { client: u64, request: Request },
+    /// A client's request, with the number under which it is to be done once, or 0. The client is not listened to meanwhile.
+    Request { client: u64, request: Request, once: u64 },
 }
 
 /// All that is to be gone on with.
@@ -57,26 +57,37 @@ impl Server {
         self.estate.close_in_part(handles).unwrap_or(false)
     }
 
+    /// Whether a participant has more than may be released at once: then some of it has been.
+    pub(super) fn is_released_in_part(&mut self, incarnation: u64) -> bool {
+        self.estate.release_in_part(incarnation).unwrap_or(false)
+    }
+
     /// Takes a client's request up again in the next round.
-    pub(super) fn put_off(&mut self, client: u64, request: Request) {
+    pub(super) fn put_off(&mut self, client: u64, request: Request, once: u64) {
         if let Some(connection) = self.clients.get_mut(&client) {
             connection.set_put_off(true);
             let uid = connection.peer.uid;
-            self.unfinished.add(uid, Unfinished::Request { client, request });
+            self.unfinished.add(uid, Unfinished::Request { client, request, once });
         }
     }
 
     /// Whether a client's request is done in part only, for now.
     pub(super) fn is_done_in_part(&mut self, id: u64, request: &Request) -> bool {
         let Some(incarnation) = self.clients.get(&id).and_then(|client| client.incarnation) else { return false };
-        let held = self.estate.state().handles_of(incarnation);
         match request {
             Request::Close { handles } => {
+                let held = self.estate.state().handles_of(incarnation);
                 // A set: both lists may be long, and who sends one may be hostile.
                 let named: BTreeSet<HandleRef> = handles.iter().copied().collect();
-                self.is_put_off(held.into_iter().filter(|handle| named.contains(handle)).collect())
+                let state = self.estate.state();
+                let goes_with = |handle| state.wildcard_of(handle).map(|wildcard| HandleRef::Wildcard { wildcard });
+                let goes = |handle: &HandleRef| {
+                    named.contains(handle) || goes_with(*handle).is_some_and(|of| named.contains(&of))
+                };
+                let going = held.into_iter().filter(goes).collect();
+                self.is_put_off(going)
             }
-            Request::Goodbye if self.connected.get(&incarnation) == Some(&id) => self.is_put_off(held),
+            Request::Goodbye if self.connected.get(&incarnation) == Some(&id) => self.is_released_in_part(incarnation),
             _ => false,
         }
     }
@@ -95,10 +106,10 @@ impl Server {
         {
             match next {
                 Unfinished::Gone(incarnation) => self.go_on_releasing(incarnation)?,
-                Unfinished::Request { client, request } => {
+                Unfinished::Request { client, request, once } => {
                     let Some(connection) = self.clients.get_mut(&client) else { continue };
                     connection.set_put_off(false);
-                    self.serve_request(client, request, 0)?;
+                    self.serve_request(client, request, once)?;
                     self.update_interest(client)?;
                 }
             }

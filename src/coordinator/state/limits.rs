@@ -1,5 +1,7 @@
 //! What each user has, and may have (`coordinator/limits.rs`). Bytes are counted where memory is given.
 
+use std::iter::Sum;
+
 use super::{Decider, State, TopicEntry};
 use crate::coordinator::limits::Limits;
 use crate::error::Refusal;
@@ -12,6 +14,22 @@ pub(super) struct Owned {
     pub(super) segments: usize,
 }
 
+/// What is being reserved for a user's requests and is not his yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Aside {
+    pub(crate) bytes: u64,
+    pub(crate) segments: usize,
+}
+
+impl Sum for Aside {
+    fn sum<I: Iterator<Item = Aside>>(all: I) -> Aside {
+        all.fold(Aside::default(), |sum, one| Aside {
+            bytes: sum.bytes.saturating_add(one.bytes),
+            segments: sum.segments + one.segments,
+        })
+    }
+}
+
 /// The segments of a new topic.
 pub(super) fn first_segments(mode: Mode) -> usize {
     match mode {
@@ -22,7 +40,7 @@ pub(super) fn first_segments(mode: Mode) -> usize {
 }
 
 impl TopicEntry {
-    pub(super) fn segments(&self) -> usize {
+    pub(crate) fn segments(&self) -> usize {
         // The first arena is counted among the first segments.
         first_segments(self.info.options.mode) + self.arenas.len() - 1 + self.groups.len()
     }
@@ -51,6 +69,35 @@ impl State {
         self.reserved.retain(|_, bytes| *bytes > 0);
     }
 
+    /// Whether a user may have `more` for a topic of this name, while something is set `aside` for him already.
+    pub(crate) fn check_beside(
+        &self,
+        limits: &Limits,
+        uid: u32,
+        name: &str,
+        aside: Aside,
+        more: Aside,
+    ) -> Result<(), Refusal> {
+        self.check_budget(limits, uid, name, aside.bytes, more.bytes)?;
+        self.check_segments(limits, uid, aside.segments + more.segments)
+    }
+
+    fn check_budget(&self, limits: &Limits, uid: u32, name: &str, aside: u64, needed: u64) -> Result<(), Refusal> {
+        let budget = limits.budget_bytes;
+        let taken = self.reserved.get(&uid).copied().unwrap_or(0) + aside;
+        let available = budget.saturating_sub(taken);
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
+    }
+
+    fn check_segments(&self, limits: &Limits, uid: u32, more: usize) -> Result<(), Refusal> {
+        let owned = self.owned.get(&uid).map_or(0, |owned| owned.segments);
+        let mend = "remove topics or groups, or raise the coordinator's limit of descriptors (ulimit -n)";
+        check(&format!("segments of user {uid}"), owned + more, limits.user_segments, mend)
+    }
+
     pub(super) fn check_user_participants(&self, limits: &Limits, uid: u32) -> Result<(), Refusal> {
         let connected = self.participants.values().filter(|participant| participant.uid == uid).count();
         let mend = "end some programs of this user that use the bus";
@@ -60,12 +107,7 @@ impl State {
 
 impl Decider<'_> {
     pub(super) fn check_budget(&self, name: &str, uid: u32, needed: u64) -> Result<(), Refusal> {
-        let budget = self.limits.budget_bytes;
-        let available = budget.saturating_sub(self.state.reserved.get(&uid).copied().unwrap_or(0));
-        if needed <= available {
-            return Ok(());
-        }
-        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
+        self.state.check_budget(self.limits, uid, name, 0, needed)
     }
 
     pub(super) fn check_handles(&self) -> Result<(), Refusal> {
@@ -84,11 +126,10 @@ impl Decider<'_> {
 
     /// Whether a user may have so many more.
     pub(super) fn check_owned(&self, uid: u32, topics: usize, segments: usize) -> Result<(), Refusal> {
-        let owned = self.state.owned.get(&uid).copied().unwrap_or_default();
+        let owned = self.state.owned.get(&uid).map_or(0, |owned| owned.topics);
         let mend = "remove some of his topics with `shmbus rm`";
-        check(&format!("topics of user {uid}"), owned.topics + topics, self.limits.user_topics, mend)?;
-        let mend = "remove topics or groups, or raise the coordinator's limit of descriptors (ulimit -n)";
-        check(&format!("segments of user {uid}"), owned.segments + segments, self.limits.user_segments, mend)
+        check(&format!("topics of user {uid}"), owned + topics, self.limits.user_topics, mend)?;
+        self.state.check_segments(self.limits, uid, segments)
     }
 }
 

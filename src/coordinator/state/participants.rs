@@ -38,8 +38,13 @@ impl State {
 
     /// What a participant's end takes: the topics that go with it, then itself.
     pub(crate) fn leave(&self, incarnation: u64) -> Vec<Event> {
-        let owned = self.topics.iter().filter(|(_, entry)| entry.owner == Some(incarnation));
-        let removed = owned.map(|(&topic, _)| Event::TopicRemoved { topic });
+        let removed = self.topics_of(incarnation).into_iter().map(|topic| Event::TopicRemoved { topic });
         removed.chain([Event::Left { incarnation }]).collect()
+    }
+
+    /// The topics that go with a participant.
+    pub(crate) fn topics_of(&self, incarnation: u64) -> Vec<u64> {
+        let owned = self.topics.iter().filter(|(_, entry)| entry.owner == Some(incarnation));
+        owned.map(|(&topic, _)| topic).collect()
     }
 }

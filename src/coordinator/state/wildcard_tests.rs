@@ -84,7 +84,7 @@ fn a_topic_whose_creation_was_cut_short_gets_its_cursors() {
     let plan = state.request(&LIMITS, FOOTPRINT, a, &create("t", TopicOptions::default())).unwrap();
     state.apply(&plan.events[0]);
     assert_eq!(state.missing_cursors(), [(1, 0)]);
-    let event = state.cursor_for(1, 0, FOOTPRINT).unwrap();
+    let event = state.cursor_for(1, 0, StartAt::Oldest, FOOTPRINT).unwrap();
     assert_eq!(event, plan.events[1]);
     state.apply(&event);
     assert_eq!(state.missing_cursors(), []);

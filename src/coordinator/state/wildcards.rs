@@ -95,13 +95,13 @@ impl State {
         self.wildcards.iter().flat_map(of).collect()
     }
 
-    /// The event that gives a wildcard subscription its cursor on a topic, from the oldest message on, or says that it misses
-    /// the topic because no cursor is free; `None` where it is not to have it.
-    pub(crate) fn cursor_for(&self, wildcard: u64, topic: u64, footprint: Footprint) -> Option<Event> {
+    /// The event that gives a wildcard subscription its cursor on a topic, or says that it misses the topic because no cursor is
+    /// free; `None` where it is not to have it.
+    pub(crate) fn cursor_for(&self, wildcard: u64, topic: u64, start: StartAt, footprint: Footprint) -> Option<Event> {
         let (entry, on) = (self.wildcards.get(&wildcard)?, self.topics.get(&topic)?);
         let reads = entry.wants(self, on)?;
         Some(match on.free_cursor() {
-            Some(cursor) => entry.cursor_on(wildcard, &on.info, cursor, StartAt::Oldest, reads, footprint),
+            Some(cursor) => entry.cursor_on(wildcard, &on.info, cursor, start, reads, footprint),
             None => missed_event(wildcard, &on.info, too_many("subscribers", on, on.max_subscribers())),
         })
     }
