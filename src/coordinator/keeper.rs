@@ -20,6 +20,7 @@ use crate::coordinator::registry::{FIRST_HALF_BYTES, Registry};
 use crate::coordinator::roles::{self, Role};
 use crate::coordinator::state::Event;
 use crate::error::ConnectError;
+use crate::os::memfd::{self, free_elsewhere};
 use crate::os::systemd::{self, Manager};
 use crate::os::{process, socket};
 
@@ -254,11 +255,12 @@ impl Keeper {
     }
 
     fn forget(&mut self, name: &str) {
-        if self.store.remove(name).is_some()
-            && let Some(manager) = &self.manager
-        {
+        let Some(fd) = self.store.remove(name) else { return };
+        if let Some(manager) = &self.manager {
             manager.forget(name);
         }
+        // It may be the last of a topic of gigabytes.
+        free_elsewhere(memfd::held_bytes(fd.as_fd()), fd);
     }
 
     fn tell(&self, state: &str) {
