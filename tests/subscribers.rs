@@ -50,10 +50,18 @@ fn open(bus: &Bus, topic: &Topic<[u8]>, start: Start) -> Subscriber<[u8]> {
     bus.subscriber(topic.clone()).start(start).open().unwrap()
 }
 
-/// Not a test: a subscriber that may have no more descriptors while an arena comes. Arguments: topic.
+/// Not a test: what the tests' other processes do. Arguments: a topic.
 #[test]
 fn role() {
-    let Some((_, topic)) = common::role() else { return };
+    match common::role() {
+        Some((role, topic)) if role == "subscribe" => subscribe(&topic),
+        Some((_, topic)) => open_without_descriptors(&topic),
+        None => {}
+    }
+}
+
+/// Role: a subscriber that may have no more descriptors while an arena comes.
+fn subscribe(topic: &str) {
     let bus = Bus::open_default().unwrap();
     let mut subscriber = open(&bus, &Topic::named(topic), Start::Latest);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -63,6 +71,33 @@ fn role() {
     say(if subscriber.try_recv().is_err() { "no room" } else { "received" });
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     say(&String::from_utf8_lossy(&receive(&mut subscriber).1));
+}
+
+/// Role: may have no more descriptors, and opens a subscriber and a wildcard.
+fn open_without_descriptors(topic: &str) {
+    let bus = Bus::open_default().unwrap();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
+    let outcomes = [
+        bus.subscriber(Topic::<[u8]>::named(topic)).open().map(drop),
+        bus.wildcard::<[u8]>(">").open().map(drop),
+        bus.publisher(Topic::<[u8]>::named(topic)).map(drop),
+    ];
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    outcomes.into_iter().for_each(|outcome| say(&outcome.unwrap_err().to_string()));
+}
+
+#[test]
+fn who_may_have_no_more_descriptors_is_told_so() {
+    let scene = Scene::new("crowded");
+    let bus = scene.open();
+    bus.create(&Topic::<[u8]>::named("crowded")).unwrap();
+    let mut short = scene.start("short", "crowded");
+    for _ in 0..3 {
+        let told = short.line();
+        assert!(told.contains("raise its limit (ulimit -n)"), "{told}");
+    }
+    await_that("what was opened is closed", || bus.topic("crowded").unwrap().subscribers.is_empty());
 }
 
 #[test]

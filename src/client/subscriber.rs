@@ -331,7 +331,7 @@ impl Opened {
             }
         }
         let (Some(log), Some(cursors)) = (log, cursors) else {
-            return Err(AttachError::Field { field: "number of descriptors", found: 0, expected: 2 });
+            return Err(AttachError::Descriptors { found: 0, expected: 2 });
         };
         let segments = LogSegments { log, cursors };
         match (info.options.mode, info.small_slots()) {
@@ -346,7 +346,7 @@ impl Opened {
         segments: &LogSegments,
         mut arenas: Arenas,
     ) -> Result<ExclusivePort<W>, AttachError> {
-        let no_arena = AttachError::Field { field: "number of descriptors", found: 2, expected: 3 };
+        let no_arena = AttachError::Descriptors { found: 2, expected: 3 };
         let arena = arenas.first_mut().and_then(Option::take).ok_or(no_arena)?;
         let log = segments.exclusive(&self.info);
         let (info, gating, lost) = (self.info.clone(), self.gating(), self.lost_from());

@@ -148,7 +148,7 @@ impl<T: Payload + ?Sized> WildcardBuilder<T> {
         let (answer, fds) = control.request(&request)?;
         let Answer::WildcardOpened { wildcard } = answer else { return Err(unexpected(&answer)) };
         let _held = Held::new(control.clone(), HandleRef::Wildcard { wildcard });
-        let missing = AttachError::Field { field: "number of descriptors", found: 0, expected: 1 };
+        let missing = AttachError::Descriptors { found: 0, expected: 1 };
         let notice = notice::attach(fds.first().ok_or(missing)?, control.bus_number(), wildcard)?;
         let mut core = WildcardCore {
             topics: Vec::new(),

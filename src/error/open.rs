@@ -168,6 +168,14 @@ pub enum AttachError {
         /// Expected.
         expected: u64,
     },
+    /// Descriptors were lost on their way: the kernel drops those for which a process has no room.
+    #[error("{found} of {expected} descriptors came; this process may have no more open: raise its limit (ulimit -n)")]
+    Descriptors {
+        /// Found.
+        found: u64,
+        /// Expected.
+        expected: u64,
+    },
     /// The segment could shrink under its readers.
     #[error("the segment is not sealed against resizing (seals {found:#x}, expected at least {expected:#x})")]
     NotSealed {

@@ -228,7 +228,7 @@ impl Opened {
                 }
             }
         }
-        let missing = AttachError::Field { field: "number of descriptors", found: 0, expected: 3 };
+        let missing = AttachError::Descriptors { found: 0, expected: 3 };
         let (Some(log), Some(cursors), Some(ledger)) = (log, cursors, ledger) else { return Err(missing) };
         if self.group.cursor >= info.options.max_subscribers {
             let (found, expected) = (self.group.cursor.into(), info.options.max_subscribers.into());

@@ -102,5 +102,5 @@ impl Port {
 }
 
 fn missing(found: usize, expected: u64) -> AttachError {
-    AttachError::Field { field: "number of descriptors", found: found as u64, expected }
+    AttachError::Descriptors { found: found as u64, expected }
 }
