@@ -79,11 +79,7 @@ impl<T: Payload + ?Sized> Channel<T> {
         let bytes = promise.len_bytes;
         let created = Segment::create(topic.name(), &promise);
         let (fd, segment) = created.map_err(|source| ChannelError::Memory { bytes, source })?;
-        if info.small_slots() {
-            topic::channel::<1>(&segment, &info.geometry).0.format();
-        } else {
-            topic::channel::<7>(&segment, &info.geometry).0.format();
-        }
+        topic::format_channel(&segment, &info.geometry, 0..info.geometry.slots);
         segment.publish(&promise);
         Ok(Channel { fd, segment, info, payload: PhantomData })
     }

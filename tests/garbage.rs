@@ -100,7 +100,7 @@ fn a_garbled_topic_harms_nobody_else() {
             let topic = of_mode(mode, topic).full(Full::Overwrite).dedup();
             bus.create(&topic).unwrap();
             let log = segment(&scene, &format!("{}:log", topic.name()));
-            let arena = segment(&scene, &format!("{}:arena", topic.name()));
+            let arena = segment(&scene, &format!("{}:arena-0", topic.name()));
             (0..3).for_each(|_| use_it(&bus, &topic, &mut random));
             for round in 0..ROUNDS {
                 garble(&mut random, &log, &arena);

@@ -33,7 +33,7 @@ const STATE_BYTES: usize = 128;
 const ROUND: Duration = Duration::from_millis(400);
 
 /// Memory that one asks for, and how often.
-const HOARD_BYTES: u64 = 512 << 20;
+const HOARD_BYTES: u64 = 256 << 20;
 const HOARDS: usize = 4;
 
 /// Nothing here waits for longer than a few milliseconds; this is for a machine that is very busy.
@@ -705,8 +705,8 @@ fn who_asks_for_much_memory_delays_nobody() {
     });
     println!("requests while {HOARD_BYTES} bytes were reserved: {answered:?}");
     // Where they wait for it, it is one that was under way, and perhaps the next.
-    let most = answered.into_iter().max();
-    assert!(most > Some(10), "nobody is answered while memory is reserved for another");
+    let all: u64 = answered.iter().sum();
+    assert!(all > 10 * HOARDS as u64, "nobody is answered while memory is reserved for another");
 }
 
 /// Something that looks like a request: the kind, then anything; or a good one over and over.

@@ -50,7 +50,7 @@ pub fn many(len: u64, readers: usize) -> ManyLog {
 /// A formatted channel of `len` slots.
 pub fn channel(len: u64) -> Channel<1> {
     let channel = Channel::new(Shared::heap(Box::new(ChannelHeader::new())), slots(len));
-    channel.format();
+    channel.format(0..len);
     channel
 }
 

@@ -31,8 +31,8 @@ use nix::unistd::Uid;
 
 pub(crate) use crate::coordinator::estate::groups::Expired;
 use crate::coordinator::estate::groups::Reclaims;
-use crate::coordinator::estate::rounds::Others;
 pub(crate) use crate::coordinator::estate::rounds::Progress;
+use crate::coordinator::estate::rounds::{Others, aside_of};
 pub(crate) use crate::coordinator::estate::wildcards::News;
 use crate::coordinator::limits::Limits;
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
@@ -40,9 +40,7 @@ use crate::coordinator::memory::{Joined, LedgerCount, Reservation, TopicMemory};
 use crate::coordinator::notices::Notices;
 use crate::coordinator::protocol::{Answer, HandleRef, Request};
 use crate::coordinator::registry::{AppendError, FIRST_HALF_BYTES, Registry};
-#[cfg(test)]
-use crate::coordinator::state::Aside;
-use crate::coordinator::state::{Event, Footprint, Plan, Reply, State, TopicEntry};
+use crate::coordinator::state::{Aside, Event, Footprint, Plan, Reply, State, TopicEntry};
 use crate::error::Refusal;
 use crate::ring::log::TopicState;
 
@@ -86,9 +84,9 @@ pub(crate) struct Estate {
     rest: Rest,
     reclaims: Reclaims,
     /// What was done since the last round of the loop, in words of ledgers walked.
-    worked: u64,
+    worked_words: u64,
     /// Memory for the event that is about to be carried out.
-    reserved: Reservation,
+    at_hand: Reservation,
     /// What was counted in ledgers for a status that is to be given, and when, by topic and group.
     counted: BTreeMap<(u64, u32), (Instant, LedgerCount)>,
     /// Where the subscriber that opens right now begins.
@@ -133,8 +131,8 @@ impl Estate {
             expiring: Vec::new(),
             rest: Rest::default(),
             reclaims: Reclaims::new(),
-            worked: 0,
-            reserved: Reservation::default(),
+            worked_words: 0,
+            at_hand: Reservation::default(),
             counted: BTreeMap::new(),
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
@@ -226,30 +224,35 @@ impl Estate {
             self.check_host(incarnation)?;
         }
         if progress.opening.is_some() {
-            return self.grant_wildcard(progress);
+            return self.grant_wildcard(progress, others);
         }
-        if !self.reserve(&mut progress.reservation)? {
-            return Ok(Outcome::PutOff);
-        }
-        // Much may have changed while it was reserved: it is decided as if nothing had been.
-        let Plan { events, reply } = self.state.request_once(&self.limits, FOOTPRINT, incarnation, once, request)?;
+        // Anew in each round: much may have changed since the last, and then it is decided as if nothing had been reserved.
+        let plan = |aside| self.state.request_once(&self.limits, FOOTPRINT, aside, incarnation, once, request);
+        let Plan { events, reply } = match plan(&|uid| aside_of(others, uid)) {
+            Ok(plan) => plan,
+            // What leaves no room may be the very thing that is asked for.
+            Err(_) if plan(&|_| Aside::default()).is_ok_and(|plan| self.is_under_way(&plan.events, others)) => {
+                return Ok(self.put_off());
+            }
+            Err(refusal) => return Err(refusal),
+        };
         if let Reply::Wildcard { wildcard } = reply {
             progress.opening = Some(self.begin_opening(wildcard, events)?);
-            return self.grant_wildcard(progress);
+            return self.grant_wildcard(progress, others);
         }
         if !self.reserve_for(&events, &mut progress.reservation, others)? {
             return Ok(Outcome::PutOff);
         }
-        self.reserved = std::mem::take(&mut progress.reservation);
+        self.at_hand = std::mem::take(&mut progress.reservation);
         let carried_out = self.carry_out_all(events);
-        self.reserved = Reservation::default();
+        self.at_hand = Reservation::default();
         carried_out.and_then(|()| self.answered(reply))
     }
 
-    fn grant_wildcard(&mut self, progress: &mut Progress) -> Result<Outcome, Refusal> {
+    fn grant_wildcard(&mut self, progress: &mut Progress, others: Others<'_>) -> Result<Outcome, Refusal> {
         let Some(opening) = &mut progress.opening else { return Err(broken("a wildcard that is not being opened")) };
         let wildcard = opening.wildcard;
-        match self.go_on_opening(opening) {
+        match self.go_on_opening(opening, others) {
             Ok(true) => self.answered(Reply::Wildcard { wildcard }),
             Ok(false) => Ok(Outcome::PutOff),
             Err(refusal) => {
@@ -300,7 +303,7 @@ impl Estate {
         let mut progress = Progress::default();
         loop {
             self.begin_round();
-            match self.request_once(incarnation, request, once, &mut progress, &|_| Aside::default())? {
+            match self.request_once(incarnation, request, once, &mut progress, &|_| {})? {
                 Outcome::Granted(granted) => return Ok(Some(granted)),
                 Outcome::Stop => return Ok(None),
                 Outcome::PutOff => {}

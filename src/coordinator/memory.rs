@@ -22,9 +22,12 @@ use crate::os::memfd::{self, free_elsewhere};
 use crate::ring::arena::Arena;
 use crate::ring::doorbell::Doorbell;
 use crate::ring::log::{Place, TopicState};
-use crate::shm::segment::{Access, Promise, Segment};
+use crate::shm::segment::{Access, Kind, Pages, Promise, Segment};
 use crate::shm::topic::{self, LogSegments};
 use crate::topic::Mode;
+
+/// Longest segment of which the coordinator maps every page at once.
+const POPULATED_BYTES: u64 = 64 << 20;
 
 /// How the names of subscribers' own cursors begin.
 const OWN_CURSORS: &str = "own-";
@@ -75,18 +78,18 @@ impl TopicMemory {
     /// The segments that [`Self::create`] makes.
     pub(crate) fn first_segments(info: &TopicInfo) -> Vec<Wanted> {
         if info.options.mode == Mode::Channel {
-            return vec![Wanted::new(info, "channel", info.channel())];
+            return vec![Wanted::new(info, "channel".to_owned(), info.channel())];
         }
         vec![
-            Wanted::new(info, "log", info.log()),
-            Wanted::new(info, "cursors", info.cursors()),
+            Wanted::new(info, "log".to_owned(), info.log()),
+            Wanted::new(info, "cursors".to_owned(), info.cursors()),
             TopicMemory::arena_segment(info, 0),
         ]
     }
 
     /// The segment that [`Self::add_arena`] makes.
     pub(crate) fn arena_segment(info: &TopicInfo, slot: u32) -> Wanted {
-        Wanted::new(info, "arena", info.arena(slot))
+        Wanted::new(info, format!("arena-{slot}"), info.arena(slot))
     }
 
     /// Creates log, cursors and the first arena (a channel: its one segment), reserved in full and sealed, of what was `reserved`
@@ -94,17 +97,12 @@ impl TopicMemory {
     pub(crate) fn create(info: &TopicInfo, reserved: &mut Reservation) -> Result<TopicMemory, Refusal> {
         let mut made = Vec::new();
         for wanted in TopicMemory::first_segments(info) {
-            made.push(reserved.make(&wanted)?);
+            made.push(reserved.make(wanted)?);
         }
         let mut made = made.into_iter();
         let mut next = || made.next().ok_or_else(|| corrupt(info, "a segment too few".into()));
         if info.options.mode == Mode::Channel {
             let (fd, segment) = next()?;
-            if info.small_slots() {
-                topic::channel::<1>(&segment, &info.geometry).0.format();
-            } else {
-                topic::channel::<7>(&segment, &info.geometry).0.format();
-            }
             segment.publish(&info.channel());
             return Ok(TopicMemory::new(info, Parts::Channel { segment, fd }));
         }
@@ -215,7 +213,7 @@ impl TopicMemory {
     /// Creates the arena of a publisher slot, of what was `reserved` for it.
     pub(crate) fn add_arena(&mut self, slot: u32, reserved: &mut Reservation) -> Result<(), Refusal> {
         let (info, Parts::Log { arenas, .. }) = (&self.info, &mut self.parts) else { return Ok(()) };
-        let made = reserved.make(&TopicMemory::arena_segment(info, slot))?;
+        let made = reserved.make(TopicMemory::arena_segment(info, slot))?;
         put_arena(arenas, slot, ArenaPart::new(info, slot, made));
         Ok(())
     }
@@ -226,8 +224,8 @@ impl TopicMemory {
             return Err(corrupt(&self.info, "a channel has no cursors".into()));
         };
         let promise = self.info.cursors();
-        let wanted = Wanted::new(&self.info, "own-cursors", promise);
-        let (fd, cursors) = Reservation::default().make(&wanted)?;
+        let wanted = Wanted::new(&self.info, "own-cursors".to_owned(), promise);
+        let (fd, cursors) = Reservation::default().make(wanted)?;
         let segments = LogSegments { log: segments.log.clone(), cursors };
         segments.cursor_lines(&self.info).iter().for_each(|line| line.format());
         segments.cursors.publish(&promise);
@@ -404,6 +402,13 @@ fn channel_ends(segment: &Segment, info: &TopicInfo) -> (u64, u64) {
     }
 }
 
+/// How the coordinator maps such a segment. What it walks has all its pages mapped at once, up to this length; a longer log it touches
+/// here and there, and payloads hardly ever.
+fn pages_of(promise: &Promise) -> Pages {
+    let is_walked = !matches!(promise.kind, Kind::Arena | Kind::Channel);
+    if is_walked && promise.len_bytes <= POPULATED_BYTES { Pages::Populated } else { Pages::AsTouched }
+}
+
 /// Maps a segment of a topic.
 type Attach = fn(&TopicInfo, &OwnedFd, &Promise) -> Result<Segment, Refusal>;
 
@@ -412,7 +417,7 @@ fn attach_for_a_word(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Resul
 }
 
 fn attach(info: &TopicInfo, fd: &OwnedFd, promise: &Promise) -> Result<Segment, Refusal> {
-    let attached = Segment::attach_with(fd.as_fd(), promise, Access::ReadWrite, reservation::pages_of(promise));
+    let attached = Segment::attach_with(fd.as_fd(), promise, Access::ReadWrite, pages_of(promise));
     attached.map_err(|e| corrupt(info, e.to_string()))
 }
 

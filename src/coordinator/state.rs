@@ -27,8 +27,8 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::event::Event;
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
-pub(crate) use crate::coordinator::state::limits::Aside;
 use crate::coordinator::state::limits::Owned;
+pub(crate) use crate::coordinator::state::limits::{Aside, AsideOf};
 use crate::error::Refusal;
 use crate::os::pidfd::Birth;
 
@@ -186,6 +186,10 @@ impl State {
         self.participants.get(&incarnation).into_iter().flat_map(|p| &p.handles).copied().collect()
     }
 
+    pub(crate) fn is_held(&self, incarnation: u64, handle: HandleRef) -> bool {
+        self.participants.get(&incarnation).is_some_and(|participant| participant.handles.contains(&handle))
+    }
+
     /// Connected processes that read the topic's messages: they must know its arenas.
     pub(crate) fn readers_of(&self, topic: u64) -> BTreeSet<u64> {
         self.topics.get(&topic).into_iter().flat_map(TopicEntry::readers).collect()
@@ -240,6 +244,8 @@ struct Decider<'a> {
     state: &'a State,
     limits: &'a Limits,
     footprint: Footprint,
+    /// What others' requests are about to get.
+    aside: AsideOf<'a>,
     incarnation: u64,
     uid: u32,
 }
@@ -253,8 +259,20 @@ impl State {
         incarnation: u64,
         request: &Request,
     ) -> Result<Plan, Refusal> {
+        self.request_beside(limits, footprint, &|_| Aside::default(), incarnation, request)
+    }
+
+    /// The same while memory is set `aside` for other requests.
+    fn request_beside(
+        &self,
+        limits: &Limits,
+        footprint: Footprint,
+        aside: AsideOf<'_>,
+        incarnation: u64,
+        request: &Request,
+    ) -> Result<Plan, Refusal> {
         let participant = self.participants.get(&incarnation).ok_or(Refusal::UnknownParticipant { incarnation })?;
-        let decider = Decider { state: self, limits, footprint, incarnation, uid: participant.uid };
+        let decider = Decider { state: self, limits, footprint, aside, incarnation, uid: participant.uid };
         match request {
             // These are the server's business, and never come here from a connection that is what it should be.
             Request::Hello { .. } | Request::Goodbye | Request::Report => {
@@ -301,12 +319,13 @@ impl State {
         &self,
         limits: &Limits,
         footprint: Footprint,
+        aside: AsideOf<'_>,
         incarnation: u64,
         number: u64,
         request: &Request,
     ) -> Result<Plan, Refusal> {
         let granted = match request {
-            _ if number == 0 => return self.request(limits, footprint, incarnation, request),
+            _ if number == 0 => return self.request_beside(limits, footprint, aside, incarnation, request),
             Request::CreateTopic { .. } | Request::CreateGroup { .. } => Reply::Created { existed: false },
             Request::RemoveTopic { .. } | Request::RemoveGroup { .. } | Request::RewindGroup { .. } => Reply::Done,
             _ => return Err(Refusal::Protocol { problem: "numbered what is not done once".to_owned() }),
@@ -315,7 +334,7 @@ impl State {
         if number <= last_once {
             return Ok(Plan { events: Vec::new(), reply: granted });
         }
-        let mut plan = self.request(limits, footprint, incarnation, request)?;
+        let mut plan = self.request_beside(limits, footprint, aside, incarnation, request)?;
         if let Some(first) = plan.events.first_mut() {
             let event = Some(Box::new(first.clone()));
             *first = Event::Once { incarnation, number, event };

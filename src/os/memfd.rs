@@ -10,6 +10,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::ftruncate;
 
+use crate::os::process::without_signals;
+
 /// Longest name the kernel shows for a memfd (`/proc/PID/fd`), in bytes.
 const MAX_LABEL_BYTES: usize = 200;
 
@@ -26,28 +28,22 @@ pub(crate) fn create(name: &str, len: u64) -> io::Result<OwnedFd> {
     if len > 0 {
         reserve(fd.as_fd(), 0, len)?;
     }
-    seal(fd.as_fd())?;
     Ok(fd)
 }
 
-/// What [`create`] begins with: the length is there, the memory is not.
+/// A memfd of exactly `len` bytes, sealed, whose memory is still to be [`reserve`]d.
 pub(crate) fn begin(name: &str, len: u64) -> io::Result<OwnedFd> {
     let file_len = i64::try_from(len).map_err(|_| io::Error::from(Errno::EFBIG))?;
     let fd = open_sealable(name)?;
     fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
     ftruncate(&fd, file_len)?;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
     Ok(fd)
 }
 
-/// Reserves the memory of `len` bytes of it, of a file that [`begin`] has given its length.
+/// Reserves a range of it, inside its length.
 pub(crate) fn reserve(fd: BorrowedFd<'_>, from: u64, len: u64) -> io::Result<()> {
     Ok(retry(|| fallocate(fd, FallocateFlags::empty(), from as i64, len as i64))?)
-}
-
-/// What [`create`] ends with.
-pub(crate) fn seal(fd: BorrowedFd<'_>) -> io::Result<()> {
-    fcntl(fd, FcntlArg::F_ADD_SEALS(SEALS))?;
-    Ok(())
 }
 
 /// The same memory through a descriptor that cannot write. A new open file description, not a duplicate: a duplicate
@@ -83,21 +79,25 @@ pub(crate) fn held_bytes(fd: BorrowedFd<'_>) -> u64 {
     fstat(fd).map_or(0, |status| status.st_blocks as u64 * 512)
 }
 
-/// Lets go of much memory on a thread of its own: to free a gigabyte takes the kernel 50 ms. `bytes`: how much it may be.
+/// Lets go of much memory on a thread of its own: to free a gigabyte takes the kernel 50 ms. `bytes`: about how much it is.
 pub(crate) fn free_elsewhere<T: Send + 'static>(bytes: u64, memory: T) {
     if bytes >= MUCH_BYTES {
-        let freeing = std::thread::Builder::new().name("shmbus-freeing".to_owned()).stack_size(64 << 10);
         // Without a thread it is freed here.
-        let _ = freeing.spawn(move || drop(memory));
+        let _ = on_a_thread("shmbus-freeing", move || drop(memory));
     }
+}
+
+/// Starts a thread that takes no signals: they are the program's.
+fn on_a_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(64 << 10);
+    without_signals(|| thread.spawn(work)).map(drop)
 }
 
 /// Closes files of which nobody knows how long that takes, on a thread of its own.
 pub(crate) fn close_elsewhere(fds: Vec<OwnedFd>) {
     // Without a thread they stay open: better than to wait for whoever made them.
     let fds = std::mem::ManuallyDrop::new(fds);
-    let closing = std::thread::Builder::new().name("shmbus-closing".to_owned()).stack_size(64 << 10);
-    let _ = closing.spawn(move || drop(std::mem::ManuallyDrop::into_inner(fds)));
+    let _ = on_a_thread("shmbus-closing", move || drop(std::mem::ManuallyDrop::into_inner(fds)));
 }
 
 /// Creates the memfd; without `NOEXEC_SEAL` where the kernel is older than 6.3.

@@ -5,6 +5,8 @@
 //! for. That store dirties the line in the receiver's cache, where the sender fetches it in one transfer a lap later; a
 //! line left clean in both caches would cost the sender an upgrade for each message.
 
+use std::ops::Range;
+
 #[cfg(not(loom))]
 use crate::ring::arena::Span;
 use crate::ring::doorbell::Doorbell;
@@ -133,9 +135,9 @@ impl<const W: usize> Channel<W> {
         Channel { header, ring }
     }
 
-    /// Frees every slot for its first lap.
-    pub fn format(&self) {
-        for position in 0..self.ring.len() {
+    /// Frees slots for their first lap.
+    pub fn format(&self, positions: Range<u64>) {
+        for position in positions {
             // Relaxed: nobody else sees the channel before its descriptor is passed on.
             self.ring.at(position).word.store(empty(position).0, Ordering::Relaxed);
         }
@@ -429,7 +431,7 @@ mod tests {
     fn the_words_tell_the_ends_whatever_a_batch_left_above_them() {
         for slots in [1, 2, 8, 16] {
             let channel = channel(slots);
-            channel.format();
+            channel.format(0..channel.slots());
             assert_eq!(channel.ends(), (0, 0));
             // Also where positions go round, as far as words carry them.
             for tail in (0..3 * slots).chain((1 << 48) - slots..(1 << 48) + slots) {

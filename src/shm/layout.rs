@@ -165,6 +165,12 @@ impl Geometry {
         page_up(BODY_OFFSET + self.channel_arena_offset() + self.arena_bytes)
     }
 
+    /// How many of a channel's slots lie in the first bytes of its segment.
+    pub(crate) fn channel_slots_within(&self, bytes: u64) -> u64 {
+        let ring = bytes.saturating_sub(BODY_OFFSET + CHANNEL_RING_OFFSET);
+        (ring / u64::from(self.slot_bytes)).min(self.slots)
+    }
+
     /// Where the arena starts in a channel's body.
     pub(crate) fn channel_arena_offset(&self) -> u64 {
         page_up(CHANNEL_RING_OFFSET + self.slots * u64::from(self.slot_bytes))

@@ -88,9 +88,9 @@ impl Segment {
     /// Creates and maps a segment, reserved in full and zeroed. It can be attached once it is formatted and
     /// [`Self::publish`]ed.
     pub(crate) fn create(name: &str, promise: &Promise) -> std::io::Result<(OwnedFd, Segment)> {
-        let mut new = NewSegment::begin(name, promise.len_bytes, Pages::Populated)?;
-        new.reserve(promise.len_bytes)?;
-        new.finish()
+        let fd = memfd::create(name, promise.len_bytes)?;
+        let segment = Segment::map(fd.as_fd(), promise.len_bytes, Access::ReadWrite, Pages::Populated)?;
+        Ok((fd, segment))
     }
 
     /// Writes the header, the magic last (I-1).
@@ -108,7 +108,7 @@ impl Segment {
         Segment::attach_with(fd, promise, Access::ReadWrite, Pages::AsTouched)
     }
 
-    /// The same, if all of it is not to be touched soon.
+    /// [`Self::attach`], its pages coming as said.
     pub(crate) fn attach_with(
         fd: BorrowedFd<'_>,
         promise: &Promise,
@@ -186,45 +186,52 @@ impl Segment {
     }
 }
 
-/// A segment in the making: who has other things to do as well reserves its memory piece by piece.
+/// A segment in the making. Its memory is reserved piece by piece, so that its maker can serve others in between.
 pub(crate) struct NewSegment {
     fd: OwnedFd,
     segment: Segment,
     pages: Pages,
-    reserved: u64,
+    reserved_bytes: u64,
 }
 
 impl NewSegment {
     pub(crate) fn begin(name: &str, len: u64, pages: Pages) -> std::io::Result<NewSegment> {
         let fd = memfd::begin(name, len)?;
         let segment = Segment::map(fd.as_fd(), len, Access::ReadWrite, Pages::AsTouched)?;
-        Ok(NewSegment { fd, segment, pages, reserved: 0 })
+        Ok(NewSegment { fd, segment, pages, reserved_bytes: 0 })
     }
 
-    /// Bytes that have not been reserved yet.
-    pub(crate) fn missing(&self) -> u64 {
-        self.segment.map.len() as u64 - self.reserved
+    pub(crate) fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes
     }
 
-    /// Reserves so many bytes more, if as many are missing, and perhaps a few beyond.
+    pub(crate) fn missing_bytes(&self) -> u64 {
+        self.segment.map.len() as u64 - self.reserved_bytes
+    }
+
+    /// What there is of it; beyond what is reserved nothing may be touched.
+    pub(crate) fn segment(&self) -> &Segment {
+        &self.segment
+    }
+
+    /// Reserves `bytes` more, rounded up to whole pieces, or what is missing.
     pub(crate) fn reserve(&mut self, bytes: u64) -> std::io::Result<()> {
-        let piece = self.missing().min(bytes.div_ceil(PIECE_BYTES) * PIECE_BYTES);
+        let piece = self.missing_bytes().min(bytes.div_ceil(PIECE_BYTES) * PIECE_BYTES);
         if piece == 0 {
             return Ok(());
         }
-        memfd::reserve(self.fd.as_fd(), self.reserved, piece)?;
+        memfd::reserve(self.fd.as_fd(), self.reserved_bytes, piece)?;
         if self.pages == Pages::Populated {
             // Where the kernel cannot (before Linux 5.14) they come as they are touched.
-            let _ = self.segment.map.advise_range(Advice::PopulateWrite, self.reserved as usize, piece as usize);
+            let _ = self.segment.map.advise_range(Advice::PopulateWrite, self.reserved_bytes as usize, piece as usize);
         }
-        self.reserved += piece;
+        self.reserved_bytes += piece;
         Ok(())
     }
 
-    /// What was reserved in full, and zeroed. It can be attached once it is formatted and [`Segment::publish`]ed.
-    pub(crate) fn finish(self) -> std::io::Result<(OwnedFd, Segment)> {
-        debug_assert_eq!(self.missing(), 0, "a segment is reserved in full");
-        memfd::seal(self.fd.as_fd())?;
+    /// The segment, reserved in full and zeroed. It can be attached once it is formatted and [`Segment::publish`]ed.
+    pub(crate) fn finish(mut self) -> std::io::Result<(OwnedFd, Segment)> {
+        self.reserve(self.missing_bytes())?;
         Ok((self.fd, self.segment))
     }
 }
@@ -327,6 +334,26 @@ mod tests {
 
     fn is_populated(fd: &OwnedFd) -> bool {
         fstat(fd).unwrap().st_blocks as u64 * 512 >= LEN
+    }
+
+    #[test]
+    fn a_segment_is_made_of_pieces() {
+        let geometry = Geometry { slots: 1024, slot_bytes: 64, unit_bits: 0, arena_bytes: 4096 };
+        let len_bytes = (1 << 20) + 4096;
+        let promise = Promise { kind: Kind::Log, len_bytes, bus: 7, topic: 1, index: 0, generation: 0, geometry };
+        for pages in [Pages::Populated, Pages::AsTouched] {
+            let mut new = NewSegment::begin("shmbus-test", len_bytes, pages).unwrap();
+            assert_eq!((new.reserved_bytes(), memfd::held_bytes(new.fd.as_fd())), (0, 0));
+            new.reserve(1).unwrap();
+            assert_eq!(memfd::held_bytes(new.fd.as_fd()), new.reserved_bytes());
+            new.reserve((1 << 19) + 1).unwrap();
+            assert!(new.reserved_bytes() > 1 << 19 && new.missing_bytes() > 1 << 18);
+            assert!(memfd::check_sealed(new.fd.as_fd()).is_ok(), "nobody can make it shorter meanwhile");
+            let (fd, segment) = new.finish().unwrap();
+            assert_eq!(memfd::held_bytes(fd.as_fd()), len_bytes);
+            segment.publish(&promise);
+            Segment::attach(fd.as_fd(), &promise, Access::ReadOnly).unwrap();
+        }
     }
 
     #[test]

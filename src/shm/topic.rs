@@ -1,5 +1,6 @@
 //! Which segments a topic has, what each promises, and the rings as views of them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::coordinator::protocol::{GroupInfo, TopicInfo};
@@ -63,7 +64,7 @@ impl TopicInfo {
 
     /// Whether slots have room for one word of payload (7 otherwise).
     pub(crate) fn small_slots(&self) -> bool {
-        self.geometry.slot_bytes == 16
+        has_small_slots(&self.geometry)
     }
 
     /// Alignment of each payload in a batch, in bytes.
@@ -124,6 +125,19 @@ pub(crate) fn channel<const W: usize>(segment: &Segment, geometry: &Geometry) ->
     let header: Shared<ChannelHeader> = segment.view(0);
     let channel = Channel::new(header, segment.ring(CHANNEL_RING_OFFSET, geometry.slots));
     (channel, segment.arena(geometry.channel_arena_offset(), geometry.arena_bytes))
+}
+
+/// Formats slots of a channel that nobody uses yet.
+pub(crate) fn format_channel(segment: &Segment, geometry: &Geometry, positions: Range<u64>) {
+    if has_small_slots(geometry) {
+        channel::<1>(segment, geometry).0.format(positions);
+    } else {
+        channel::<7>(segment, geometry).0.format(positions);
+    }
+}
+
+fn has_small_slots(geometry: &Geometry) -> bool {
+    geometry.slot_bytes == 16
 }
 
 /// A channel's head alone.

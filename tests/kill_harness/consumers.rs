@@ -342,7 +342,7 @@ fn anonymize(sequence: u64) {
 /// Changes a word of the group's ledger behind the library's back.
 pub(crate) fn change_word(sequence: u64, change: impl FnOnce(u64) -> u64) {
     // Page of header, the ledger's own, then the words, as many as the default window has (ARCHITECTURE.md §3.4).
-    let word = mapping_of(":ledger") + 4096 + 768 + 8 * (sequence % 1024) as usize;
+    let word = mapping_of(":ledger-") + 4096 + 768 + 8 * (sequence % 1024) as usize;
     let word = word as *mut u64;
     // SAFETY: the word lies in the mapping, aligned, which lives as long as the consumer.
     unsafe { word.write_volatile(change(word.read_volatile())) };

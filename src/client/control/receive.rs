@@ -99,6 +99,12 @@ impl Inner {
     }
 
     fn receive(&mut self, answer: Answer, mut fds: Vec<OwnedFd>) {
+        if self.welcomed && matches!(answer, Answer::Refused(_)) {
+            // What came ahead of a grant that is not made: one request is under way at a time.
+            for handle in self.pushed.drop_ungranted(&self.holds) {
+                self.let_go(handle);
+            }
+        }
         match answer {
             Answer::ArenaAdded { topic, slot } if self.holdings.has(topic) => match fds.pop() {
                 Some(fd) => {

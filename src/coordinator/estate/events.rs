@@ -66,7 +66,7 @@ impl Estate {
     pub(super) fn prepare(&mut self, event: &Event) -> Result<(), Refusal> {
         match event {
             Event::TopicCreated { info, .. } => {
-                let memory = TopicMemory::create(info, &mut self.reserved)?;
+                let memory = TopicMemory::create(info, &mut self.at_hand)?;
                 if let Err(refusal) = self.store_segments(info.id, &memory) {
                     memory.let_go();
                     return Err(refusal);
@@ -196,7 +196,7 @@ impl Estate {
         let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("an arena for a topic that is not there"))?;
         // It may be there from an attempt that failed later on.
         if !memory.has_arena(slot) {
-            memory.add_arena(slot, &mut self.reserved)?;
+            memory.add_arena(slot, &mut self.at_hand)?;
         }
         self.store_segment(topic, &format!("arena-{slot}"))
     }

@@ -113,7 +113,7 @@ impl Estate {
         self.memory(topic)?.check_start(start)?;
         replaces.map_or(Ok(()), |old| self.fence_group(topic, old))?;
         let memory = self.memories.get_mut(&topic).ok_or_else(|| broken("a group on a topic that is not there"))?;
-        memory.create_ledger(group, &mut self.reserved)?;
+        memory.create_ledger(group, &mut self.at_hand)?;
         let segment = memory.stored_ledger(group.id)?;
         match &mut self.link {
             Some(link) => link.store(&segment_name(topic, &segment.name), segment.fd),

@@ -32,7 +32,7 @@ fn step(
 /// In how many rounds a request is granted.
 fn rounds(estate: &mut Estate, request: &Request, progress: &mut Progress) -> usize {
     let is_granted = |estate: &mut Estate, progress: &mut Progress| {
-        matches!(step(estate, request, progress, &|_| Aside::default()).unwrap(), Outcome::Granted(_))
+        matches!(step(estate, request, progress, &|_| {}).unwrap(), Outcome::Granted(_))
     };
     (1..1000).find(|_| is_granted(estate, progress)).unwrap()
 }
@@ -49,33 +49,36 @@ fn memfds(name: &str) -> usize {
 fn much_memory_is_reserved_piece_by_piece() {
     let (_keeper, mut estate, _) = Keeper::with_topic();
     let (mut progress, request) = (Progress::default(), create("large", 64 * MIB));
-    assert!(matches!(step(&mut estate, &request, &mut progress, &|_| Aside::default()), Ok(Outcome::PutOff)));
+    assert!(matches!(step(&mut estate, &request, &mut progress, &|_| {}), Ok(Outcome::PutOff)));
     // Nobody knows of it, and its user cannot have it twice.
     assert_eq!(estate.state().topics().len(), 1);
-    let aside = progress.aside(1000);
+    let aside = progress.reservation.aside(1000);
     assert!(aside.bytes > 64 * MIB && aside.segments == 3, "{aside:?}");
-    assert_eq!(progress.aside(0), Aside::default());
+    assert_eq!(progress.reservation.aside(0), Aside::default());
     estate.limits.budget_bytes = 100 * MIB;
-    let others = |uid| if uid == 1000 { aside } else { Aside::default() };
+    let others = |look: &mut dyn FnMut(&Progress)| look(&progress);
     let second = step(&mut estate, &create("second", 64 * MIB), &mut Progress::default(), &others);
     assert!(matches!(second, Err(Refusal::Budget { .. })));
+    estate.limits.user_segments = 8;
+    let second = step(&mut estate, &create("second", 4096), &mut Progress::default(), &others);
+    assert!(matches!(second, Err(Refusal::Limit { .. })), "3 of topic t, 3 set aside");
     assert!(rounds(&mut estate, &request, &mut progress) > 20);
     let fd = estate.memory(1).unwrap().arena_fd(0).unwrap();
     assert!(crate::os::memfd::held_bytes(fd.as_fd()) >= 64 * MIB, "it is reserved in full");
     assert!(crate::os::memfd::check_sealed(fd.as_fd()).is_ok(), "{}", fd.as_raw_fd());
-    assert_eq!(progress.aside(1000), Aside::default());
+    assert_eq!(progress.reservation.aside(1000), Aside::default());
 }
 
-/// It is decided when it can be granted, as if nothing had been reserved; what was reserved in vain is given up.
+/// It is decided anew in each round; what was reserved in vain is given up.
 #[test]
 fn what_changed_while_memory_was_reserved_counts() {
     let (_keeper, mut estate, _) = Keeper::with_topic();
     let (mut progress, request) = (Progress::default(), create("contested", 16 * MIB));
-    assert!(matches!(step(&mut estate, &request, &mut progress, &|_| Aside::default()), Ok(Outcome::PutOff)));
+    assert!(matches!(step(&mut estate, &request, &mut progress, &|_| {}), Ok(Outcome::PutOff)));
     let us = us(&estate);
     estate.request(us, &create("contested", MIB)).unwrap();
     assert_eq!(memfds("contested"), 6);
-    let refused = (1..1000).find_map(|_| step(&mut estate, &request, &mut progress, &|_| Aside::default()).err());
+    let refused = step(&mut estate, &request, &mut progress, &|_| {}).err();
     assert!(matches!(refused, Some(Refusal::AlreadyExists { .. })), "{refused:?}");
     drop(progress);
     let deadline = Instant::now() + std::time::Duration::from_secs(10);
@@ -83,6 +86,97 @@ fn what_changed_while_memory_was_reserved_counts() {
         std::thread::yield_now();
     }
     assert_eq!(memfds("contested"), 3);
+}
+
+/// Programs that start together ask for the same topic: it is reserved once.
+#[test]
+fn who_asks_for_the_same_waits_for_it() {
+    let (_keeper, mut estate, _) = Keeper::with_topic();
+    estate.limits.budget_bytes = 100 * MIB;
+    let mut request = create("same", 64 * MIB);
+    let Request::CreateTopic { exist_ok, .. } = &mut request else { panic!() };
+    *exist_ok = true;
+    let (mut first, mut second) = (Progress::default(), Progress::default());
+    assert!(matches!(step(&mut estate, &request, &mut first, &|_| {}), Ok(Outcome::PutOff)));
+    let others = |look: &mut dyn FnMut(&Progress)| look(&first);
+    assert!(matches!(step(&mut estate, &request, &mut second, &others), Ok(Outcome::PutOff)));
+    assert_eq!((memfds("same"), second.reservation.aside(1000)), (3, Aside::default()));
+    rounds(&mut estate, &request, &mut first);
+    let found = step(&mut estate, &request, &mut second, &|_| {}).unwrap();
+    assert!(matches!(found, Outcome::Granted((Answer::Created { existed: true }, _))));
+}
+
+/// A ledger and an arena as well; and under a number, once, whichever coordinator it is.
+#[test]
+fn whatever_is_large_is_reserved_in_parts() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = us(&estate);
+    estate.request(us, &create("large", 16 * MIB)).unwrap();
+    let open =
+        |topic: &str| Request::OpenPublisher { topic: topic.to_owned(), schema: None, create: None, identity: None };
+    assert_eq!(rounds(&mut estate, &open("large"), &mut Progress::default()), 1, "the first arena is there");
+    assert!(rounds(&mut estate, &open("large"), &mut Progress::default()) > 5);
+    let options = crate::group::GroupOptions { window: 1 << 20, ..Default::default() };
+    let (topic, group) = ("large".to_owned(), "g".to_owned());
+    let group = Request::CreateGroup { topic, group, options, start: StartAt::Oldest, exist_ok: false };
+    estate.begin_round();
+    let begun = estate.request_once(us, &group, 1, &mut Progress::default(), &|_| {});
+    assert!(matches!(begun, Ok(Outcome::PutOff)));
+    drop(estate);
+    let mut estate = keeper.restart();
+    for _ in 0..2 {
+        let (answer, _) = estate.request_numbered(us, &group, 1).unwrap().unwrap();
+        assert!(matches!(answer, Answer::Created { existed: false }));
+        keeper.listen();
+    }
+    assert_eq!(estate.entry(1).unwrap().groups.len(), 1);
+}
+
+/// The slots of a channel are formatted as they are reserved.
+#[test]
+fn a_long_channel_is_made_in_parts() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let mut request = create("channel", 4096);
+    let Request::CreateTopic { options, .. } = &mut request else { panic!() };
+    (options.mode, options.messages) = (crate::topic::Mode::Channel, 1 << 18);
+    assert!(rounds(&mut estate, &request, &mut Progress::default()) > 2);
+    let info = estate.entry(1).unwrap().info.clone();
+    keeper.listen();
+    let fd = &keeper.store[&segment_name(1, "channel")];
+    let segment = Segment::attach(fd.as_fd(), &info.channel(), Access::ReadWrite).unwrap();
+    let made = bytes_of(fd);
+    crate::shm::topic::format_channel(&segment, &info.geometry, 0..info.geometry.slots);
+    assert!(made == bytes_of(fd), "every slot was formatted already");
+}
+
+fn bytes_of(fd: &OwnedFd) -> Vec<u8> {
+    let file = std::fs::File::from(fd.try_clone().unwrap());
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+    bytes
+}
+
+/// What comes up while a wildcard subscription is opened does not take its owner beyond his limits.
+#[test]
+fn a_wildcard_that_is_opened_in_parts_keeps_its_owners_limits() {
+    let (mut keeper, mut estate, _) = Keeper::with_topic();
+    let us = us(&estate);
+    for number in 0..300 {
+        estate.request(us, &create(&format!("t-{number}"), 4096)).unwrap();
+        keeper.listen();
+    }
+    estate.limits.handles = 310;
+    let open =
+        Request::OpenWildcard { pattern: ">".to_owned(), schema: None, start: StartAt::Latest, droppable: false };
+    let mut progress = Progress::default();
+    assert!(matches!(step(&mut estate, &open, &mut progress, &|_| {}), Ok(Outcome::PutOff)));
+    for number in 0..100 {
+        estate.request(us, &create(&format!("new-{number}"), 4096)).unwrap();
+        keeper.listen();
+    }
+    rounds(&mut estate, &open, &mut progress);
+    assert_eq!(estate.state().handles_of(us).len(), 310);
+    assert!(!estate.state().wildcards()[&1].missed.is_empty(), "and is told of the others");
 }
 
 /// Whoever holds much is released in parts; its topics go first, and it goes last.
@@ -111,6 +205,7 @@ fn who_holds_much_is_released_in_parts() {
         }
     }
     let held = estate.state().handles_of(us).len();
+    assert!(held > 256, "{held}");
     let (mut parts, mut left) = (0, Vec::new());
     loop {
         estate.begin_round();
@@ -143,7 +238,7 @@ fn a_wildcard_is_opened_in_parts() {
     let open =
         Request::OpenWildcard { pattern: ">".to_owned(), schema: None, start: StartAt::Latest, droppable: false };
     let mut progress = Progress::default();
-    assert!(matches!(step(&mut estate, &open, &mut progress, &|_| Aside::default()), Ok(Outcome::PutOff)));
+    assert!(matches!(step(&mut estate, &open, &mut progress, &|_| {}), Ok(Outcome::PutOff)));
     topic(&mut estate, &mut keeper, "new".to_owned());
     let remove = |name: &str| Request::RemoveTopic { topic: name.to_owned(), force: true };
     ["old-0", "old-299"].into_iter().for_each(|name| drop(estate.request(us, &remove(name)).unwrap()));
@@ -170,7 +265,7 @@ fn a_wildcard_that_was_opened_in_part_goes_with_its_coordinator() {
     }
     let open =
         Request::OpenWildcard { pattern: ">".to_owned(), schema: None, start: StartAt::Latest, droppable: false };
-    let begun = step(&mut estate, &open, &mut Progress::default(), &|_| Aside::default());
+    let begun = step(&mut estate, &open, &mut Progress::default(), &|_| {});
     assert!(matches!(begun, Ok(Outcome::PutOff)));
     drop(estate);
     let mut estate = keeper.restart();

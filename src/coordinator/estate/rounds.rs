@@ -3,7 +3,7 @@
 
 use std::vec;
 
-use super::{Estate, FOOTPRINT};
+use super::{Estate, FOOTPRINT, Outcome};
 use crate::coordinator::memory::{Reservation, TopicMemory, Wanted};
 use crate::coordinator::state::{Aside, Event};
 use crate::error::Refusal;
@@ -20,8 +20,15 @@ pub(super) const SEGMENT_WORDS: u64 = 1 << 15;
 /// What opening or closing a handle counts.
 pub(super) const HANDLE_WORDS: u64 = 1 << 12;
 
-/// What is set aside for others' requests to a user's account.
-pub(crate) type Others<'a> = &'a dyn Fn(u32) -> Aside;
+/// Goes through how far others' requests have come.
+pub(crate) type Others<'a> = &'a dyn Fn(&mut dyn FnMut(&Progress));
+
+/// What is set aside to a user's account.
+pub(super) fn aside_of(others: Others<'_>, uid: u32) -> Aside {
+    let mut sum = Aside::default();
+    others(&mut |progress| sum = [sum, progress.reservation.aside(uid)].into_iter().sum());
+    sum
+}
 
 /// How far a request has come that is done in parts.
 #[derive(Default)]
@@ -32,9 +39,9 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// What counts to a user's limits already.
-    pub(crate) fn aside(&self, uid: u32) -> Aside {
-        self.reservation.aside(uid)
+    /// Whether this wildcard subscription is being opened.
+    pub(crate) fn opens(&self, wildcard: u64) -> bool {
+        self.opening.as_ref().is_some_and(|opening| opening.wildcard == wildcard)
     }
 }
 
@@ -46,24 +53,25 @@ pub(super) struct Opening {
 }
 
 impl Estate {
-    /// From now on others have had their turn.
+    /// From now on others have had their turn: a full share each for what is heard, and for what was put off before.
     pub(crate) fn begin_round(&mut self) {
-        self.worked = 0;
+        self.worked_words = 0;
     }
 
     /// Whether so much was done in this round that the rest is for the next.
     pub(crate) fn has_done_its_part(&self) -> bool {
-        self.worked >= WORDS_AT_ONCE
+        self.worked_words >= WORDS_AT_ONCE
     }
 
     /// Notes that something was done that takes as long as walking so many words.
     pub(super) fn count_work(&mut self, words: u64) {
-        self.worked += words;
+        self.worked_words += words;
     }
 
     /// Begins with the plan of a new wildcard subscription.
     pub(super) fn begin_opening(&mut self, wildcard: u64, events: Vec<Event>) -> Result<Opening, Refusal> {
         let mut topics = Vec::new();
+        self.count_work(SEGMENT_WORDS);
         for event in events {
             match event {
                 Event::SubscriberOpened { topic, .. } | Event::WildcardMissed { topic, .. } => topics.push(topic),
@@ -74,15 +82,17 @@ impl Estate {
     }
 
     /// Gives a new wildcard subscription its cursors, in so far as there is time for it in this round. Whether it has them all.
-    pub(super) fn go_on_opening(&mut self, opening: &mut Opening) -> Result<bool, Refusal> {
+    pub(super) fn go_on_opening(&mut self, opening: &mut Opening, others: Others<'_>) -> Result<bool, Refusal> {
+        let aside = |uid| aside_of(others, uid);
         while !self.has_done_its_part()
             && let Some(topic) = opening.topics.next()
         {
-            self.count_work(2 * HANDLE_WORDS);
             // The topic may have gone meanwhile, or its last free cursor.
-            let start = self.state.wildcards().get(&opening.wildcard).map(|entry| entry.start);
-            let event = start.and_then(|start| self.state.cursor_for(opening.wildcard, topic, start, FOOTPRINT));
-            event.map_or(Ok(()), |event| self.carry_out_for_others(event))?;
+            let event = self.state.cursor_at_opening(&self.limits, FOOTPRINT, &aside, opening.wildcard, topic);
+            let Some(event) = event else { continue };
+            let is_own = matches!(event, Event::SubscriberOpened { own: Some(_), .. });
+            self.count_work(if is_own { SEGMENT_WORDS } else { 2 * HANDLE_WORDS });
+            self.carry_out_for_others(event)?;
         }
         Ok(opening.topics.len() == 0)
     }
@@ -96,34 +106,49 @@ impl Estate {
     ) -> Result<bool, Refusal> {
         let (payer, wanted) = self.wanted_for(events);
         if !reservation.is_for(payer, &wanted) {
-            if wanted.is_empty() {
-                *reservation = Reservation::default();
-                return Ok(true);
+            // What it was for is there by now, say.
+            *reservation = Reservation::default();
+            if wanted.is_empty() || self.has_done_its_part() {
+                return Ok(wanted.is_empty());
             }
-            if self.has_done_its_part() {
+            if self.is_under_way(events, others) {
+                self.put_off();
                 return Ok(false);
             }
-            self.check_beside(payer, &wanted, others)?;
             self.count_work(SEGMENT_WORDS * wanted.len() as u64);
             *reservation = Reservation::begin(payer, wanted)?;
         }
         self.reserve(reservation)
     }
 
-    /// Goes on with a reservation in what is left of this round. Whether it is all there.
-    pub(super) fn reserve(&mut self, reservation: &mut Reservation) -> Result<bool, Refusal> {
-        let missing = reservation.missing();
-        if missing == 0 || self.has_done_its_part() {
-            return Ok(missing == 0);
-        }
-        let bytes = missing.min((WORDS_AT_ONCE - self.worked) * BYTES_PER_WORD);
-        self.count_work(bytes / BYTES_PER_WORD);
-        reservation.reserve(bytes)?;
-        Ok(reservation.missing() == 0)
+    /// Whether what these events bring into being is being reserved for another request: programs that start together ask for the
+    /// same. The first one makes it, and the others find it.
+    pub(super) fn is_under_way(&self, events: &[Event], others: Others<'_>) -> bool {
+        let (payer, wanted) = self.wanted_for(events);
+        let mut is_under_way = false;
+        others(&mut |progress| is_under_way |= progress.reservation.is_ahead_of(payer, &wanted));
+        is_under_way
     }
 
-    /// The segments that these events bring into being, and to whose budget they count. Cursors of a subscriber's own are too
-    /// small to be put off.
+    /// Puts off a request that waits for another one. It counts, so that a round in which all wait comes to its end.
+    pub(super) fn put_off(&mut self) -> Outcome {
+        self.count_work(HANDLE_WORDS);
+        Outcome::PutOff
+    }
+
+    /// Goes on with a reservation in what is left of this round. Whether it is all there.
+    fn reserve(&mut self, reservation: &mut Reservation) -> Result<bool, Refusal> {
+        let missing = reservation.missing_bytes();
+        if missing > 0 && !self.has_done_its_part() {
+            let bytes = missing.min((WORDS_AT_ONCE - self.worked_words) * BYTES_PER_WORD);
+            self.count_work(bytes / BYTES_PER_WORD);
+            reservation.reserve(bytes)?;
+        }
+        Ok(reservation.missing_bytes() == 0)
+    }
+
+    /// The segments that these events bring into being, and to whose limits they count: those of one event, no plan has two of the
+    /// kind. Cursors of a subscriber's own are too small to be put off.
     fn wanted_for(&self, events: &[Event]) -> (u32, Vec<Wanted>) {
         let wanted = events.iter().find_map(|event| match event.plain() {
             Event::TopicCreated { info, uid, .. } => Some((*uid, TopicMemory::first_segments(info))),
@@ -139,13 +164,5 @@ impl Estate {
             _ => None,
         });
         wanted.unwrap_or_default()
-    }
-
-    /// What is being reserved for others counts like what they have.
-    fn check_beside(&self, payer: u32, wanted: &[Wanted], others: Others<'_>) -> Result<(), Refusal> {
-        let bytes = wanted.iter().map(|wanted| wanted.promise.len_bytes).sum();
-        let more = Aside { bytes, segments: wanted.len() };
-        let topic = wanted.first().map_or("", |wanted| &wanted.topic);
-        self.state.check_beside(&self.limits, payer, topic, others(payer), more)
     }
 }

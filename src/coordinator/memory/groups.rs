@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{Parts, Reservation, StoredSegment, TopicMemory, Wanted, corrupt, system};
-use crate::coordinator::memory::reservation::pages_of;
+use super::{Parts, Reservation, StoredSegment, TopicMemory, Wanted, corrupt, pages_of, system};
 use crate::coordinator::protocol::{GroupInfo, SegmentRef, StartAt, TopicInfo};
 use crate::error::{AttachError, Holder, Refusal};
 use crate::os::clock;
@@ -76,12 +75,12 @@ impl TopicMemory {
 
     /// The segment that [`Self::create_ledger`] makes.
     pub(crate) fn ledger_segment(info: &TopicInfo, group: &GroupInfo) -> Wanted {
-        Wanted::new(info, "ledger", info.ledger(group))
+        Wanted::new(info, ledger_name(group.id), info.ledger(group))
     }
 
     /// Makes a group's ledger of what was `reserved` for it. It is not one yet: [`Self::begin_group`] says where it starts.
     pub(crate) fn create_ledger(&mut self, group: &GroupInfo, reserved: &mut Reservation) -> Result<(), Refusal> {
-        let (fd, segment) = reserved.make(&TopicMemory::ledger_segment(&self.info, group))?;
+        let (fd, segment) = reserved.make(TopicMemory::ledger_segment(&self.info, group))?;
         self.groups.insert(group.id, GroupMemory { info: group.clone(), fd, segment });
         Ok(())
     }

@@ -19,8 +19,8 @@ pub(super) struct Asked {
 }
 
 impl Server {
-    /// Answers later if that takes long. The client is not listened to until then.
-    pub(super) fn is_to_be_counted(&mut self, id: u64, incarnation: u64, request: &Request) -> bool {
+    /// Has a request answered later if that takes long, and whether it does. The client is not listened to until then.
+    pub(super) fn wait_for_counts(&mut self, id: u64, incarnation: u64, request: &Request) -> bool {
         let since = Instant::now();
         let rest = self.estate.to_count(incarnation, request, since);
         let Some(client) = self.clients.get_mut(&id).filter(|_| !rest.is_empty()) else { return false };

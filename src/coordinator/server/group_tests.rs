@@ -192,7 +192,7 @@ fn consumers(control: &Control) -> usize {
 
 /// Whoever closes more consumers than others may wait for is answered when all of them are closed, and in order.
 #[test]
-fn what_takes_long_is_done_in_parts_and_answered_in_order() {
+fn what_takes_long_do_in_parts_and_answered_in_order() {
     let stage = Stage::set();
     let bus = stage.bus();
     drop(bus.publisher(TOPIC).unwrap());

@@ -35,13 +35,15 @@ impl Server {
             self.expel(id);
             return Ok(());
         }
-        if incarnation.and_then(|incarnation| self.connected.get(&incarnation)).is_some_and(|later| *later > id) {
+        let Some(client) = self.clients.get(&id) else { return Ok(()) };
+        let peer = client.peer;
+        // Whom a predecessor of ours had let in, and could not tell, has no number.
+        let known = incarnation.or_else(|| self.estate.known_as(peer, token));
+        if known.and_then(|known| self.connected.get(&known)).is_some_and(|later| *later > id) {
             // It has come back once more since, and may hold other things by now.
             self.expel(id);
             return Ok(());
         }
-        let Some(client) = self.clients.get(&id) else { return Ok(()) };
-        let peer = client.peer;
         let user = socket::user(client.as_fd())?;
         if client.stranger {
             let refusal = Refusal::NotAllowed { uid: user.uid, host: Uid::effective().as_raw() };
@@ -59,25 +61,21 @@ impl Server {
             return Ok(());
         }
         let space = space.ok().filter(|_| !hung_up);
-        if let (Ok(pidfd), Some(who)) = (&watched, incarnation.or_else(|| self.estate.known_as(peer, token)))
+        if let (Ok(pidfd), Some(who)) = (&watched, known)
             && let Ok(closed) = self.estate.given_up_meanwhile(who, peer, pidfd.as_fd(), holds)
         {
             let closed = closed.iter().filter_map(|event| match event {
                 Event::Closed { handle } => Some(*handle),
                 _ => None,
             });
-            if self.is_put_off(closed.collect()) {
+            if self.close_some(closed.collect()) {
                 let holds = holds.to_vec();
                 self.put_off(id, Request::Hello { protocol, token, incarnation, holds }, 0);
                 return Ok(());
             }
         }
         let admitted = match watched {
-            Ok(pidfd) => {
-                // Whom a predecessor of ours had let in, and could not tell.
-                let incarnation = incarnation.or_else(|| self.estate.known_as(peer, token));
-                self.let_in((peer, user), token, pidfd, space, incarnation, holds)?
-            }
+            Ok(pidfd) => self.let_in((peer, user), token, pidfd, space, known, holds)?,
             Err(error) => {
                 Err(Refusal::System { context: "watching the process".to_owned(), problem: error.to_string() })
             }
@@ -173,12 +171,13 @@ impl Server {
         Ok(())
     }
 
-    /// A participant has dropped everything. It is told once that is noted, so that it can turn to our successor if we
-    /// die before.
+    /// A participant has dropped everything, and what is long of that is released already. It is told once all is noted, so that it
+    /// can turn to our successor if we die before.
     pub(super) fn bid_farewell(&mut self, id: u64, incarnation: u64) -> io::Result<()> {
         let client = self.clients.remove(&id);
         if self.connected.get(&incarnation) == Some(&id) {
-            self.release_participant(incarnation)?;
+            self.let_go_of(incarnation)?;
+            self.finish_releasing(incarnation)?;
         }
         if let Some(mut client) = client {
             // Whoever does not wait for it needs it no more.
@@ -192,6 +191,12 @@ impl Server {
         if self.is_going(incarnation) {
             return Ok(());
         }
+        self.let_go_of(incarnation)?;
+        self.go_on_releasing(incarnation)
+    }
+
+    /// Neither hears a participant any more nor watches it.
+    fn let_go_of(&mut self, incarnation: u64) -> io::Result<()> {
         if let Some(id) = self.connected.remove(&incarnation) {
             self.clients.remove(&id);
         }
@@ -199,16 +204,21 @@ impl Server {
         if let Some(pidfd) = self.estate.pidfds().get(&incarnation) {
             self.epoll.delete(pidfd)?;
         }
-        self.go_on_releasing(incarnation)
+        Ok(())
     }
 
     /// Releases what a participant has left, or a part of it.
     pub(super) fn go_on_releasing(&mut self, incarnation: u64) -> io::Result<()> {
-        if self.is_released_in_part(incarnation) {
+        if self.release_some(incarnation) {
             let uid = self.estate.state().participant(incarnation).map_or(0, |participant| participant.uid);
             self.unfinished.add(uid, Unfinished::Gone(incarnation));
             return Ok(());
         }
+        self.finish_releasing(incarnation)
+    }
+
+    /// Releases all that a participant has left.
+    fn finish_releasing(&mut self, incarnation: u64) -> io::Result<()> {
         // A coordinator that cannot write down who left would give their places away wrongly after a restart. It ends,
         // and its successor tries again.
         self.estate.release_participant(incarnation).map_err(io::Error::other)?;

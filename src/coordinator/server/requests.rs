@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::Server;
 use crate::coordinator::connection::{Connection, Push};
-use crate::coordinator::estate::{Granted, Outcome};
+use crate::coordinator::estate::{Granted, Outcome, Progress};
 use crate::coordinator::link::Link;
 use crate::coordinator::protocol::{Answer, Request, TopicInfo};
 use crate::error::Refusal;
@@ -15,8 +15,7 @@ impl Server {
     pub(super) fn serve_request(&mut self, id: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get(&id) else { return Ok(()) };
         let incarnation = client.incarnation;
-        // None of what is done in part has a number.
-        if once == 0 && self.is_done_in_part(id, &request) {
+        if self.do_in_part(id, &request, once) {
             self.put_off(id, request, once);
             return Ok(());
         }
@@ -42,7 +41,7 @@ impl Server {
                 Ok(())
             }
             (Some(incarnation), Request::Goodbye) => self.bid_farewell(id, incarnation),
-            (Some(incarnation), request) if self.is_to_be_counted(id, incarnation, &request) => Ok(()),
+            (Some(incarnation), request) if self.wait_for_counts(id, incarnation, &request) => Ok(()),
             (Some(incarnation), Request::Report) => self.report(id, incarnation, Instant::now()),
             (Some(incarnation), request) => self.grant(id, incarnation, request, once),
         }
@@ -80,9 +79,15 @@ impl Server {
     fn grant(&mut self, id: u64, incarnation: u64, request: Request, once: u64) -> io::Result<()> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
         let mut progress = std::mem::take(&mut client.progress);
-        let clients = &self.clients;
-        let others = |payer| clients.values().map(|client| client.progress.aside(payer)).sum();
+        let (clients, nobody) = (&self.clients, self.unfinished.is_empty());
+        let others = |look: &mut dyn FnMut(&Progress)| {
+            clients.values().filter(|_| !nobody).for_each(|client| look(&client.progress));
+        };
         let outcome = self.estate.request_once(incarnation, &request, once, &mut progress, &others);
+        if let (Ok(Outcome::PutOff), Some(client)) = (&outcome, self.clients.get_mut(&id)) {
+            client.progress = progress;
+            self.put_off(id, request, once);
+        }
         self.announce()?;
         self.spread_news()?;
         let (answer, fds): Granted = match outcome {
@@ -91,13 +96,7 @@ impl Server {
                 self.stop();
                 (Answer::Done, Vec::new())
             }
-            Ok(Outcome::PutOff) => {
-                if let Some(client) = self.clients.get_mut(&id) {
-                    client.progress = progress;
-                }
-                self.put_off(id, request, once);
-                return Ok(());
-            }
+            Ok(Outcome::PutOff) => return Ok(()),
             Err(refusal) => (Answer::Refused(refusal), Vec::new()),
         };
         self.send(id, &answer, fds)
@@ -109,7 +108,14 @@ impl Server {
         let news = self.estate.take_news();
         for news in &news {
             let Some(&id) = self.connected.get(&news.incarnation) else { continue };
-            self.push(id, Push::Wildcard(*news))?;
+            match self.clients.get_mut(&id) {
+                // What it asked for itself, as many as it may hold: no reason to disconnect it.
+                Some(client) if client.progress.opens(news.wildcard) => {
+                    client.push_all([Push::Wildcard(*news)]);
+                    self.queue(id, |_| Ok(()))?;
+                }
+                _ => self.push(id, Push::Wildcard(*news))?,
+            }
         }
         let wildcards: BTreeSet<u64> = news.iter().map(|news| news.wildcard).collect();
         wildcards.into_iter().for_each(|wildcard| self.estate.tell(wildcard));

@@ -3,7 +3,7 @@
 //!
 //! Of a release each part is done and logged for itself (`Estate::release_in_part`), so there is nothing to be remembered: what
 //! began it is looked at anew for the rest. If we die in between, who was not answered comes back without the handles, and who
-//! is dead is found dead by our successor. What is to be given, and has come but in part, waits with the connection.
+//! is dead is found dead by our successor. How far what is to be given has come is noted with the connection.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -51,14 +51,14 @@ impl Queue {
 }
 
 impl Server {
-    /// Whether these handles are more than may be closed at once: then some of them have been.
-    pub(super) fn is_put_off(&mut self, handles: Vec<HandleRef>) -> bool {
+    /// Closes some of these handles, if they are more than may be closed at once. Whether they are.
+    pub(super) fn close_some(&mut self, handles: Vec<HandleRef>) -> bool {
         // What cannot be done in part fails as a whole, and is answered there.
         self.estate.close_in_part(handles).unwrap_or(false)
     }
 
-    /// Whether a participant has more than may be released at once: then some of it has been.
-    pub(super) fn is_released_in_part(&mut self, incarnation: u64) -> bool {
+    /// Releases some of what a participant has, if it is more than may be released at once. Whether it is.
+    pub(super) fn release_some(&mut self, incarnation: u64) -> bool {
         self.estate.release_in_part(incarnation).unwrap_or(false)
     }
 
@@ -71,23 +71,28 @@ impl Server {
         }
     }
 
-    /// Whether a client's request is done in part only, for now.
-    pub(super) fn is_done_in_part(&mut self, id: u64, request: &Request) -> bool {
+    /// Does some of a client's request, if it takes longer than others may wait. Whether it does.
+    pub(super) fn do_in_part(&mut self, id: u64, request: &Request, once: u64) -> bool {
         let Some(incarnation) = self.clients.get(&id).and_then(|client| client.incarnation) else { return false };
         match request {
-            Request::Close { handles } => {
-                let held = self.estate.state().handles_of(incarnation);
+            // With a number it is refused.
+            Request::Close { handles } if once == 0 => {
                 // A set: both lists may be long, and who sends one may be hostile.
                 let named: BTreeSet<HandleRef> = handles.iter().copied().collect();
                 let state = self.estate.state();
+                if !named.iter().any(|handle| matches!(handle, HandleRef::Wildcard { .. })) {
+                    let going = named.into_iter().filter(|handle| state.is_held(incarnation, *handle)).collect();
+                    return self.close_some(going);
+                }
+                let held = state.handles_of(incarnation);
                 let goes_with = |handle| state.wildcard_of(handle).map(|wildcard| HandleRef::Wildcard { wildcard });
                 let goes = |handle: &HandleRef| {
                     named.contains(handle) || goes_with(*handle).is_some_and(|of| named.contains(&of))
                 };
                 let going = held.into_iter().filter(goes).collect();
-                self.is_put_off(going)
+                self.close_some(going)
             }
-            Request::Goodbye if self.connected.get(&incarnation) == Some(&id) => self.is_released_in_part(incarnation),
+            Request::Goodbye if self.connected.get(&incarnation) == Some(&id) => self.release_some(incarnation),
             _ => false,
         }
     }

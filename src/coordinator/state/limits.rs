@@ -21,6 +21,9 @@ pub(crate) struct Aside {
     pub(crate) segments: usize,
 }
 
+/// What is set aside for a user, by his number.
+pub(crate) type AsideOf<'a> = &'a dyn Fn(u32) -> Aside;
+
 impl Sum for Aside {
     fn sum<I: Iterator<Item = Aside>>(all: I) -> Aside {
         all.fold(Aside::default(), |sum, one| Aside {
@@ -69,35 +72,6 @@ impl State {
         self.reserved.retain(|_, bytes| *bytes > 0);
     }
 
-    /// Whether a user may have `more` for a topic of this name, while something is set `aside` for him already.
-    pub(crate) fn check_beside(
-        &self,
-        limits: &Limits,
-        uid: u32,
-        name: &str,
-        aside: Aside,
-        more: Aside,
-    ) -> Result<(), Refusal> {
-        self.check_budget(limits, uid, name, aside.bytes, more.bytes)?;
-        self.check_segments(limits, uid, aside.segments + more.segments)
-    }
-
-    fn check_budget(&self, limits: &Limits, uid: u32, name: &str, aside: u64, needed: u64) -> Result<(), Refusal> {
-        let budget = limits.budget_bytes;
-        let taken = self.reserved.get(&uid).copied().unwrap_or(0) + aside;
-        let available = budget.saturating_sub(taken);
-        if needed <= available {
-            return Ok(());
-        }
-        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
-    }
-
-    fn check_segments(&self, limits: &Limits, uid: u32, more: usize) -> Result<(), Refusal> {
-        let owned = self.owned.get(&uid).map_or(0, |owned| owned.segments);
-        let mend = "remove topics or groups, or raise the coordinator's limit of descriptors (ulimit -n)";
-        check(&format!("segments of user {uid}"), owned + more, limits.user_segments, mend)
-    }
-
     pub(super) fn check_user_participants(&self, limits: &Limits, uid: u32) -> Result<(), Refusal> {
         let connected = self.participants.values().filter(|participant| participant.uid == uid).count();
         let mend = "end some programs of this user that use the bus";
@@ -107,7 +81,13 @@ impl State {
 
 impl Decider<'_> {
     pub(super) fn check_budget(&self, name: &str, uid: u32, needed: u64) -> Result<(), Refusal> {
-        self.state.check_budget(self.limits, uid, name, 0, needed)
+        let budget = self.limits.budget_bytes;
+        let taken = self.state.reserved.get(&uid).copied().unwrap_or(0) + (self.aside)(uid).bytes;
+        let available = budget.saturating_sub(taken);
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Refusal::Budget { topic: name.to_owned(), needed, available, budget })
     }
 
     pub(super) fn check_handles(&self) -> Result<(), Refusal> {
@@ -126,10 +106,12 @@ impl Decider<'_> {
 
     /// Whether a user may have so many more.
     pub(super) fn check_owned(&self, uid: u32, topics: usize, segments: usize) -> Result<(), Refusal> {
-        let owned = self.state.owned.get(&uid).map_or(0, |owned| owned.topics);
+        let owned = self.state.owned.get(&uid).copied().unwrap_or_default();
         let mend = "remove some of his topics with `shmbus rm`";
-        check(&format!("topics of user {uid}"), owned + topics, self.limits.user_topics, mend)?;
-        self.state.check_segments(self.limits, uid, segments)
+        check(&format!("topics of user {uid}"), owned.topics + topics, self.limits.user_topics, mend)?;
+        let segments = owned.segments + (self.aside)(uid).segments + segments;
+        let mend = "remove topics or groups, or raise the coordinator's limit of descriptors (ulimit -n)";
+        check(&format!("segments of user {uid}"), segments, self.limits.user_segments, mend)
     }
 }
 

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 use super::access::Reads;
 use super::handles::too_many;
 use super::topics::{SHOWN_NAME_BYTES, check_schema, check_schema_len};
-use super::{Decider, Event, Footprint, Plan, Reply, State, TopicEntry};
+use super::{AsideOf, Decider, Event, Footprint, Plan, Reply, State, TopicEntry};
+use crate::coordinator::limits::Limits;
 use crate::coordinator::protocol::{HandleRef, StartAt, TopicInfo};
 use crate::error::Refusal;
 use crate::pattern::{check_pattern, matches};
@@ -104,6 +105,26 @@ impl State {
             Some(cursor) => entry.cursor_on(wildcard, &on.info, cursor, start, reads, footprint),
             None => missed_event(wildcard, &on.info, too_many("subscribers", on, on.max_subscribers())),
         })
+    }
+
+    /// The same for a subscription that is being opened, from where it asked to start. What is beyond its owner's limits by now is
+    /// missed.
+    pub(crate) fn cursor_at_opening(
+        &self,
+        limits: &Limits,
+        footprint: Footprint,
+        aside: AsideOf<'_>,
+        wildcard: u64,
+        topic: u64,
+    ) -> Option<Event> {
+        let (entry, on) = (self.wildcards.get(&wildcard)?, self.topics.get(&topic)?);
+        let event = self.cursor_for(wildcard, topic, entry.start, footprint)?;
+        let Event::SubscriberOpened { own, .. } = event else { return Some(event) };
+        let (incarnation, uid) = (entry.incarnation, self.participants.get(&entry.incarnation)?.uid);
+        let owner = Decider { state: self, limits, footprint, aside, incarnation, uid };
+        let room = owner.check_handles_of(incarnation, 1);
+        let room = room.and_then(|()| own.map_or(Ok(()), |bytes| owner.check_own(&on.info.name, uid, 1, bytes)));
+        Some(room.map_or_else(|why| missed_event(wildcard, &on.info, why), |()| event))
     }
 
     pub(super) fn open_wildcard(&mut self, wildcard: u64, entry: WildcardEntry) {
