@@ -174,6 +174,8 @@ impl TopicMemory {
         }
         self.raise_floor(memory);
         self.wake_readers();
+        // The dead one may have made room and not come to say so: also where the floor could not be raised right now.
+        self.wake_writers();
     }
 
     /// Moves a group's floor over what is settled: its consumers do so now and then, and the last of them may have gone
@@ -341,6 +343,12 @@ impl TopicMemory {
     pub(super) fn holder(&self, cursor: u32) -> Holder {
         let group = self.with_line(cursor, Cursor::group).flatten();
         group.map_or(Holder::Subscriber(cursor), |group| Holder::Group(group as u32))
+    }
+
+    fn wake_writers(&self) {
+        if let Parts::Log { segments, .. } = &self.parts {
+            segments.readers().writers.ring_again();
+        }
     }
 
     /// Also those whom somebody died over waking.
