@@ -232,6 +232,8 @@ impl Estate {
             Ok(plan) => plan,
             // What leaves no room may be the very thing that is asked for.
             Err(_) if plan(&|_| Aside::default()).is_ok_and(|plan| self.is_under_way(&plan.events, others)) => {
+                // Who waits holds nothing, or two could wait for each other.
+                progress.reservation = Reservation::default();
                 return Ok(self.put_off());
             }
             Err(refusal) => return Err(refusal),

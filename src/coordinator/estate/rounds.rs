@@ -30,6 +30,9 @@ pub(super) fn aside_of(others: Others<'_>, uid: u32) -> Aside {
     sum
 }
 
+/// What it counts to find that a request has to wait for another one.
+const WAITER_WORDS: u64 = 1 << 7;
+
 /// How far a request has come that is done in parts.
 #[derive(Default)]
 pub(crate) struct Progress {
@@ -130,9 +133,9 @@ impl Estate {
         is_under_way
     }
 
-    /// Puts off a request that waits for another one. It counts, so that a round in which all wait comes to its end.
+    /// Puts off a request that waits for another one. It counts little: however many wait, that one goes on.
     pub(super) fn put_off(&mut self) -> Outcome {
-        self.count_work(HANDLE_WORDS);
+        self.count_work(WAITER_WORDS);
         Outcome::PutOff
     }
 

@@ -106,9 +106,12 @@ impl Server {
     /// Goes on with what takes long, now that others have been served.
     pub(super) fn go_on(&mut self) -> io::Result<()> {
         self.estate.begin_round();
-        while !self.estate.has_done_its_part()
-            && let Some(next) = self.unfinished.take_next()
-        {
+        // Each once at most: some only wait for another.
+        for _ in 0..self.unfinished.waiting.len() {
+            if self.estate.has_done_its_part() {
+                break;
+            }
+            let Some(next) = self.unfinished.take_next() else { break };
             match next {
                 Unfinished::Gone(incarnation) => self.go_on_releasing(incarnation)?,
                 Unfinished::Request { client, request, once } => {
