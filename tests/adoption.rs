@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
@@ -147,6 +148,14 @@ fn await_successors(scene: &Scene, killed: [Pid; 2]) {
     });
 }
 
+/// Whether a process holds a pidfd of another one.
+fn has_pidfd_of(holder: Pid, of: Pid) -> bool {
+    let line = format!("Pid:\t{of}");
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{holder}/fdinfo")) else { return false };
+    let infos = descriptors.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+    infos.into_iter().any(|info| info.lines().any(|found| found == line))
+}
+
 fn start(scene: &Scene, role: &str, arguments: &str, says: &str) -> Process {
     let mut process = scene.start(role, arguments);
     process.expect(says);
@@ -243,6 +252,28 @@ fn who_dies_together_with_both_is_cleared_away() {
         assert_eq!((status.publishers.len(), status.subscribers.len()), (0, 1));
     }
     while !matches!(witness.try_recv(), Ok(None)) {}
+}
+
+#[test]
+fn who_dies_while_they_gather_takes_no_topic_along() {
+    let scene = Scene::new("dying");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let dying = start(&scene, "publish", "many", "publishing");
+    // Nobody reads what it publishes: its arena is nobody else's, and they wait for it.
+    dying.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, dying.pid()))
+    });
+    dying.kill();
+    await_successors(&scene, killed);
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+    await_that("its place to be free", || bus.topic(many.name()).unwrap().publishers.len() == 1);
 }
 
 #[test]

@@ -79,7 +79,8 @@ impl Estate {
         if lost.is_empty() {
             return Ok(());
         }
-        let lives = |incarnation: u64| self.pidfds.contains_key(&incarnation);
+        // Who has died since it was found alive has its pidfd here until its death is looked at.
+        let lives = |incarnation: u64| self.pidfds.contains_key(&incarnation) && !self.is_past(incarnation);
         let holders = lost.iter().filter_map(|slot| entry.publishers.get(slot)).map(|publisher| publisher.incarnation);
         if holders.into_iter().any(lives) {
             return Err(broken("a living publisher has not presented its arena; it may be stopped"));
