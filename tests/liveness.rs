@@ -182,6 +182,24 @@ fn a_good_bye_releases_at_once() {
 }
 
 #[test]
+fn a_good_bye_that_died_with_a_stopped_coordinator_is_said_again() {
+    for roles in [&["coordinator"][..], &["keeper", "coordinator"]] {
+        let scene = Scene::new("unheard");
+        let bus = scene.open();
+        let mut holder = scene.start("hold", "");
+        holder.expect("holding");
+        let stopped: Vec<Pid> = roles.iter().map(|role| scene.server(role)).collect();
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+        holder.tell("drop");
+        holder.expect("dropped");
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+        // The holder lives on, and so would its place.
+        drop(publisher_after(&bus, &topic()));
+        holder.kill();
+    }
+}
+
+#[test]
 fn a_living_process_that_hung_up_keeps_its_places_and_may_come_back() {
     let scene = Scene::new("hungup");
     let bus = scene.open();

@@ -24,19 +24,23 @@ impl Line {
         let _ = inner.connect();
         inner.present();
         if inner.end.is_some() {
+            // Whoever looks holds it as well.
+            drop(inner.lingering.take());
             return Look::Ended;
         }
+        inner.say_goodbye();
         match inner.socket.clone() {
-            Some(socket) if !inner.welcomed && inner.holdings.next().is_none() => Look::Asking(socket),
-            Some(socket) if inner.holdings.next().is_none() => {
+            Some(_) if inner.holdings.next().is_some() || inner.has_to_say_goodbye() => Look::Sending,
+            Some(socket) if !inner.welcomed => Look::Asking(socket),
+            Some(socket) => {
                 drop(inner);
                 if let Some(mut starter) = self.starter.as_ref().and_then(|starter| starter.try_lock().ok()) {
                     starter.finish();
                 }
                 Look::Connected(socket)
             }
-            Some(_) => Look::Sending,
-            None if inner.absent => {
+            // Who leaves needs none itself.
+            None if inner.absent && !inner.is_leaving => {
                 drop(inner);
                 // If it cannot be started now, perhaps somebody else does, or the next look.
                 let _ = self.revive();

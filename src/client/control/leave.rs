@@ -1,6 +1,11 @@
-//! Saying good-bye.
+//! Saying good-bye, until it is heard: a mere hang-up would leave our places to us until this process ends.
+//!
+//! Whoever drops the last handle waits for the farewell, but not for long: the coordinator may be stopped, and the good-bye is lost
+//! if it dies so. From then on the thread that watches over the connection has the line to itself, and says good-bye to each
+//! successor until one has heard it.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Control, End, Inner, lock, pause};
@@ -16,7 +21,11 @@ impl Drop for Control {
             return;
         }
         let mut inner = lock(&self.line.inner);
-        inner.take_leave();
+        let is_watched = Arc::weak_count(&self.line) > 0;
+        if !inner.take_leave() && is_watched {
+            inner.lingering = Some(self.line.clone());
+            return;
+        }
         inner.end = Some(End::Ended);
         if let Some(socket) = &inner.socket {
             socket::shut_down(socket.as_fd());
@@ -25,29 +34,27 @@ impl Drop for Control {
 }
 
 impl Inner {
-    /// Makes sure that the coordinator, or its successor if it dies just now, learns that nothing is held any more: a
-    /// mere hang-up would leave our places to us until this process ends.
-    fn take_leave(&mut self) {
+    /// Tells the coordinator, or its successor if it dies just now, that nothing is held any more. Whether it was heard, or need
+    /// not be.
+    fn take_leave(&mut self) -> bool {
         let deadline = Instant::now() + LEAVE_PATIENCE;
-        let mut said_on = None;
+        self.is_leaving = true;
         self.holds.clear();
         loop {
             self.receive_all();
             // Farewell is an end, too. Where connecting fails otherwise, it may succeed in a moment.
             let _ = self.connect();
             if self.end.is_some() {
-                return;
+                return true;
             }
-            if said_on != Some(self.generation) && self.say_goodbye() {
-                said_on = Some(self.generation);
-            }
+            self.say_goodbye();
             if Instant::now() >= deadline {
                 break;
             }
             let socket = self.socket.clone();
             pause(socket.as_deref(), deadline);
         }
-        if said_on != Some(self.generation) {
+        if self.has_to_say_goodbye() {
             // The socket is full: its coordinator is stopped. A new one waits for it, and comes behind the full one.
             if let Some(full) = self.socket.take() {
                 // Whoever watches over it sleeps until it ends.
@@ -56,9 +63,18 @@ impl Inner {
             let _ = self.connect();
             self.say_goodbye();
         }
+        false
     }
 
-    fn say_goodbye(&mut self) -> bool {
-        self.send(&Request::Goodbye, 0, false).is_ok_and(|sent| sent)
+    /// Whether we leave, and have not said so on this connection.
+    pub(super) fn has_to_say_goodbye(&self) -> bool {
+        self.is_leaving && self.goodbye_on != Some(self.generation)
+    }
+
+    /// Says good-bye, if we leave; once on each connection.
+    pub(super) fn say_goodbye(&mut self) {
+        if self.has_to_say_goodbye() && self.send(&Request::Goodbye, 0, false).is_ok_and(|sent| sent) {
+            self.goodbye_on = Some(self.generation);
+        }
     }
 }

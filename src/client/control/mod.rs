@@ -85,6 +85,12 @@ struct Inner {
     identity: Option<Identity>,
     /// Why nothing can be asked any more.
     end: Option<End>,
+    /// Whether the last handle has gone.
+    is_leaving: bool,
+    /// The connection on which good-bye was said.
+    goodbye_on: Option<u64>,
+    /// The line itself, from where nobody else holds it until the good-bye is heard.
+    lingering: Option<Arc<Line>>,
     holds: HashSet<HandleRef>,
     /// What of it a new coordinator would ask for.
     holdings: Holdings,
@@ -194,6 +200,9 @@ impl Inner {
             absent: false,
             identity: None,
             end: None,
+            is_leaving: false,
+            goodbye_on: None,
+            lingering: None,
             holds: HashSet::new(),
             holdings: Holdings::new(),
             arenas: BTreeMap::new(),

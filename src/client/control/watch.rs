@@ -1,6 +1,6 @@
 //! Coming back by itself: a thread for each connection that sleeps until the coordinator dies. Handles need nothing from
 //! a coordinator and would not notice; but one that has lost everything, keeper included, must hear from all who still hold
-//! something, and somebody must start it.
+//! something, and somebody must start it. A good-bye that was not heard is said again from here (`client/control/leave.rs`).
 //!
 //! A forked child has no such thread, and needs none: its copies are refused, and the bus it opens itself brings one along.
 
