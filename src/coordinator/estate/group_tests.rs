@@ -10,6 +10,7 @@ use crate::coordinator::protocol::{
 };
 use crate::group::{GroupOptions, Guarantee};
 use crate::os::clock;
+use crate::ring::doorbell::arm_all;
 use crate::ring::ledger::{Ledger, State as Word};
 use crate::shm::topic;
 use crate::topic::Mode;
@@ -116,6 +117,19 @@ fn a_consumer_opens_its_group_and_what_it_holds_returns_when_it_closes() {
     let after = status(&mut estate).remove(0);
     assert_eq!((after.in_flight, after.returned, after.consumers.len()), (0, 1, 0));
     assert_eq!(in_force(&handle, &estate), [true, false, false, false], "the group stays");
+}
+
+#[test]
+fn a_consumers_end_wakes_publishers_also_where_the_floor_cannot_be_raised() {
+    let (mut keeper, mut estate, handle) = Keeper::with_topic();
+    let consumer = Consumer::open(&mut estate, &mut keeper, "g");
+    // As while another consumer moves the group's cursor on, and its record is not written yet.
+    handle.0.cursor_lines(&estate.entry(0).unwrap().info)[0].raise(3, 3);
+    assert!(estate.memory(0).unwrap().group_place(consumer.group.cursor).is_err());
+    let readers = handle.0.readers();
+    let (asleep, _) = arm_all(&[&readers.writers]).hand_over();
+    ask(&mut estate, close(0, 0)).unwrap();
+    assert!(readers.writers.was_rung_since(asleep[0]));
 }
 
 #[test]
