@@ -46,6 +46,11 @@ mod real {
         pub(crate) fn wake_all(&self) {
             crate::os::futex::wake_all(&self.0);
         }
+
+        /// Clears `bits` and wakes everyone who sleeps on the word, in one step: nobody can be stopped in between.
+        pub(crate) fn clear_and_wake_all(&self, bits: u32) {
+            crate::os::futex::clear_and_wake_all(&self.0, bits);
+        }
     }
 
     /// Sleeps while every word is what is expected of it, until one is woken or `limit` has passed. May wake for no reason.
@@ -128,8 +133,17 @@ mod model {
         }
 
         pub(crate) fn wake_all(&self) {
-            let sleepers = std::mem::take(&mut *self.queue.lock().unwrap());
-            for sleeper in sleepers {
+            self.clear_and_wake_all(0);
+        }
+
+        /// As the kernel's `FUTEX_WAKE_OP`: the word changes and the queue is emptied in one step with respect to who compares and
+        /// sleeps.
+        pub(crate) fn clear_and_wake_all(&self, bits: u32) {
+            let mut queue = self.queue.lock().unwrap();
+            if bits != 0 {
+                self.word.fetch_and(!bits, Ordering::Relaxed);
+            }
+            for sleeper in std::mem::take(&mut *queue) {
                 *sleeper.woken.lock().unwrap() = true;
                 sleeper.wake.notify_all();
             }

@@ -91,6 +91,29 @@ fn two_ringers_wake_a_sleeper_that_waits_for_both() {
     });
 }
 
+/// Stopped before it wakes anybody, and never going on: the next ringer wakes the sleeper in its place.
+#[test]
+fn a_ringer_that_is_stopped_delays_nobody() {
+    explore(PREEMPTIONS, || {
+        let door = Door::new();
+        let (theirs, others) = (door.clone(), door.clone());
+        let stopping = thread::spawn(move || {
+            theirs.stored.fetch_add(1, Ordering::Relaxed);
+            if !theirs.bell.is_quiet() {
+                theirs.bell.stop_amid_ring();
+            }
+        });
+        let ringing = thread::spawn(move || {
+            others.stored.fetch_add(9, Ordering::Relaxed);
+            if !others.bell.is_quiet() {
+                others.bell.ring();
+            }
+        });
+        door.sleep_until(|door| door.has(9));
+        (stopping.join().unwrap(), ringing.join().unwrap());
+    });
+}
+
 /// One sleeper at two doorbells, which are rung by two threads: whichever rings last, it does not sleep through it.
 #[test]
 fn a_sleeper_at_two_doorbells_is_woken_by_either() {

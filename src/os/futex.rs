@@ -38,6 +38,23 @@ pub(crate) fn wake_all(word: &AtomicU32) {
     }
 }
 
+/// Clears `bits` of `word`, which are among its lowest 11, and wakes everyone who sleeps on it, in any process. Both is one step to
+/// who goes to sleep, and one system call: a signal that stops or kills the caller takes effect before or after it.
+pub(crate) fn clear_and_wake_all(word: &AtomicU32, bits: u32) {
+    let everybody = i32::MAX;
+    // The word whose sleepers are woken and the word that is changed are the same; the comparison serves to wake some more.
+    let clear = libc::FUTEX_OP(libc::FUTEX_OP_ANDN, bits as i32, libc::FUTEX_OP_CMP_EQ, 0);
+    // SAFETY: the word lives for the call, and the kernel changes it atomically, as we do elsewhere.
+    let woken = unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE_OP, everybody, 0usize, word.as_ptr(), clear)
+    };
+    if woken < 0 {
+        // A filter that does not know the call: two steps have to do. Relaxed: the caller has what it needs of ordering.
+        word.fetch_and(!bits, Ordering::Relaxed);
+        wake_all(word);
+    }
+}
+
 /// Sleeps while every word is what is expected of it, until one is woken or `limit` has passed. Wakes early for other
 /// reasons too; callers look again. Kernels before 5.16 cannot sleep on several words, and none on more than 128: there
 /// it sleeps on the first ones, for 2 ms at most.

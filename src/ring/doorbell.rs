@@ -9,11 +9,15 @@
 //!
 //! ```text
 //! sleeper: set WAITING ── heavy barrier ── look again ── futex wait (value unchanged)
-//! ringer:  store       ── light barrier ── WAITING? ── next epoch, clear WAITING ── futex wake
+//! ringer:  store       ── light barrier ── WAITING? ── next epoch ── clear WAITING and wake, in one system call
 //! ```
 //!
 //! The barriers make it impossible that both miss the other's store (I-7). A sleeper that dies leaves WAITING set:
 //! the next ringer clears it with one needless wake.
+//!
+//! WAITING is cleared by the kernel, in one step with the wake: a ringer that is stopped, or loses its processor, anywhere before
+//! that leaves it set, and the next one rings in its place. The epoch comes first, for who is armed and not asleep: cleared
+//! and set again by another sleeper, WAITING alone would be the old word.
 //!
 //! One sleeper may wait at several doorbells: it sets WAITING on all of them, needs one barrier behind the last, looks
 //! again at everything, and sleeps on all words at once. For each of the ringers that is the protocol above: between the
@@ -149,20 +153,29 @@ impl Doorbell {
     /// Wakes all sleepers, if there are any. For the ringer, after [`Self::is_quiet`] said no.
     #[cold]
     pub fn ring(&self) {
-        let word = self.futex.word();
-        // Relaxed: the barriers of I-7 do the ordering; the epoch only has to change.
-        let mut seen = word.load(Ordering::Relaxed);
-        while seen & WAITING != 0 {
-            let next = (seen & !WAITING).wrapping_add(EPOCH);
-            match word.compare_exchange_weak(seen, next, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return self.futex.wake_all(),
-                Err(now) => seen = now,
-            }
+        if self.begin_ring() {
+            self.futex.clear_and_wake_all(WAITING);
         }
     }
 
-    /// Wakes all sleepers, also those whom nobody would ring for any more: a ringer that died between clearing WAITING and
-    /// waking has left them asleep with a word that says nobody is. For the coordinator, after a death.
+    /// Whether somebody is to be woken, who does not fall asleep any more from here on.
+    fn begin_ring(&self) -> bool {
+        let word = self.futex.word();
+        // Relaxed: the barriers of I-7 do the ordering; the epoch only has to change.
+        let is_waited_on = word.load(Ordering::Relaxed) & WAITING != 0;
+        if is_waited_on {
+            word.fetch_add(EPOCH, Ordering::Relaxed);
+        }
+        is_waited_on
+    }
+
+    /// A ringer that is stopped before it wakes anybody.
+    #[cfg(loom)]
+    pub fn stop_amid_ring(&self) {
+        self.begin_ring();
+    }
+
+    /// Wakes all sleepers in the place of a ringer that died before it did. For the coordinator, after a death.
     #[cfg(not(loom))]
     pub(crate) fn ring_again(&self) {
         // Relaxed: what the dead one stored came before its death was proven; the epoch only has to change, for who is

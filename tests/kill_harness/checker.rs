@@ -56,6 +56,11 @@ pub(crate) trait Survivors {
         Ok(())
     }
 
+    /// The victim stands where it is to die.
+    fn meanwhile(&mut self, _life: u64) -> Result<(), Violation> {
+        Ok(())
+    }
+
     /// The victim is dead.
     fn after(&mut self, kill: Kill) -> Result<(), Violation>;
 }
@@ -242,6 +247,10 @@ pub(crate) struct Readers {
     next: u64,
     memory_bytes: Option<u64>,
     number: u64,
+    /// Whether the survivors go on while the victim stands in its operation.
+    goes_on: bool,
+    /// Whether they have, and so what the victim has published is read.
+    gone_on: bool,
 }
 
 impl Readers {
@@ -251,8 +260,24 @@ impl Readers {
         let reader = Reader::open(bus, &topic, asleep)?;
         let many = topic.options().mode == Mode::Many;
         let publisher = if many { Some(publisher(bus, &topic)?) } else { None };
-        let bus = bus.clone();
-        Ok(Readers { bus, topic, published, reader, publisher, next: 0, memory_bytes: None, number: 0 })
+        let (bus, goes_on, gone_on) = (bus.clone(), false, false);
+        Ok(Readers {
+            bus,
+            topic,
+            published,
+            reader,
+            publisher,
+            next: 0,
+            memory_bytes: None,
+            number: 0,
+            goes_on,
+            gone_on,
+        })
+    }
+
+    /// Survivors that go on while the victim stands in its operation: its stop delays nobody.
+    pub(crate) fn of_the_stopped(bus: &Bus, topic: Topic<[u8]>, published: Published) -> Result<Readers, Violation> {
+        Ok(Readers { goes_on: true, ..Readers::new(bus, topic, true, published)? })
     }
 
     /// Publishes a message of the harness's own.
@@ -295,8 +320,27 @@ impl Survivors for Readers {
         self.reader.await_asleep()
     }
 
+    fn meanwhile(&mut self, life: u64) -> Result<(), Violation> {
+        if !self.goes_on {
+            return Ok(());
+        }
+        let (mut expected, operation) = (self.published)(life);
+        let (first, tail) = (self.next, status(&self.bus, &self.topic)?.tail_sequence);
+        if tail - first > expected.len() as u64 {
+            expected.extend(operation);
+        }
+        // It is this one that wakes the reader, whether or not the stopped one was about to.
+        let message = self.survivor_message();
+        let last = publish(self.publisher.as_mut().ok_or("no publisher")?, &message)?;
+        expected.push(message);
+        let found = self.reader.read_up_to(first, last + 1)?;
+        (self.next, self.gone_on) = (last + 1, true);
+        check_run("a reader beside a stopped publisher", &found, first, &expected)
+    }
+
     fn after(&mut self, kill: Kill) -> Result<(), Violation> {
-        let (mut expected, operation) = (self.published)(kill.life);
+        let gone_on = std::mem::take(&mut self.gone_on);
+        let (mut expected, operation) = if gone_on { Messages::default() } else { (self.published)(kill.life) };
         await_buried(&self.bus, &self.topic, kill.pid)?;
         let (first, tail) = (self.next, status(&self.bus, &self.topic)?.tail_sequence);
         let mut found = self.reader.read_up_to(first, tail)?;
@@ -307,7 +351,7 @@ impl Survivors for Readers {
         if published && kill.before_all {
             return Err("a message was published before anything was executed".to_owned());
         }
-        if !published && kill.after_all {
+        if !published && kill.after_all && !gone_on {
             return Err("the message is not there, but its publish has returned".to_owned());
         }
         if self.publisher.is_some() {

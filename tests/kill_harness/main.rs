@@ -102,6 +102,11 @@ fn a_publisher_killed_at_any_instruction_channel() {
 }
 
 #[test]
+fn a_publisher_stopped_at_any_instruction_delays_nobody() {
+    survive("stop");
+}
+
+#[test]
 fn a_publisher_killed_over_a_numbered_batch_retries_it_whole() {
     survive("numbered batch");
 }

@@ -262,6 +262,9 @@ fn kill_at(
         }
     }
     let reached = reached && (!moment.asleep || falls_asleep(&mut tracee)?);
+    if reached && let Err(violation) = survivors.meanwhile(life) {
+        return Ok((true, Err(violation)));
+    }
     Ok((reached, kill(tracee, survivors, life, moment.before_all, reached && moment.after_all)))
 }
 

@@ -36,6 +36,7 @@ pub(crate) enum Grain {
 pub(crate) fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(publishing());
+    all.extend(stopping());
     all.extend(receiving());
     all.extend(numbered::all());
     all.extend(dropping());
@@ -190,6 +191,22 @@ fn publishing() -> Vec<Scenario> {
         publishing!("publish channel batch", publish, Channel, batch, stride: 2048, asleep: false),
         publishing!("publish channel, reader asleep", publish, Channel, small, stride: 400, asleep: true),
     ]
+}
+
+/// Publishers that stand in their operation for a while before they die.
+fn stopping() -> Vec<Scenario> {
+    macro_rules! stopping {
+        ($name:literal, $published:ident) => {
+            Scenario {
+                name: $name,
+                stride: 400,
+                grain: Grain::Instruction,
+                victim: |bus, life| publish(bus, Mode::Many, $published, life),
+                survivors: |bus| Ok(Box::new(Readers::of_the_stopped(bus, topic(Mode::Many), $published)?)),
+            }
+        };
+    }
+    vec![stopping!("stop many", small), stopping!("stop many arena", large), stopping!("stop many batch", batch)]
 }
 
 /// Receives all there is; the last look, which finds nothing, stores the cursor.
