@@ -196,17 +196,28 @@ fn publishing() -> Vec<Scenario> {
 /// Publishers that stand in their operation for a while before they die.
 fn stopping() -> Vec<Scenario> {
     macro_rules! stopping {
-        ($name:literal, $published:ident) => {
+        ($name:literal, $victim:expr, $topic:expr, $published:ident) => {
             Scenario {
                 name: $name,
                 stride: 400,
                 grain: Grain::Instruction,
-                victim: |bus, life| publish(bus, Mode::Many, $published, life),
-                survivors: |bus| Ok(Box::new(Readers::of_the_stopped(bus, topic(Mode::Many), $published)?)),
+                victim: $victim,
+                survivors: |bus| Ok(Box::new(Readers::of_the_stopped(bus, $topic, $published)?)),
             }
         };
     }
-    vec![stopping!("stop many", small), stopping!("stop many arena", large), stopping!("stop many batch", batch)]
+    vec![
+        stopping!("stop many", |bus, life| publish(bus, Mode::Many, small, life), topic(Mode::Many), small),
+        stopping!("stop many arena", |bus, life| publish(bus, Mode::Many, large, life), topic(Mode::Many), large),
+        stopping!("stop many batch", |bus, life| publish(bus, Mode::Many, batch, life), topic(Mode::Many), batch),
+        stopping!("stop many under a name", |bus, life| publish_named(bus, small, life), topic(Mode::Many), small),
+        stopping!(
+            "stop many, keyed",
+            |bus, life| publish_keyed(bus, Mode::Many, small, life),
+            topic(Mode::Many).envelope(),
+            small
+        ),
+    ]
 }
 
 /// Receives all there is; the last look, which finds nothing, stores the cursor.
