@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
@@ -13,6 +13,7 @@ use common::{
     LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, mode_of, number, publisher_after, raw, receive,
     say, small,
 };
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use shmbus::{
@@ -42,6 +43,9 @@ fn role() {
         "hold" => hold_for_ever(&bus, &arguments),
         "consume" => consume_when_told(&bus),
         "park" => park_for_ever(&bus, &arguments),
+        "publish few" => publish_few(&bus),
+        "read" => read_when_told(&bus),
+        "exhaust" => hold_without_descriptors(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -66,6 +70,41 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// Role: publishes 0, 1 and 2, and keeps its place.
+fn publish_few(bus: &Bus) {
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    (0..3u64).for_each(|number| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
+    say("published");
+    hear();
+}
+
+/// Role: reads as it is told.
+fn read_when_told(bus: &Bus) {
+    let mut subscriber = bus.subscriber(topic(Mode::Many)).open().unwrap();
+    say("reading");
+    loop {
+        hear();
+        match subscriber.recv_timeout(LIMIT) {
+            Ok(message) => say(&number(&message).to_string()),
+            Err(error) => say(&format!("{error:?}")),
+        }
+    }
+}
+
+/// Role: holds a topic that nobody else has, and all the descriptors that it may have.
+fn hold_without_descriptors(bus: &Bus) {
+    const DESCRIPTORS: u64 = 256;
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    publisher.publish(b"kept").unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+    let mut files = Vec::new();
+    while let Ok(file) = File::open("/dev/null") {
+        files.push(file);
+    }
+    say("full");
+    hear();
 }
 
 /// Role: opens the bus as a program does that lets the kernel reap its children.
@@ -274,6 +313,75 @@ fn who_dies_while_they_gather_takes_no_topic_along() {
     publisher.publish(b"goes on").unwrap();
     assert_eq!(receive(&mut subscriber).1, b"goes on");
     await_that("its place to be free", || bus.topic(many.name()).unwrap().publishers.len() == 1);
+}
+
+#[test]
+fn who_gives_a_publisher_up_while_nobody_serves_takes_no_topic_along() {
+    let scene = Scene::new("giving-up");
+    let (bus, other) = (scene.open(), scene.open());
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let given_up = other.publisher(many.clone()).unwrap();
+    let _kept = other.publisher(small("kept")).unwrap();
+    let pids = [scene.server("keeper"), scene.server("coordinator")];
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+    // Nobody else has its arena, and nobody hears that it goes. Its process has another handle, and comes back.
+    drop(given_up);
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+    await_successors(&scene, pids);
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+    await_that("its place to be free", || bus.topic(many.name()).unwrap().publishers.len() == 1);
+    drop(other);
+}
+
+#[test]
+fn who_has_no_descriptor_left_presents_what_it_has() {
+    let scene = Scene::new("exhausted");
+    let bus = scene.open();
+    let _another = publisher(&bus, "another", b"x");
+    let _full = start(&scene, "exhaust", "", "full");
+    await_successors(&scene, kill_both(&scene));
+    assert_eq!(bus.topic(topic(Mode::Many).name()).unwrap().publishers.len(), 1);
+}
+
+#[test]
+fn a_topic_of_which_a_stopped_reader_has_a_dead_publishers_arena_is_lost_and_says_so() {
+    let scene = Scene::new("stopped-reader");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let mut reader = start(&scene, "read", "", "reading");
+    let dying = start(&scene, "publish few", "", "published");
+    reader.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    // Another arena in its place would be one that the reader does not read, and it would hold all others up for ever.
+    assert_eq!(bus.topics().unwrap().len(), 0);
+    assert!(matches!(publisher.publish(b"late"), Err(PublishError::Gone(GoneReason::Removed))));
+    reader.signal(Signal::SIGCONT);
+    await_that("the end of its topic", || {
+        reader.tell("take");
+        reader.line() == format!("Gone({:?})", GoneReason::Removed)
+    });
+}
+
+#[test]
+fn a_topic_full_of_publishers_loses_the_arena_of_a_dead_one_only() {
+    let scene = Scene::new("crowded");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publishers: Vec<_> = (0..63).map(|_| bus.publisher(many.clone()).unwrap()).collect();
+    let dying = start(&scene, "publish few", "", "published");
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_successors(&scene, killed);
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publishers[0].publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
 }
 
 #[test]

@@ -128,6 +128,15 @@ fn replayed(events: &[Event]) -> State {
     state
 }
 
+/// What those who gathered have learned, beside what they put in the store.
+#[derive(Default)]
+pub(crate) struct Gathered {
+    /// Publishers that their owners have dropped: nothing comes from them any more, though nobody wrote down yet that they went.
+    pub(crate) dropped: BTreeSet<HandleRef>,
+    /// Participants that have not said that what they presented was all, though they may have what is missing.
+    pub(crate) silent: BTreeSet<u64>,
+}
+
 /// Fills `store` with what the registry names and the keeper, being new itself, does not have. Returns at once where
 /// nothing is missing.
 pub(crate) fn gather(
@@ -136,13 +145,15 @@ pub(crate) fn gather(
     listener: BorrowedFd<'_>,
     store: &mut BTreeMap<String, OwnedFd>,
     link: Option<&mut Link>,
-) -> io::Result<()> {
+) -> io::Result<Gathered> {
     // One that cannot be read is reported by who resumes from it.
-    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else { return Ok(()) };
+    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else {
+        return Ok(Gathered::default());
+    };
     let state = replayed(&events);
     let mut gathering = Gathering::new(state, store, link);
     if gathering.state.ending {
-        return Ok(());
+        return Ok(Gathered::default());
     }
     gathering.find_the_living()?;
     let connections = gathering.run(listener)?;
@@ -150,7 +161,7 @@ pub(crate) fn gather(
     gathering.forget_the_leaving();
     // Those who made them come back to the coordinator that serves.
     drop(connections);
-    Ok(())
+    Ok(Gathered { silent: gathering.silent(), dropped: gathering.dropped })
 }
 
 /// The segments that are not in the store, by topic.
@@ -182,13 +193,18 @@ struct Gathering<'a> {
     unseen: BTreeSet<u64>,
     /// Participants that have said good-bye.
     leaving: BTreeSet<u64>,
+    /// Participants that have said that this was all.
+    heard: BTreeSet<u64>,
+    /// Publishers that their owners have dropped.
+    dropped: BTreeSet<HandleRef>,
 }
 
 impl<'a> Gathering<'a> {
     fn new(state: State, store: &'a mut BTreeMap<String, OwnedFd>, link: Option<&'a mut Link>) -> Gathering<'a> {
         let (missing, missing_notices) = (missing(&state, store), missing_notices(&state, store));
         let (expected, unseen, leaving) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving }
+        let (heard, dropped) = (BTreeSet::new(), BTreeSet::new());
+        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped }
     }
 }
 
@@ -238,6 +254,20 @@ impl Gathering<'_> {
             HandleRef::Wildcard { wildcard } => self.missing_notices.contains(&wildcard),
             on_topic => on_topic.topic().is_some_and(|topic| self.missing.contains_key(&topic)),
         }
+    }
+
+    /// Who may have what is missing, and has not said that this was all.
+    fn silent(&self) -> BTreeSet<u64> {
+        let may_have = |incarnation| self.state.handles_of(incarnation).iter().any(|handle| self.is_missing(*handle));
+        let participants = self.state.participants().keys().copied();
+        participants.filter(|who| !self.heard.contains(who) && may_have(*who)).collect()
+    }
+
+    /// Notes which of a participant's publishers it has dropped.
+    fn note_dropped(&mut self, incarnation: u64, is_dropped: impl Fn(&HandleRef) -> bool) {
+        let handles = self.state.handles_of(incarnation).into_iter();
+        let publishers = handles.filter(|handle| matches!(handle, HandleRef::Publisher { .. }));
+        self.dropped.extend(publishers.filter(is_dropped));
     }
 
     /// Without a pidfd of theirs they are released when we resume. From here on nobody needs what they would have presented.
@@ -338,8 +368,8 @@ impl Gathering<'_> {
             };
             *left -= 1;
             let heard = match (presenter.incarnation, request) {
-                (None, Request::Hello { protocol, incarnation, .. }) => {
-                    self.hear_hello(presenter, protocol, incarnation)
+                (None, Request::Hello { protocol, incarnation, holds, .. }) => {
+                    self.hear_hello(presenter, protocol, incarnation, &holds)
                 }
                 (Some(_), Request::Present { info, names }) => {
                     let fds = presenter.connection.take_fds();
@@ -351,6 +381,12 @@ impl Gathering<'_> {
                 }
                 (Some(incarnation), Request::AllPresented) => {
                     self.expected.remove(&incarnation);
+                    self.heard.insert(incarnation);
+                    Ok(())
+                }
+                // It does so once more, by not naming them, when it comes back to who serves.
+                (Some(incarnation), Request::Close { handles }) => {
+                    self.note_dropped(incarnation, |handle| handles.contains(handle));
                     Ok(())
                 }
                 // What it has kept it has been asked for before, and presents it yet.
@@ -378,6 +414,7 @@ impl Gathering<'_> {
         presenter: &mut Presenter,
         protocol: u32,
         incarnation: Option<u64>,
+        holds: &[HandleRef],
     ) -> Result<(), Refusal> {
         let Some(incarnation) = incarnation.filter(|_| protocol == PROTOCOL_VERSION) else { return Ok(()) };
         let system = |error: io::Error| Refusal::System {
@@ -396,6 +433,8 @@ impl Gathering<'_> {
             self.keep(participant_name(incarnation), theirs).and_then(|()| self.expect(incarnation)).map_err(system)?;
         }
         presenter.incarnation = Some(incarnation);
+        let holds: BTreeSet<HandleRef> = holds.iter().copied().collect();
+        self.note_dropped(incarnation, |handle| !holds.contains(handle));
         let mut handles = self.state.handles_of(incarnation);
         handles.retain(|handle| self.is_missing(*handle));
         let topics: BTreeSet<u64> = handles.iter().filter_map(HandleRef::topic).collect();
