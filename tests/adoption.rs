@@ -45,6 +45,7 @@ fn role() {
         "park" => park_for_ever(&bus, &arguments),
         "publish few" => publish_few(&bus),
         "read" => read_when_told(&bus),
+        "hold many" => hold_many_topics(&bus),
         "exhaust" => hold_without_descriptors(&bus),
         _ => panic!("no role {role}"),
     }
@@ -93,6 +94,14 @@ fn read_when_told(bus: &Bus) {
     }
 }
 
+/// Role: holds more segments than a keeper that is stopped can be sent.
+fn hold_many_topics(bus: &Bus) {
+    const TOPICS: usize = 150;
+    let _publishers: Vec<_> = (0..TOPICS).map(|number| bus.publisher(small(&format!("t{number}"))).unwrap()).collect();
+    say("held");
+    hear();
+}
+
 /// Role: holds a topic that nobody else has, and all the descriptors that it may have.
 fn hold_without_descriptors(bus: &Bus) {
     const DESCRIPTORS: u64 = 256;
@@ -124,7 +133,7 @@ fn topic_of_holder(name: &str) -> Topic<[u8]> {
 fn hold_for_ever(bus: &Bus, name: &str) {
     let topic = topic_of_holder(name);
     let mut publisher = bus.publisher(topic.clone()).unwrap();
-    let mut subscriber = bus.subscriber(topic).open().unwrap();
+    let mut subscriber = bus.subscriber(topic.clone()).open().unwrap();
     publisher.publish(b"held").unwrap();
     say("held");
     loop {
@@ -133,6 +142,7 @@ fn hold_for_ever(bus: &Bus, name: &str) {
                 subscriber.recv_timeout(LIMIT).map(|message| message.to_vec()).map_err(|error| format!("{error:?}"))
             }
             "publish" => publisher.publish(b"more").map(|at| at.to_string().into_bytes()).map_err(|e| format!("{e:?}")),
+            "open" => bus.subscriber(topic.clone()).open().map(|_| b"opened".to_vec()).map_err(|e| format!("{e:?}")),
             "exec" => panic!("{}", Command::new("sleep").arg("1000").exec()),
             other => panic!("no command {other}"),
         };
@@ -367,6 +377,64 @@ fn a_topic_of_which_a_stopped_reader_has_a_dead_publishers_arena_is_lost_and_say
         reader.tell("take");
         reader.line() == format!("Gone({:?})", GoneReason::Removed)
     });
+}
+
+#[test]
+fn what_comes_while_the_keeper_is_stopped_is_taken_all_the_same() {
+    let scene = Scene::new("stopped-keeper");
+    let bus = scene.open();
+    let holder = start(&scene, "hold many", "", "held");
+    let before = bus.topics().unwrap().len();
+    let _another = publisher(&bus, "another", b"x");
+    holder.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, holder.pid()))
+    });
+    let keeper = scene.server("keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    holder.signal(Signal::SIGCONT);
+    await_that("the others to be served", || bus.topics().is_ok());
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+    kill(keeper, Signal::SIGCONT).unwrap();
+    // What the keeper was not told of comes from the participants once more.
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+}
+
+/// Leaves a process room for one more descriptor; the limit that it had.
+fn leave_room_for_one(process: Pid) -> libc::rlimit {
+    let used = |number: u64| fs::symlink_metadata(format!("/proc/{process}/fd/{number}")).is_ok();
+    let second_free = (0..).filter(|number| !used(*number)).nth(1).unwrap();
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit there.
+    assert_eq!(unsafe { libc::prlimit(process.as_raw(), libc::RLIMIT_NOFILE, std::ptr::null(), &mut before) }, 0);
+    limit_descriptors(process, libc::rlimit { rlim_cur: second_free, ..before });
+    before
+}
+
+fn limit_descriptors(process: Pid, limit: libc::rlimit) {
+    // SAFETY: the kernel reads one rlimit there.
+    assert_eq!(unsafe { libc::prlimit(process.as_raw(), libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);
+}
+
+#[test]
+fn who_comes_back_while_the_coordinator_lacks_descriptors_comes_again() {
+    let scene = Scene::new("short");
+    let bus = scene.open();
+    let mut holder = start(&scene, "hold", "held", "held");
+    holder.signal(Signal::SIGSTOP);
+    let killed = scene.server("coordinator");
+    kill(killed, Signal::SIGKILL).unwrap();
+    await_that("a successor", || bus.topics().is_ok() && scene.server("coordinator") != killed);
+    let coordinator = scene.server("coordinator");
+    let before = leave_room_for_one(coordinator);
+    holder.signal(Signal::SIGCONT);
+    holder.tell("open");
+    thread::sleep(Duration::from_millis(300));
+    limit_descriptors(coordinator, before);
+    holder.expect("opened");
 }
 
 #[test]

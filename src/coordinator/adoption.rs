@@ -159,6 +159,12 @@ pub(crate) fn gather(
     let connections = gathering.run(listener)?;
     gathering.give_up_unproven();
     gathering.forget_the_leaving();
+    if gathering.unkept > 0 {
+        eprintln!(
+            "shmbus coordinator: the keeper process did not take {} descriptors; is it stopped?",
+            gathering.unkept
+        );
+    }
     // Those who made them come back to the coordinator that serves.
     drop(connections);
     Ok(Gathered { silent: gathering.silent(), dropped: gathering.dropped })
@@ -197,6 +203,8 @@ struct Gathering<'a> {
     heard: BTreeSet<u64>,
     /// Publishers that their owners have dropped.
     dropped: BTreeSet<HandleRef>,
+    /// How many descriptors the keeper did not take.
+    unkept: usize,
 }
 
 impl<'a> Gathering<'a> {
@@ -204,18 +212,18 @@ impl<'a> Gathering<'a> {
         let (missing, missing_notices) = (missing(&state, store), missing_notices(&state, store));
         let (expected, unseen, leaving) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         let (heard, dropped) = (BTreeSet::new(), BTreeSet::new());
-        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped }
+        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped, unkept: 0 }
     }
 }
 
 impl Gathering<'_> {
-    /// Has the keeper keep something.
-    fn keep(&mut self, name: String, fd: OwnedFd) -> io::Result<()> {
-        if let Some(link) = &mut self.link {
-            link.store(&name, fd.as_fd()).map_err(io::Error::other)?;
+    /// Has the keeper keep something. One that is stopped takes nothing: a successor that misses it with the keeper gathers it from
+    /// the participants as we do.
+    fn keep(&mut self, name: String, fd: OwnedFd) {
+        if let Some(Err(_)) = self.link.as_mut().map(|link| link.store(&name, fd.as_fd())) {
+            self.unkept += 1;
         }
         self.store.insert(name, fd);
-        Ok(())
     }
 
     /// Opens a pidfd of every participant that lives. Where that fails for want of something, we end, and our successor tries
@@ -230,7 +238,7 @@ impl Gathering<'_> {
                     continue;
                 }
                 let Some(pidfd) = living(&self.state, incarnation)? else { continue };
-                self.keep(name.clone(), pidfd)?;
+                self.keep(name.clone(), pidfd);
             }
             self.expect(incarnation)?;
         }
@@ -399,7 +407,10 @@ impl Gathering<'_> {
             };
             if let Err(refusal) = heard {
                 eprintln!("shmbus coordinator: process {}: {refusal}", presenter.connection.peer.pid);
-                presenter.incarnation.map(|incarnation| self.expected.remove(&incarnation));
+                // For want of something: it comes again.
+                let comes_again = matches!(refusal, Refusal::System { .. });
+                let done = presenter.incarnation.filter(|_| !comes_again);
+                done.map(|incarnation| self.expected.remove(&incarnation));
                 // It may be gone.
                 let _ = presenter.connection.send(&Answer::Refused(refusal), Vec::new());
                 return false;
@@ -430,7 +441,8 @@ impl Gathering<'_> {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         if self.unseen.remove(&incarnation) {
-            self.keep(participant_name(incarnation), theirs).and_then(|()| self.expect(incarnation)).map_err(system)?;
+            self.keep(participant_name(incarnation), theirs);
+            self.expect(incarnation).map_err(system)?;
         }
         presenter.incarnation = Some(incarnation);
         let holds: BTreeSet<HandleRef> = holds.iter().copied().collect();
@@ -467,7 +479,7 @@ impl Gathering<'_> {
             }
         }
         for (name, fd) in accepted {
-            self.keep(segment_name(topic, &name), fd).map_err(|error| not_kept(&error))?;
+            self.keep(segment_name(topic, &name), fd);
             if let Some(missing) = self.missing.get_mut(&topic) {
                 missing.remove(&name);
             }
@@ -484,15 +496,11 @@ impl Gathering<'_> {
         check_inode(&entry.pattern, &name, fd.as_fd(), inode)?;
         if self.missing_notices.contains(&wildcard) {
             let fd = reopened(&entry.pattern, &name, fd)?;
-            self.keep(name, fd).map_err(|error| not_kept(&error))?;
+            self.keep(name, fd);
             self.missing_notices.remove(&wildcard);
         }
         Ok(())
     }
-}
-
-fn not_kept(error: &io::Error) -> Refusal {
-    Refusal::System { context: "keeping what was presented".to_owned(), problem: error.to_string() }
 }
 
 /// Refuses any other file than the one that the registry names. `topic`: the topic's name, or the pattern whose notice it is.
