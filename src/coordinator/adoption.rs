@@ -42,7 +42,7 @@ use crate::coordinator::link::{Link, participant_name, segment_name};
 use crate::coordinator::notices::notice_name;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::registry::{Registry, bus_of};
-use crate::coordinator::state::{Event, State, TopicEntry};
+use crate::coordinator::state::{Event, GIVEN_UP, State, TopicEntry};
 use crate::error::Refusal;
 use crate::os::pidfd::Birth;
 use crate::os::{memfd, pidfd, socket};
@@ -174,7 +174,8 @@ pub(crate) fn gather(
 fn missing(state: &State, store: &BTreeMap<String, OwnedFd>) -> BTreeMap<u64, BTreeSet<String>> {
     let of = |entry: &TopicEntry| -> BTreeSet<String> {
         let id = entry.info.id;
-        entry.inodes.keys().filter(|name| !store.contains_key(&segment_name(id, name))).cloned().collect()
+        let kept = entry.inodes.iter().filter(|(_, inode)| **inode != GIVEN_UP).map(|(name, _)| name);
+        kept.filter(|name| !store.contains_key(&segment_name(id, name))).cloned().collect()
     };
     let topics = state.topics().iter().map(|(topic, entry)| (*topic, of(entry)));
     topics.filter(|(_, missing)| !missing.is_empty()).collect()
@@ -471,8 +472,8 @@ impl Gathering<'_> {
         }
         let mut accepted = Vec::new();
         for (name, fd) in names.into_iter().zip(fds) {
-            // Of a group that has gone meanwhile, say.
-            let Some(&inode) = entry.inodes.get(&name) else { continue };
+            // Of a group that has gone meanwhile, say, or given up while its reader was stopped.
+            let Some(&inode) = entry.inodes.get(&name).filter(|inode| **inode != GIVEN_UP) else { continue };
             check_inode(&entry.info.name, &name, fd.as_fd(), inode)?;
             if self.missing.get(&topic).is_some_and(|missing| missing.contains(&name)) {
                 accepted.push((name.clone(), reopened(&entry.info.name, &name, fd)?));
