@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
@@ -13,6 +13,7 @@ use common::{
     LIMIT, MODES, Process, Scene, await_that, end_with_the_test, hear, mode_of, number, publisher_after, raw, receive,
     say, small,
 };
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use shmbus::{
@@ -42,6 +43,10 @@ fn role() {
         "hold" => hold_for_ever(&bus, &arguments),
         "consume" => consume_when_told(&bus),
         "park" => park_for_ever(&bus, &arguments),
+        "publish few" => publish_few(&bus),
+        "read" => read_when_told(&bus),
+        "hold many" => hold_many_topics(&bus),
+        "exhaust" => hold_without_descriptors(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -68,6 +73,49 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
     }
 }
 
+/// Role: publishes 0, 1 and 2, and keeps its place.
+fn publish_few(bus: &Bus) {
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    (0..3u64).for_each(|number| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
+    say("published");
+    hear();
+}
+
+/// Role: reads as it is told.
+fn read_when_told(bus: &Bus) {
+    let mut subscriber = bus.subscriber(topic(Mode::Many)).open().unwrap();
+    say("reading");
+    loop {
+        hear();
+        match subscriber.recv_timeout(LIMIT) {
+            Ok(message) => say(&number(&message).to_string()),
+            Err(error) => say(&format!("{error:?}")),
+        }
+    }
+}
+
+/// Role: holds more segments than a keeper that is stopped can be sent.
+fn hold_many_topics(bus: &Bus) {
+    const TOPICS: usize = 150;
+    let _publishers: Vec<_> = (0..TOPICS).map(|number| bus.publisher(small(&format!("t{number}"))).unwrap()).collect();
+    say("held");
+    hear();
+}
+
+/// Role: holds a topic that nobody else has, and all the descriptors that it may have.
+fn hold_without_descriptors(bus: &Bus) {
+    const DESCRIPTORS: u64 = 256;
+    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+    publisher.publish(b"kept").unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS).unwrap();
+    let mut files = Vec::new();
+    while let Ok(file) = File::open("/dev/null") {
+        files.push(file);
+    }
+    say("full");
+    hear();
+}
+
 /// Role: opens the bus as a program does that lets the kernel reap its children.
 fn open_without_children() {
     // SAFETY: no handler of this process waits for its children.
@@ -85,7 +133,7 @@ fn topic_of_holder(name: &str) -> Topic<[u8]> {
 fn hold_for_ever(bus: &Bus, name: &str) {
     let topic = topic_of_holder(name);
     let mut publisher = bus.publisher(topic.clone()).unwrap();
-    let mut subscriber = bus.subscriber(topic).open().unwrap();
+    let mut subscriber = bus.subscriber(topic.clone()).open().unwrap();
     publisher.publish(b"held").unwrap();
     say("held");
     loop {
@@ -94,6 +142,7 @@ fn hold_for_ever(bus: &Bus, name: &str) {
                 subscriber.recv_timeout(LIMIT).map(|message| message.to_vec()).map_err(|error| format!("{error:?}"))
             }
             "publish" => publisher.publish(b"more").map(|at| at.to_string().into_bytes()).map_err(|e| format!("{e:?}")),
+            "open" => bus.subscriber(topic.clone()).open().map(|_| b"opened".to_vec()).map_err(|e| format!("{e:?}")),
             "exec" => panic!("{}", Command::new("sleep").arg("1000").exec()),
             other => panic!("no command {other}"),
         };
@@ -274,6 +323,143 @@ fn who_dies_while_they_gather_takes_no_topic_along() {
     publisher.publish(b"goes on").unwrap();
     assert_eq!(receive(&mut subscriber).1, b"goes on");
     await_that("its place to be free", || bus.topic(many.name()).unwrap().publishers.len() == 1);
+}
+
+#[test]
+fn who_gives_a_publisher_up_while_nobody_serves_takes_no_topic_along() {
+    let scene = Scene::new("giving-up");
+    let (bus, other) = (scene.open(), scene.open());
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let given_up = other.publisher(many.clone()).unwrap();
+    let _kept = other.publisher(small("kept")).unwrap();
+    let pids = [scene.server("keeper"), scene.server("coordinator")];
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+    // Nobody else has its arena, and nobody hears that it goes. Its process has another handle, and comes back.
+    drop(given_up);
+    pids.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+    await_successors(&scene, pids);
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+    await_that("its place to be free", || bus.topic(many.name()).unwrap().publishers.len() == 1);
+    drop(other);
+}
+
+#[test]
+fn who_has_no_descriptor_left_presents_what_it_has() {
+    let scene = Scene::new("exhausted");
+    let bus = scene.open();
+    let _another = publisher(&bus, "another", b"x");
+    let _full = start(&scene, "exhaust", "", "full");
+    await_successors(&scene, kill_both(&scene));
+    assert_eq!(bus.topic(topic(Mode::Many).name()).unwrap().publishers.len(), 1);
+}
+
+#[test]
+fn a_reader_that_was_stopped_reads_on_in_a_dead_publishers_arena() {
+    let scene = Scene::new("stopped-reader");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let mut reader = start(&scene, "read", "", "reading");
+    let dying = start(&scene, "publish few", "", "published");
+    reader.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    publisher.publish(&3u64.to_le_bytes()).unwrap();
+    // An arena in the place of the one that nobody else has would not be the one that it reads.
+    let mut second = bus.publisher(many.clone()).unwrap();
+    second.publish(&4u64.to_le_bytes()).unwrap();
+    reader.signal(Signal::SIGCONT);
+    let read = |reader: &mut Process, numbers: std::ops::Range<u64>| {
+        numbers.for_each(|number| {
+            reader.tell("take");
+            reader.expect(&number.to_string());
+        });
+    };
+    read(&mut reader, 0..5);
+    // It presents the one that was given up, and is believed the others.
+    await_successors(&scene, kill_both(&scene));
+    assert_eq!(bus.topic(many.name()).unwrap().subscribers.len(), 1);
+    second.publish(&5u64.to_le_bytes()).unwrap();
+    bus.publisher(many.clone()).unwrap().publish(&6u64.to_le_bytes()).unwrap();
+    read(&mut reader, 5..7);
+}
+
+#[test]
+fn what_comes_while_the_keeper_is_stopped_is_taken_all_the_same() {
+    let scene = Scene::new("stopped-keeper");
+    let bus = scene.open();
+    let holder = start(&scene, "hold many", "", "held");
+    let before = bus.topics().unwrap().len();
+    let _another = publisher(&bus, "another", b"x");
+    holder.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, holder.pid()))
+    });
+    let keeper = scene.server("keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    holder.signal(Signal::SIGCONT);
+    await_that("the others to be served", || bus.topics().is_ok());
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+    kill(keeper, Signal::SIGCONT).unwrap();
+    // What the keeper was not told of comes from the participants once more.
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+}
+
+/// Leaves a process room for one more descriptor; the limit that it had.
+fn leave_room_for_one(process: Pid) -> libc::rlimit {
+    let used = |number: u64| fs::symlink_metadata(format!("/proc/{process}/fd/{number}")).is_ok();
+    let second_free = (0..).filter(|number| !used(*number)).nth(1).unwrap();
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit there.
+    assert_eq!(unsafe { libc::prlimit(process.as_raw(), libc::RLIMIT_NOFILE, std::ptr::null(), &mut before) }, 0);
+    limit_descriptors(process, libc::rlimit { rlim_cur: second_free, ..before });
+    before
+}
+
+fn limit_descriptors(process: Pid, limit: libc::rlimit) {
+    // SAFETY: the kernel reads one rlimit there.
+    assert_eq!(unsafe { libc::prlimit(process.as_raw(), libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);
+}
+
+#[test]
+fn who_comes_back_while_the_coordinator_lacks_descriptors_comes_again() {
+    let scene = Scene::new("short");
+    let bus = scene.open();
+    let mut holder = start(&scene, "hold", "held", "held");
+    holder.signal(Signal::SIGSTOP);
+    let killed = scene.server("coordinator");
+    kill(killed, Signal::SIGKILL).unwrap();
+    await_that("a successor", || bus.topics().is_ok() && scene.server("coordinator") != killed);
+    let coordinator = scene.server("coordinator");
+    let before = leave_room_for_one(coordinator);
+    holder.signal(Signal::SIGCONT);
+    holder.tell("open");
+    thread::sleep(Duration::from_millis(300));
+    limit_descriptors(coordinator, before);
+    holder.expect("opened");
+}
+
+#[test]
+fn a_topic_full_of_publishers_loses_the_arena_of_a_dead_one_only() {
+    let scene = Scene::new("crowded");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publishers: Vec<_> = (0..63).map(|_| bus.publisher(many.clone()).unwrap()).collect();
+    let dying = start(&scene, "publish few", "", "published");
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_successors(&scene, killed);
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publishers[0].publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
 }
 
 #[test]

@@ -42,7 +42,7 @@ use crate::coordinator::link::{Link, participant_name, segment_name};
 use crate::coordinator::notices::notice_name;
 use crate::coordinator::protocol::{Answer, HandleRef, MAX_PACKET_BYTES, PROTOCOL_VERSION, Request};
 use crate::coordinator::registry::{Registry, bus_of};
-use crate::coordinator::state::{Event, State, TopicEntry};
+use crate::coordinator::state::{Event, GIVEN_UP, State, TopicEntry};
 use crate::error::Refusal;
 use crate::os::pidfd::Birth;
 use crate::os::{memfd, pidfd, socket};
@@ -128,6 +128,15 @@ fn replayed(events: &[Event]) -> State {
     state
 }
 
+/// What those who gathered have learned, beside what they put in the store.
+#[derive(Default)]
+pub(crate) struct Gathered {
+    /// Publishers that their owners have dropped: nothing comes from them any more, though nobody wrote down yet that they went.
+    pub(crate) dropped: BTreeSet<HandleRef>,
+    /// Participants that have not said that what they presented was all, though they may have what is missing.
+    pub(crate) silent: BTreeSet<u64>,
+}
+
 /// Fills `store` with what the registry names and the keeper, being new itself, does not have. Returns at once where
 /// nothing is missing.
 pub(crate) fn gather(
@@ -136,28 +145,37 @@ pub(crate) fn gather(
     listener: BorrowedFd<'_>,
     store: &mut BTreeMap<String, OwnedFd>,
     link: Option<&mut Link>,
-) -> io::Result<()> {
+) -> io::Result<Gathered> {
     // One that cannot be read is reported by who resumes from it.
-    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else { return Ok(()) };
+    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else {
+        return Ok(Gathered::default());
+    };
     let state = replayed(&events);
     let mut gathering = Gathering::new(state, store, link);
     if gathering.state.ending {
-        return Ok(());
+        return Ok(Gathered::default());
     }
     gathering.find_the_living()?;
     let connections = gathering.run(listener)?;
     gathering.give_up_unproven();
     gathering.forget_the_leaving();
+    if gathering.unkept > 0 {
+        eprintln!(
+            "shmbus coordinator: the keeper process did not take {} descriptors; is it stopped?",
+            gathering.unkept
+        );
+    }
     // Those who made them come back to the coordinator that serves.
     drop(connections);
-    Ok(())
+    Ok(Gathered { silent: gathering.silent(), dropped: gathering.dropped })
 }
 
 /// The segments that are not in the store, by topic.
 fn missing(state: &State, store: &BTreeMap<String, OwnedFd>) -> BTreeMap<u64, BTreeSet<String>> {
     let of = |entry: &TopicEntry| -> BTreeSet<String> {
         let id = entry.info.id;
-        entry.inodes.keys().filter(|name| !store.contains_key(&segment_name(id, name))).cloned().collect()
+        let kept = entry.inodes.iter().filter(|(_, inode)| **inode != GIVEN_UP).map(|(name, _)| name);
+        kept.filter(|name| !store.contains_key(&segment_name(id, name))).cloned().collect()
     };
     let topics = state.topics().iter().map(|(topic, entry)| (*topic, of(entry)));
     topics.filter(|(_, missing)| !missing.is_empty()).collect()
@@ -182,24 +200,31 @@ struct Gathering<'a> {
     unseen: BTreeSet<u64>,
     /// Participants that have said good-bye.
     leaving: BTreeSet<u64>,
+    /// Participants that have said that this was all.
+    heard: BTreeSet<u64>,
+    /// Publishers that their owners have dropped.
+    dropped: BTreeSet<HandleRef>,
+    /// How many descriptors the keeper did not take.
+    unkept: usize,
 }
 
 impl<'a> Gathering<'a> {
     fn new(state: State, store: &'a mut BTreeMap<String, OwnedFd>, link: Option<&'a mut Link>) -> Gathering<'a> {
         let (missing, missing_notices) = (missing(&state, store), missing_notices(&state, store));
         let (expected, unseen, leaving) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving }
+        let (heard, dropped) = (BTreeSet::new(), BTreeSet::new());
+        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped, unkept: 0 }
     }
 }
 
 impl Gathering<'_> {
-    /// Has the keeper keep something.
-    fn keep(&mut self, name: String, fd: OwnedFd) -> io::Result<()> {
-        if let Some(link) = &mut self.link {
-            link.store(&name, fd.as_fd()).map_err(io::Error::other)?;
+    /// Has the keeper keep something. One that is stopped takes nothing: a successor that misses it with the keeper gathers it from
+    /// the participants as we do.
+    fn keep(&mut self, name: String, fd: OwnedFd) {
+        if let Some(Err(_)) = self.link.as_mut().map(|link| link.store(&name, fd.as_fd())) {
+            self.unkept += 1;
         }
         self.store.insert(name, fd);
-        Ok(())
     }
 
     /// Opens a pidfd of every participant that lives. Where that fails for want of something, we end, and our successor tries
@@ -214,7 +239,7 @@ impl Gathering<'_> {
                     continue;
                 }
                 let Some(pidfd) = living(&self.state, incarnation)? else { continue };
-                self.keep(name.clone(), pidfd)?;
+                self.keep(name.clone(), pidfd);
             }
             self.expect(incarnation)?;
         }
@@ -238,6 +263,20 @@ impl Gathering<'_> {
             HandleRef::Wildcard { wildcard } => self.missing_notices.contains(&wildcard),
             on_topic => on_topic.topic().is_some_and(|topic| self.missing.contains_key(&topic)),
         }
+    }
+
+    /// Who may have what is missing, and has not said that this was all.
+    fn silent(&self) -> BTreeSet<u64> {
+        let may_have = |incarnation| self.state.handles_of(incarnation).iter().any(|handle| self.is_missing(*handle));
+        let participants = self.state.participants().keys().copied();
+        participants.filter(|who| !self.heard.contains(who) && may_have(*who)).collect()
+    }
+
+    /// Notes which of a participant's publishers it has dropped.
+    fn note_dropped(&mut self, incarnation: u64, is_dropped: impl Fn(&HandleRef) -> bool) {
+        let handles = self.state.handles_of(incarnation).into_iter();
+        let publishers = handles.filter(|handle| matches!(handle, HandleRef::Publisher { .. }));
+        self.dropped.extend(publishers.filter(is_dropped));
     }
 
     /// Without a pidfd of theirs they are released when we resume. From here on nobody needs what they would have presented.
@@ -338,8 +377,8 @@ impl Gathering<'_> {
             };
             *left -= 1;
             let heard = match (presenter.incarnation, request) {
-                (None, Request::Hello { protocol, incarnation, .. }) => {
-                    self.hear_hello(presenter, protocol, incarnation)
+                (None, Request::Hello { protocol, incarnation, holds, .. }) => {
+                    self.hear_hello(presenter, protocol, incarnation, &holds)
                 }
                 (Some(_), Request::Present { info, names }) => {
                     let fds = presenter.connection.take_fds();
@@ -351,6 +390,12 @@ impl Gathering<'_> {
                 }
                 (Some(incarnation), Request::AllPresented) => {
                     self.expected.remove(&incarnation);
+                    self.heard.insert(incarnation);
+                    Ok(())
+                }
+                // It does so once more, by not naming them, when it comes back to who serves.
+                (Some(incarnation), Request::Close { handles }) => {
+                    self.note_dropped(incarnation, |handle| handles.contains(handle));
                     Ok(())
                 }
                 // What it has kept it has been asked for before, and presents it yet.
@@ -363,7 +408,10 @@ impl Gathering<'_> {
             };
             if let Err(refusal) = heard {
                 eprintln!("shmbus coordinator: process {}: {refusal}", presenter.connection.peer.pid);
-                presenter.incarnation.map(|incarnation| self.expected.remove(&incarnation));
+                // For want of something: it comes again.
+                let comes_again = matches!(refusal, Refusal::System { .. });
+                let done = presenter.incarnation.filter(|_| !comes_again);
+                done.map(|incarnation| self.expected.remove(&incarnation));
                 // It may be gone.
                 let _ = presenter.connection.send(&Answer::Refused(refusal), Vec::new());
                 return false;
@@ -378,6 +426,7 @@ impl Gathering<'_> {
         presenter: &mut Presenter,
         protocol: u32,
         incarnation: Option<u64>,
+        holds: &[HandleRef],
     ) -> Result<(), Refusal> {
         let Some(incarnation) = incarnation.filter(|_| protocol == PROTOCOL_VERSION) else { return Ok(()) };
         let system = |error: io::Error| Refusal::System {
@@ -393,9 +442,12 @@ impl Gathering<'_> {
             return Err(Refusal::UnknownParticipant { incarnation });
         }
         if self.unseen.remove(&incarnation) {
-            self.keep(participant_name(incarnation), theirs).and_then(|()| self.expect(incarnation)).map_err(system)?;
+            self.keep(participant_name(incarnation), theirs);
+            self.expect(incarnation).map_err(system)?;
         }
         presenter.incarnation = Some(incarnation);
+        let holds: BTreeSet<HandleRef> = holds.iter().copied().collect();
+        self.note_dropped(incarnation, |handle| !holds.contains(handle));
         let mut handles = self.state.handles_of(incarnation);
         handles.retain(|handle| self.is_missing(*handle));
         let topics: BTreeSet<u64> = handles.iter().filter_map(HandleRef::topic).collect();
@@ -420,15 +472,15 @@ impl Gathering<'_> {
         }
         let mut accepted = Vec::new();
         for (name, fd) in names.into_iter().zip(fds) {
-            // Of a group that has gone meanwhile, say.
-            let Some(&inode) = entry.inodes.get(&name) else { continue };
+            // Of a group that has gone meanwhile, say, or given up while its reader was stopped.
+            let Some(&inode) = entry.inodes.get(&name).filter(|inode| **inode != GIVEN_UP) else { continue };
             check_inode(&entry.info.name, &name, fd.as_fd(), inode)?;
             if self.missing.get(&topic).is_some_and(|missing| missing.contains(&name)) {
                 accepted.push((name.clone(), reopened(&entry.info.name, &name, fd)?));
             }
         }
         for (name, fd) in accepted {
-            self.keep(segment_name(topic, &name), fd).map_err(|error| not_kept(&error))?;
+            self.keep(segment_name(topic, &name), fd);
             if let Some(missing) = self.missing.get_mut(&topic) {
                 missing.remove(&name);
             }
@@ -445,15 +497,11 @@ impl Gathering<'_> {
         check_inode(&entry.pattern, &name, fd.as_fd(), inode)?;
         if self.missing_notices.contains(&wildcard) {
             let fd = reopened(&entry.pattern, &name, fd)?;
-            self.keep(name, fd).map_err(|error| not_kept(&error))?;
+            self.keep(name, fd);
             self.missing_notices.remove(&wildcard);
         }
         Ok(())
     }
-}
-
-fn not_kept(error: &io::Error) -> Refusal {
-    Refusal::System { context: "keeping what was presented".to_owned(), problem: error.to_string() }
 }
 
 /// Refuses any other file than the one that the registry names. `topic`: the topic's name, or the pattern whose notice it is.

@@ -2,6 +2,7 @@
 //! been killed, and the next one resumes with what the keeper kept.
 
 use super::*;
+use crate::coordinator::adoption::Gathered;
 use crate::coordinator::link::{Incoming, Message};
 use crate::coordinator::protocol::{Identity, StartAt, TopicInfo};
 use crate::os::pidfd;
@@ -71,8 +72,9 @@ impl Keeper {
         let copies = self.store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap()));
         let mut copies: BTreeMap<String, OwnedFd> = copies.collect();
         let registry = copies.remove(link::REGISTRY).unwrap();
-        let estate =
-            Estate::resume(copies, registry, None, Some(Link::new(theirs, None))).map_err(|(error, _)| error).unwrap();
+        let estate = Estate::resume(copies, &Gathered::default(), registry, None, Some(Link::new(theirs, None)))
+            .map_err(|(error, _)| error)
+            .unwrap();
         self.listen();
         estate
     }

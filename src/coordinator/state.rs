@@ -27,6 +27,7 @@ use crate::coordinator::protocol::{GroupInfo, HandleRef, Identity, Request, Star
 pub(crate) use crate::coordinator::state::event::Event;
 pub(crate) use crate::coordinator::state::groups::GroupEntry;
 use crate::coordinator::state::groups::GroupName;
+pub(crate) use crate::coordinator::state::handles::GIVEN_UP;
 use crate::coordinator::state::limits::Owned;
 pub(crate) use crate::coordinator::state::limits::{Aside, AsideOf};
 use crate::error::Refusal;
@@ -82,7 +83,7 @@ pub(crate) struct TopicEntry {
     pub(crate) access: Access,
     pub(crate) bytes: u64,
     pub(crate) arenas: BTreeSet<u32>,
-    /// Inode numbers of its segments, by name.
+    /// Inode numbers of its segments, by name, or [`GIVEN_UP`].
     pub(crate) inodes: BTreeMap<String, u64>,
     pub(crate) publishers: BTreeMap<u32, PublisherEntry>,
     pub(crate) subscribers: BTreeMap<u32, SubscriberEntry>,

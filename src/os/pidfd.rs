@@ -68,11 +68,20 @@ fn started_ticks(stat: &[u8]) -> Option<u64> {
 pub(crate) fn reopen(pid: u32, noted: Birth) -> io::Result<Option<OwnedFd>> {
     let pidfd = match open(pid) {
         Ok(pidfd) => pidfd,
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
-        Err(error) => return Err(error),
+        Err(error) => return if is_no_process(pid, &error) { Ok(None) } else { Err(error) },
     };
     let same = birth(pid, pidfd.as_fd())?.may_be_same(noted);
     Ok(if same && !is_dead(pidfd.as_fd())? { Some(pidfd) } else { None })
+}
+
+/// Whether a number from which no pidfd could be had is no process's. It may be a thread's by now: ENOENT, or EINVAL before there was that.
+fn is_no_process(pid: u32, error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => true,
+        // Of 0, a process that we do not see, it tells nothing.
+        Some(libc::ENOENT | libc::EINVAL) => pid != 0,
+        _ => false,
+    }
 }
 
 /// Whether the process has ended. The only proof of death there is; a hang-up or silence is none.
@@ -122,6 +131,13 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(reopen(pid, noted).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_number_that_is_a_threads_by_now_is_no_living_process() {
+        let birth = birth(std::process::id(), open(std::process::id()).unwrap().as_fd()).unwrap();
+        let found = std::thread::spawn(move || reopen(nix::unistd::gettid().as_raw() as u32, birth)).join().unwrap();
+        assert!(found.unwrap().is_none());
     }
 
     #[test]

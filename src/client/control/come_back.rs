@@ -67,6 +67,10 @@ impl Inner {
         if self.socket.is_some() {
             return Ok(());
         }
+        // The next attempt comes after a pause.
+        if std::mem::take(&mut self.turned_away) {
+            return Ok(());
+        }
         // Before we knock: what listens after the end is another bus, or a service manager that would start one.
         if !self.is_left_behind() {
             self.end = Some(End::Ended);

@@ -99,6 +99,8 @@ impl Inner {
 
     /// Tells the coordinator, now or with the next Hello, that these handles are gone.
     fn close(&mut self, handles: &[HandleRef]) {
+        // Who gathers may have asked for what goes now, and it may be nobody else's.
+        self.receive_all();
         for handle in handles {
             self.let_go(*handle);
             match *handle {
@@ -106,7 +108,6 @@ impl Inner {
                 subscriber => self.pushed.forget(subscriber),
             }
         }
-        self.receive_all();
         if self.socket.is_none() {
             // The Hello leaves them out. If that is not possible now, the next one will.
             let _ = self.connect();

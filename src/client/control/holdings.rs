@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use crate::coordinator::memory::{ledger_name, own_cursors_name};
 use crate::coordinator::protocol::{Answer, HandleRef, Request, SegmentRef, TopicInfo};
@@ -19,21 +20,21 @@ const SHARE: u64 = 2;
 pub(crate) struct Holdings {
     topics: HashMap<u64, Holding>,
     /// By wildcard subscription. Few, and so not counted.
-    notices: HashMap<u64, OwnedFd>,
+    notices: HashMap<u64, Arc<OwnedFd>>,
     kept: usize,
     limit: usize,
     /// What the coordinator is still to be sent.
     packets: VecDeque<Packet>,
 }
 
-/// A request with the descriptors that ride along.
-pub(crate) type Packet = (Request, Vec<OwnedFd>);
+/// A request with the descriptors that ride along: shared, since a process may have no room for others when it is asked.
+pub(crate) type Packet = (Request, Vec<Arc<OwnedFd>>);
 
 struct Holding {
     info: TopicInfo,
     handles: usize,
     /// By the names that the keeper gives them.
-    segments: HashMap<String, OwnedFd>,
+    segments: HashMap<String, Arc<OwnedFd>>,
 }
 
 impl Holdings {
@@ -53,7 +54,7 @@ impl Holdings {
             Answer::ConsumerOpened { info, segments, group, .. } => (info, segments, group.id),
             Answer::WildcardOpened { wildcard } => {
                 let copy = fds.first().and_then(|fd| fd.try_clone().ok());
-                return self.notices.extend(copy.map(|copy| (*wildcard, copy)));
+                return self.notices.extend(copy.map(|copy| (*wildcard, Arc::new(copy))));
             }
             _ => return,
         };
@@ -72,7 +73,7 @@ impl Holdings {
             && let Ok(copy) = fd.try_clone()
         {
             self.kept += 1;
-            holding.segments.insert(name, copy);
+            holding.segments.insert(name, Arc::new(copy));
         }
     }
 
@@ -107,16 +108,15 @@ impl Holdings {
     pub(crate) fn plan(&mut self, topics: &[u64], wildcards: &[u64]) {
         self.packets.clear();
         let notices = wildcards.iter().filter_map(|wildcard| Some((*wildcard, self.notices.get(wildcard)?)));
-        for (wildcard, fd) in notices {
-            self.packets.extend(fd.try_clone().ok().map(|fd| (Request::PresentNotice { wildcard }, vec![fd])));
-        }
+        let notices = notices.map(|(wildcard, fd)| (Request::PresentNotice { wildcard }, vec![fd.clone()]));
+        self.packets.extend(notices);
         for holding in topics.iter().filter_map(|topic| self.topics.get(topic)) {
-            let copies = holding.segments.iter().filter_map(|(name, fd)| Some((name.clone(), fd.try_clone().ok()?)));
-            let mut copies: Vec<(String, OwnedFd)> = copies.collect();
+            let mut segments: Vec<_> = holding.segments.iter().map(|(name, fd)| (name.clone(), fd.clone())).collect();
             // Those that a topic has one of go together, and first: who is too late is told of its end through all of them.
-            copies.sort_by_key(|(name, _)| !name.contains('-'));
-            while !copies.is_empty() {
-                let (names, fds) = copies.split_off(copies.len().saturating_sub(FDS_PER_PACKET)).into_iter().unzip();
+            segments.sort_by_key(|(name, _)| !name.contains('-'));
+            while !segments.is_empty() {
+                let from = segments.len().saturating_sub(FDS_PER_PACKET);
+                let (names, fds) = segments.split_off(from).into_iter().unzip();
                 self.packets.push_back((Request::Present { info: holding.info.clone(), names }, fds));
             }
         }

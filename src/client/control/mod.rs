@@ -81,6 +81,8 @@ struct Inner {
     welcomed: bool,
     /// Whether nobody listened when we tried to connect, though the bus has not ended.
     absent: bool,
+    /// Whether a coordinator to which we came back could not have us just now.
+    turned_away: bool,
     /// Who we are, once we have been told.
     identity: Option<Identity>,
     /// Why nothing can be asked any more.
@@ -198,6 +200,7 @@ impl Inner {
             generation: 0,
             welcomed: false,
             absent: false,
+            turned_away: false,
             identity: None,
             end: None,
             is_leaving: false,

@@ -136,6 +136,12 @@ impl Inner {
                 self.holdings.plan(&topics, &wildcards);
                 self.present();
             }
+            // For want of something: it may be there in a moment, and our handles are in force.
+            Answer::Refused(Refusal::System { .. } | Refusal::Limit { .. })
+                if !self.welcomed && self.identity.is_some() =>
+            {
+                (self.socket, self.turned_away) = (None, true);
+            }
             Answer::Refused(refusal) if !self.welcomed => {
                 self.end = Some(match refusal {
                     Refusal::UnknownParticipant { .. } => End::Ended,

@@ -7,11 +7,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::sys::stat::fstat;
 
 use super::{Estate, broken, system};
-use crate::coordinator::adoption::{check_inode, reopened};
+use crate::coordinator::adoption::{Gathered, check_inode, reopened};
 use crate::coordinator::memory::{TopicMemory, ledger_name};
 use crate::coordinator::notices::notice_name;
 use crate::coordinator::protocol::{HandleRef, TopicInfo};
-use crate::coordinator::state::Event;
+use crate::coordinator::state::{Event, GIVEN_UP};
 use crate::error::Refusal;
 use crate::ring::log::TopicState;
 use crate::shm::layout::Geometry;
@@ -59,13 +59,13 @@ impl Estate {
     }
 
     /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
-    /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Returns what
-    /// cannot go on.
-    pub(super) fn replace_lost_arenas(&mut self) -> Vec<Event> {
+    /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Where a reader that
+    /// is stopped may have them yet, nobody gets their slots any more. Returns what cannot go on.
+    pub(super) fn replace_lost_arenas(&mut self, gathered: &Gathered) -> Vec<Event> {
         let mut losses = Vec::new();
         let topics: Vec<u64> = self.memories.keys().copied().collect();
         for topic in topics {
-            if let Err(error) = self.replace_lost_arenas_of(topic) {
+            if let Err(error) = self.replace_lost_arenas_of(topic, gathered) {
                 eprintln!("shmbus coordinator: topic {topic} is lost: {error}");
                 losses.push(Event::TopicRemoved { topic });
             }
@@ -73,23 +73,32 @@ impl Estate {
         losses
     }
 
-    fn replace_lost_arenas_of(&mut self, topic: u64) -> Result<(), Refusal> {
+    fn replace_lost_arenas_of(&mut self, topic: u64, gathered: &Gathered) -> Result<(), Refusal> {
         let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
-        let lost: Vec<u32> = entry.arenas.iter().copied().filter(|slot| !memory.has_arena(*slot)).collect();
-        if lost.is_empty() {
-            return Ok(());
-        }
+        let is_lost = |slot: &u32| !memory.has_arena(*slot) && !entry.is_given_up(*slot);
+        let lost: Vec<u32> = entry.arenas.iter().copied().filter(is_lost).collect();
+        let Some(&first) = lost.first() else { return Ok(()) };
         // Who has died since it was found alive has its pidfd here until its death is looked at.
-        let lives = |incarnation: u64| self.pidfds.contains_key(&incarnation) && !self.is_past(incarnation);
-        let holders = lost.iter().filter_map(|slot| entry.publishers.get(slot)).map(|publisher| publisher.incarnation);
-        if holders.into_iter().any(lives) {
+        let lives = |incarnation: &u64| self.pidfds.contains_key(incarnation) && !self.is_past(*incarnation);
+        let publishes = |slot: &u32| {
+            let is_dropped = gathered.dropped.contains(&HandleRef::Publisher { topic, slot: *slot });
+            entry.publishers.get(slot).is_some_and(|publisher| !is_dropped && lives(&publisher.incarnation))
+        };
+        if lost.iter().any(publishes) {
             return Err(broken("a living publisher has not presented its arena; it may be stopped"));
         }
-        let checkpoint = entry.spare_checkpoint().ok_or_else(|| broken("no checkpoint is free to give up messages"))?;
-        for slot in lost {
-            self.prepare_arena(topic, slot)?;
+        let consumers = entry.groups.values().flat_map(|group| group.consumers.values());
+        let mut readers = entry.subscribers.values().map(|subscriber| &subscriber.incarnation).chain(consumers);
+        let is_read = readers.any(|incarnation| gathered.silent.contains(incarnation) && lives(incarnation));
+        if is_read {
+            // It reads on in what it has, and would read there what is published to another arena in its place.
+            let inodes = lost.into_iter().map(|slot| (format!("arena-{slot}"), GIVEN_UP)).collect();
+            self.carry_out(Event::SegmentsKnown { topic, inodes })?;
+        } else {
+            lost.into_iter().try_for_each(|slot| self.prepare_arena(topic, slot))?;
         }
-        self.memory(topic)?.give_up_all(checkpoint).map(drop)
+        // No publisher writes the checkpoint that goes with a lost arena.
+        self.memory(topic)?.give_up_all(first).map(drop)
     }
 
     /// Topics of which these handles are on what is lost or removed, the topic or a group: whoever holds them has to be told

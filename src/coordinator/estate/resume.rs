@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::events::segment_parts;
 use super::{Estate, FOOTPRINT};
+use crate::coordinator::adoption::Gathered;
 use crate::coordinator::link::{Link, participant_name, segment_name, space_name};
 use crate::coordinator::memory::TopicMemory;
 use crate::coordinator::notices::notice_name;
@@ -16,9 +17,10 @@ use crate::coordinator::state::{Event, State, TopicEntry};
 use crate::ring::log::TopicState;
 
 impl Estate {
-    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants.
+    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants, of whom `gathered` says more.
     pub(crate) fn resume(
         mut store: BTreeMap<String, OwnedFd>,
+        gathered: &Gathered,
         registry: OwnedFd,
         path: Option<&Path>,
         link: Option<Link>,
@@ -36,7 +38,7 @@ impl Estate {
         }
         let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
-        let mut losses = estate.adopt(&mut store);
+        let mut losses = estate.adopt(&mut store, gathered);
         estate.renew_own_cursors();
         losses.extend(estate.adopt_groups(&mut store));
         for event in losses {
@@ -81,7 +83,7 @@ impl Estate {
     }
 
     /// Takes every descriptor that the registry names out of the store; what cannot be had any more, leaves.
-    fn adopt(&mut self, store: &mut BTreeMap<String, OwnedFd>) -> Vec<Event> {
+    fn adopt(&mut self, store: &mut BTreeMap<String, OwnedFd>, gathered: &Gathered) -> Vec<Event> {
         let mut losses = Vec::new();
         for (&topic, entry) in self.state.topics() {
             match TopicMemory::adopt(&entry.info, segments_of(entry, store)) {
@@ -113,7 +115,7 @@ impl Estate {
                 eprintln!("shmbus coordinator: the notice of wildcard subscription {wildcard}: {error}");
             }
         }
-        losses.extend(self.replace_lost_arenas());
+        losses.extend(self.replace_lost_arenas(gathered));
         losses
     }
 

@@ -11,6 +11,9 @@ use crate::error::Refusal;
 use crate::shm::layout::MAX_PUBLISHERS;
 use crate::topic::{Mode, Schema, TopicOptions};
 
+/// In the place of an inode: the segment is given up, whoever may still have it.
+pub(crate) const GIVEN_UP: u64 = 0;
+
 /// Tenancies a log can name at a time (ARCHITECTURE.md §3.2).
 const TENANCIES: u64 = 256;
 
@@ -22,8 +25,13 @@ impl TopicEntry {
 
     /// A free publisher slot, if possible one whose arena exists already.
     fn free_slot(&self) -> Option<u32> {
-        let free = |slot: &u32| !self.publishers.contains_key(slot);
+        let free = |slot: &u32| !self.publishers.contains_key(slot) && !self.is_given_up(*slot);
         self.arenas.iter().copied().find(free).or_else(|| (0..self.max_publishers()).find(free))
+    }
+
+    /// Whether a slot has no arena any more, and gets none: readers may have the former one mapped.
+    pub(crate) fn is_given_up(&self, slot: u32) -> bool {
+        self.inodes.get(&format!("arena-{slot}")) == Some(&GIVEN_UP)
     }
 
     /// A cursor that is neither a subscriber's nor a group's; a retired group keeps its own.
