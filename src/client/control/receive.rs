@@ -170,11 +170,8 @@ impl Inner {
 
     /// Gives this connection up if the arena came over it and did not get through.
     fn leave_for_missed(&mut self, topic: u64, slot: u32) {
-        if self.missed_arenas.remove(&(topic, slot))
-            && let Some(socket) = self.socket.take()
-        {
-            // Whoever watches over it sleeps until it ends.
-            socket::shut_down(socket.as_fd());
+        if self.missed_arenas.remove(&(topic, slot)) {
+            self.hang_up();
         }
     }
 

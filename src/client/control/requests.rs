@@ -56,6 +56,10 @@ impl Control {
 
     fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
         let answer = self.exchange(request, once, Instant::now() + PATIENCE);
+        if let Err(ConnectError::Timeout { .. }) = answer {
+            // The answer may come when nobody reads. What it opens is left out of the next Hello, and so given back.
+            self.line.hold().hang_up();
+        }
         drop(turn);
         granted(answer?)
     }
