@@ -1,10 +1,11 @@
-//! What clients give up while the coordinator is stopped does not stay taken when it goes on.
+//! What clients give up while the coordinator is stopped does not stay taken when it goes on, and takes nothing of others along when
+//! it is killed.
 
 mod common;
 
 use std::fs;
 
-use common::{Scene, await_that, hear, publisher_after, raw, say, small};
+use common::{Scene, await_that, hear, publisher_after, raw, receive, say, small};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shmbus::{Bus, Mode, Topic, TopicOptions};
@@ -39,6 +40,17 @@ fn role() {
             });
         }
         "leave" => give_up(Some((bus.publisher(topic()).unwrap(), bus)), |held| drop(held.take())),
+        "leave a topic" => {
+            let mut publisher = bus.publisher(small("shared")).unwrap();
+            publisher.publish(b"from the leaver").unwrap();
+            give_up(Some((publisher, bus)), |held| drop(held.take()));
+        }
+        "leave one topic" => {
+            let _held = bus.publisher(topic()).unwrap();
+            let mut publisher = bus.publisher(small("shared")).unwrap();
+            publisher.publish(b"from the leaver").unwrap();
+            give_up(Some(publisher), |held| drop(held.take()));
+        }
         "leave unread" => give_up(Some((bus.wildcard::<[u8]>("*").open().unwrap(), bus)), |held| drop(held.take())),
         other => panic!("no role {other}"),
     }
@@ -116,4 +128,25 @@ fn a_good_bye_behind_what_was_not_read_is_heard() {
     });
     await_that("its places", || bus.topics().unwrap().iter().all(|topic| topic.subscribers.is_empty()));
     leaver.kill();
+}
+
+#[test]
+fn who_leaves_a_topic_while_both_are_stopped_and_killed_does_not_take_it_along() {
+    for role in ["leave a topic", "leave one topic"] {
+        let scene = Scene::new("both");
+        let bus = scene.open();
+        let mut publisher = bus.publisher(small("shared")).unwrap();
+        let mut leaver = scene.start(role, "");
+        leaver.expect("ready");
+        let stopped = ["keeper", "coordinator"].map(|role| scene.server(role));
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+        leaver.tell("give up");
+        leaver.expect("given up");
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGKILL).unwrap());
+        await_that("its place to be free", || bus.topic("shared").unwrap().publishers.len() == 1);
+        let mut subscriber = bus.subscriber(small("shared")).open().unwrap();
+        publisher.publish(b"goes on").unwrap();
+        assert_eq!(receive(&mut subscriber).1, b"goes on", "{role}");
+        leaver.kill();
+    }
 }

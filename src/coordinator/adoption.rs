@@ -129,20 +129,22 @@ fn replayed(events: &[Event]) -> State {
 }
 
 /// Fills `store` with what the registry names and the keeper, being new itself, does not have. Returns at once where
-/// nothing is missing.
+/// nothing is missing. Returns the handles that participants said they had given up.
 pub(crate) fn gather(
     registry: BorrowedFd<'_>,
     path: &Path,
     listener: BorrowedFd<'_>,
     store: &mut BTreeMap<String, OwnedFd>,
     link: Option<&mut Link>,
-) -> io::Result<()> {
+) -> io::Result<BTreeSet<HandleRef>> {
     // One that cannot be read is reported by who resumes from it.
-    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else { return Ok(()) };
+    let Ok((_, events)) = Registry::open(registry.try_clone_to_owned()?, Some(path)) else {
+        return Ok(BTreeSet::new());
+    };
     let state = replayed(&events);
     let mut gathering = Gathering::new(state, store, link);
     if gathering.state.ending {
-        return Ok(());
+        return Ok(BTreeSet::new());
     }
     gathering.find_the_living()?;
     let connections = gathering.run(listener)?;
@@ -150,7 +152,7 @@ pub(crate) fn gather(
     gathering.forget_the_leaving();
     // Those who made them come back to the coordinator that serves.
     drop(connections);
-    Ok(())
+    Ok(gathering.given_up)
 }
 
 /// The segments that are not in the store, by topic.
@@ -182,13 +184,16 @@ struct Gathering<'a> {
     unseen: BTreeSet<u64>,
     /// Participants that have said good-bye.
     leaving: BTreeSet<u64>,
+    /// What those who said Hello did not name. They cannot present what belongs to it any more, and need it no more.
+    given_up: BTreeSet<HandleRef>,
 }
 
 impl<'a> Gathering<'a> {
     fn new(state: State, store: &'a mut BTreeMap<String, OwnedFd>, link: Option<&'a mut Link>) -> Gathering<'a> {
         let (missing, missing_notices) = (missing(&state, store), missing_notices(&state, store));
-        let (expected, unseen, leaving) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving }
+        let (expected, unseen) = (BTreeMap::new(), BTreeSet::new());
+        let (leaving, given_up) = (BTreeSet::new(), BTreeSet::new());
+        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, given_up }
     }
 }
 
@@ -338,8 +343,8 @@ impl Gathering<'_> {
             };
             *left -= 1;
             let heard = match (presenter.incarnation, request) {
-                (None, Request::Hello { protocol, incarnation, .. }) => {
-                    self.hear_hello(presenter, protocol, incarnation)
+                (None, Request::Hello { protocol, incarnation, holds, .. }) => {
+                    self.hear_hello(presenter, protocol, incarnation, &holds)
                 }
                 (Some(_), Request::Present { info, names }) => {
                     let fds = presenter.connection.take_fds();
@@ -378,6 +383,7 @@ impl Gathering<'_> {
         presenter: &mut Presenter,
         protocol: u32,
         incarnation: Option<u64>,
+        holds: &[HandleRef],
     ) -> Result<(), Refusal> {
         let Some(incarnation) = incarnation.filter(|_| protocol == PROTOCOL_VERSION) else { return Ok(()) };
         let system = |error: io::Error| Refusal::System {
@@ -397,6 +403,8 @@ impl Gathering<'_> {
         }
         presenter.incarnation = Some(incarnation);
         let mut handles = self.state.handles_of(incarnation);
+        let named: BTreeSet<HandleRef> = holds.iter().copied().collect();
+        self.given_up.extend(handles.iter().filter(|handle| !named.contains(*handle)));
         handles.retain(|handle| self.is_missing(*handle));
         let topics: BTreeSet<u64> = handles.iter().filter_map(HandleRef::topic).collect();
         let topics = topics.into_iter().collect();

@@ -71,8 +71,9 @@ impl Keeper {
         let copies = self.store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap()));
         let mut copies: BTreeMap<String, OwnedFd> = copies.collect();
         let registry = copies.remove(link::REGISTRY).unwrap();
-        let estate =
-            Estate::resume(copies, registry, None, Some(Link::new(theirs, None))).map_err(|(error, _)| error).unwrap();
+        let estate = Estate::resume(copies, &BTreeSet::new(), registry, None, Some(Link::new(theirs, None)))
+            .map_err(|(error, _)| error)
+            .unwrap();
         self.listen();
         estate
     }

@@ -103,8 +103,9 @@ impl Server {
             Some(registry) => {
                 let (mut store, path) = (BTreeMap::new(), place.registry());
                 place.open_socket(adoption::lets_others_in(registry.as_fd(), path))?;
-                adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, None)?;
-                Estate::resume(store, registry, Some(path), None).map_err(|(error, _)| io::Error::other(error))?
+                let given_up = adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, None)?;
+                Estate::resume(store, &given_up, registry, Some(path), None)
+                    .map_err(|(error, _)| io::Error::other(error))?
             }
         };
         Server::new(place, lock, listener, estate, None)
@@ -129,8 +130,8 @@ impl Server {
             registry = grown;
         }
         // Nothing to do where the keeper has been there all the time.
-        adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, Some(&mut link))?;
-        match Estate::resume(store, registry, Some(path), Some(link)) {
+        let given_up = adoption::gather(registry.as_fd(), path, listener.as_fd(), &mut store, Some(&mut link))?;
+        match Estate::resume(store, &given_up, registry, Some(path), Some(link)) {
             Ok(estate) => Server::new(place, lock, listener, estate, Some(signals)),
             Err((error, link)) => {
                 // Without its registry a bus has no owners; better none than one that gives things away twice.

@@ -1,7 +1,7 @@
 //! What a coordinator does about segments that came back from participants, or did not, after coordinator and keeper had
 //! died together (`coordinator/adoption.rs`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::stat::fstat;
@@ -58,14 +58,14 @@ impl Estate {
         }
     }
 
-    /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
-    /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Returns what
+    /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left (or `given_up`
+    /// their places, which is noted when they come back), and nobody reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Returns what
     /// cannot go on.
-    pub(super) fn replace_lost_arenas(&mut self) -> Vec<Event> {
+    pub(super) fn replace_lost_arenas(&mut self, given_up: &BTreeSet<HandleRef>) -> Vec<Event> {
         let mut losses = Vec::new();
         let topics: Vec<u64> = self.memories.keys().copied().collect();
         for topic in topics {
-            if let Err(error) = self.replace_lost_arenas_of(topic) {
+            if let Err(error) = self.replace_lost_arenas_of(topic, given_up) {
                 eprintln!("shmbus coordinator: topic {topic} is lost: {error}");
                 losses.push(Event::TopicRemoved { topic });
             }
@@ -73,7 +73,7 @@ impl Estate {
         losses
     }
 
-    fn replace_lost_arenas_of(&mut self, topic: u64) -> Result<(), Refusal> {
+    fn replace_lost_arenas_of(&mut self, topic: u64, given_up: &BTreeSet<HandleRef>) -> Result<(), Refusal> {
         let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
         let lost: Vec<u32> = entry.arenas.iter().copied().filter(|slot| !memory.has_arena(*slot)).collect();
         if lost.is_empty() {
@@ -81,7 +81,8 @@ impl Estate {
         }
         // Who has died since it was found alive has its pidfd here until its death is looked at.
         let lives = |incarnation: u64| self.pidfds.contains_key(&incarnation) && !self.is_past(incarnation);
-        let holders = lost.iter().filter_map(|slot| entry.publishers.get(slot)).map(|publisher| publisher.incarnation);
+        let written = lost.iter().filter(|slot| !given_up.contains(&HandleRef::Publisher { topic, slot: **slot }));
+        let holders = written.filter_map(|slot| entry.publishers.get(slot)).map(|publisher| publisher.incarnation);
         if holders.into_iter().any(lives) {
             return Err(broken("a living publisher has not presented its arena; it may be stopped"));
         }

@@ -1,7 +1,7 @@
 //! Taking over what an earlier coordinator left: its registry is replayed, its descriptors are taken from the store,
 //! and what it had begun is finished.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -16,9 +16,11 @@ use crate::coordinator::state::{Event, State, TopicEntry};
 use crate::ring::log::TopicState;
 
 impl Estate {
-    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants.
+    /// The bus that an earlier coordinator left: `store` is what the keeper kept of it, or its participants, who have `given_up` some
+    /// handles.
     pub(crate) fn resume(
         mut store: BTreeMap<String, OwnedFd>,
+        given_up: &BTreeSet<HandleRef>,
         registry: OwnedFd,
         path: Option<&Path>,
         link: Option<Link>,
@@ -37,6 +39,7 @@ impl Estate {
         let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         let mut losses = estate.adopt(&mut store);
+        losses.extend(estate.replace_lost_arenas(given_up));
         estate.renew_own_cursors();
         losses.extend(estate.adopt_groups(&mut store));
         for event in losses {
@@ -113,7 +116,6 @@ impl Estate {
                 eprintln!("shmbus coordinator: the notice of wildcard subscription {wildcard}: {error}");
             }
         }
-        losses.extend(self.replace_lost_arenas());
         losses
     }
 
