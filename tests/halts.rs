@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::time::Duration;
 
 use common::{Scene, await_that, hear, publisher_after, raw, receive, say, small};
 use nix::sys::signal::{Signal, kill};
@@ -51,6 +52,14 @@ fn role() {
             publisher.publish(b"from the leaver").unwrap();
             give_up(Some(publisher), |held| drop(held.take()));
         }
+        "ask in threads" => {
+            say("ready");
+            hear();
+            let open = || assert!(bus.publisher(topic()).is_err());
+            std::thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(open))));
+            say("given up");
+            hear();
+        }
         "leave unread" => give_up(Some((bus.wildcard::<[u8]>("*").open().unwrap(), bus)), |held| drop(held.take())),
         other => panic!("no role {other}"),
     }
@@ -94,7 +103,7 @@ fn an_open_that_was_given_up_takes_nothing_when_it_is_granted_late() {
     let bus = scene.open();
     let asker = given_up_during_a_halt(&scene, "ask", || {});
     // Let the grant come first.
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(100));
     drop(publisher_after(&bus, &topic()));
     asker.kill();
 }
@@ -149,4 +158,18 @@ fn who_leaves_a_topic_while_both_are_stopped_and_killed_does_not_take_it_along()
         assert_eq!(receive(&mut subscriber).1, b"goes on", "{role}");
         leaver.kill();
     }
+}
+
+#[test]
+fn who_asks_behind_others_waits_no_longer_than_they() {
+    let scene = Scene::new("threads");
+    let _bus = scene.open();
+    let mut asker = scene.start("ask in threads", "");
+    asker.expect("ready");
+    let coordinator = scene.server("coordinator");
+    kill(coordinator, Signal::SIGSTOP).unwrap();
+    asker.tell("ask");
+    // Ten seconds, and not for each of them.
+    assert_eq!(asker.line_within(Duration::from_secs(18)), "given up");
+    asker.kill();
 }
