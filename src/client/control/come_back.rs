@@ -23,6 +23,7 @@ impl Line {
         // Where connecting fails for another reason than the end of the bus, it may succeed in a moment.
         let _ = inner.connect();
         inner.present();
+        inner.send_closes();
         if inner.end.is_some() {
             // Whoever looks holds it as well.
             drop(inner.lingering.take());
@@ -30,7 +31,7 @@ impl Line {
         }
         inner.say_goodbye();
         match inner.socket.clone() {
-            Some(_) if inner.holdings.next().is_some() || inner.has_to_say_goodbye() => Look::Sending,
+            Some(_) if inner.has_to_send() => Look::Sending,
             Some(socket) if !inner.welcomed => Look::Asking(socket),
             Some(socket) => {
                 drop(inner);
@@ -115,6 +116,18 @@ impl Inner {
                 // Its hang-up is read next.
                 Err(_) => self.holdings.forget_plan(),
             }
+        }
+    }
+
+    /// Whether there is something to send for which there was no room.
+    fn has_to_send(&self) -> bool {
+        self.holdings.next().is_some() || !self.unsent.is_empty() || self.has_to_say_goodbye()
+    }
+
+    /// Gives a connection up for a new one, which says what we hold. Whoever watches over it sleeps until it ends.
+    pub(super) fn hang_up(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            socket::shut_down(socket.as_fd());
         }
     }
 

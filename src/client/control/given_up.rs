@@ -131,8 +131,10 @@ impl Inner {
         let handles = std::mem::take(&mut self.unsent);
         match self.send(&Request::Close { handles: handles.clone() }, 0, false) {
             Ok(true) => {}
-            _ if self.socket.is_some() => self.unsent = handles,
-            _ => {}
+            // The watching thread is not asleep before all is presented.
+            _ if self.holdings.next().is_some() => self.unsent = handles,
+            // Nobody would come back to it when there is room; the next Hello leaves them out.
+            _ => self.hang_up(),
         }
     }
 }

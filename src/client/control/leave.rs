@@ -54,15 +54,11 @@ impl Inner {
             let socket = self.socket.clone();
             pause(socket.as_deref(), deadline);
         }
-        if self.has_to_say_goodbye() {
-            // The socket is full: its coordinator is stopped. A new one waits for it, and comes behind the full one.
-            if let Some(full) = self.socket.take() {
-                // Whoever watches over it sleeps until it ends.
-                socket::shut_down(full.as_fd());
-            }
-            let _ = self.connect();
-            self.say_goodbye();
-        }
+        // Its coordinator is stopped, and there may be no room in it; or more is to be read before the good-bye is heard, and nobody
+        // would. A new one waits for it, and comes behind this one.
+        self.hang_up();
+        let _ = self.connect();
+        self.say_goodbye();
         false
     }
 

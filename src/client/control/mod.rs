@@ -107,7 +107,7 @@ struct Inner {
     expected: VecDeque<bool>,
     /// Answers received for whoever has the turn.
     answers: VecDeque<Granted>,
-    /// Closed handles that did not fit in the socket.
+    /// Closed handles for which there was no room while something is presented.
     unsent: Vec<HandleRef>,
     buffer: Box<[u8]>,
 }

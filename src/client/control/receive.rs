@@ -86,6 +86,8 @@ impl Inner {
                     _ => return self.end = Some(End::Garbled("the coordinator sent something unreadable".to_owned())),
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It left without having read everything, which is told once, and first: what it said last lies behind that.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => {
                     let lost = self.socket.take();
                     // The program has closed it behind our back: the number is free, or names something of its own that
@@ -174,11 +176,8 @@ impl Inner {
 
     /// Gives this connection up if the arena came over it and did not get through.
     fn leave_for_missed(&mut self, topic: u64, slot: u32) {
-        if self.missed_arenas.remove(&(topic, slot))
-            && let Some(socket) = self.socket.take()
-        {
-            // Whoever watches over it sleeps until it ends.
-            socket::shut_down(socket.as_fd());
+        if self.missed_arenas.remove(&(topic, slot)) {
+            self.hang_up();
         }
     }
 
@@ -206,5 +205,28 @@ pub(super) fn opened_handle(answer: &Answer) -> Option<HandleRef> {
         }
         Answer::WildcardOpened { wildcard } => Some(HandleRef::Wildcard { wildcard: *wildcard }),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::coordinator::directory::Place;
+
+    #[test]
+    fn what_a_coordinator_said_before_it_left_something_unread_is_heard() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut inner = Inner::new(Place::find("control", Some(directory.path())).unwrap(), 1);
+        let (ours, theirs) = socket::pair().unwrap();
+        inner.socket = Some(Arc::new(ours));
+        // A Hello that is refused, and a good-bye behind it.
+        assert!(inner.send(&Request::Goodbye, 0, false).unwrap());
+        let refusal = Answer::Refused(Refusal::UnknownParticipant { incarnation: 1 });
+        socket::send(theirs.as_fd(), &postcard::to_stdvec(&refusal).unwrap(), &[]).unwrap();
+        drop(theirs);
+        inner.receive_all();
+        assert!(matches!(inner.end, Some(End::Ended)) && inner.socket.is_none());
     }
 }

@@ -22,7 +22,8 @@ impl Control {
     /// successor is asked.
     pub(crate) fn request(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
-        self.ask(lock(&self.turn), request, 0)
+        let deadline = Instant::now() + PATIENCE;
+        self.ask(lock(&self.turn), request, 0, deadline)
     }
 
     /// The same for who has no longer than until `deadline`. `None`: that has passed.
@@ -48,14 +49,29 @@ impl Control {
     /// been done already.
     pub(crate) fn request_once(&self, request: &Request) -> Result<Granted, OpenError> {
         self.check_process()?;
+        let deadline = Instant::now() + PATIENCE;
         let mut turn = lock(&self.turn);
         *turn += 1;
         let once = *turn;
-        self.ask(turn, request, once)
+        self.ask(turn, request, once, deadline)
     }
 
-    fn ask(&self, turn: MutexGuard<'_, u64>, request: &Request, once: u64) -> Result<Granted, OpenError> {
-        let answer = self.exchange(request, once, Instant::now() + PATIENCE);
+    /// The wait for the turn counts: who asks behind others waits no longer than they.
+    fn ask(
+        &self,
+        turn: MutexGuard<'_, u64>,
+        request: &Request,
+        once: u64,
+        deadline: Instant,
+    ) -> Result<Granted, OpenError> {
+        let answer = self.exchange(request, once, deadline);
+        if let Err(ConnectError::Timeout { .. }) = answer {
+            // The answer may come when nobody reads. What it opens is left out of the next Hello, and so given back.
+            let mut inner = self.line.hold();
+            if !inner.expected.is_empty() {
+                inner.hang_up();
+            }
+        }
         drop(turn);
         granted(answer?)
     }
