@@ -441,9 +441,10 @@ fn who_comes_back_while_the_coordinator_lacks_descriptors_comes_again() {
     let coordinator = scene.server("coordinator");
     let before = leave_room_for_one(coordinator);
     holder.signal(Signal::SIGCONT);
-    holder.tell("open");
+    // It comes back meanwhile, and is refused.
     thread::sleep(Duration::from_millis(300));
     limit_descriptors(coordinator, before);
+    holder.tell("open");
     holder.expect("opened");
 }
 
