@@ -7,13 +7,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::client::control::Control;
+use crate::client::control::{Control, IntroduceError};
 use crate::coordinator::connection::Received;
 use crate::coordinator::link::Incoming;
 use crate::coordinator::protocol::{Answer, HandleRef, PROTOCOL_VERSION, Request, SegmentRef, StartAt, TopicInfo};
 use crate::coordinator::registry::Registry;
 use crate::coordinator::state::Event;
-use crate::error::OpenError;
+use crate::error::{ConnectError, OpenError};
 use crate::os::socket::Peer;
 use crate::shm::layout::BODY_OFFSET;
 use crate::topic::{Mode, TopicOptions};
@@ -196,6 +196,23 @@ fn an_arena_that_comes_late_is_waited_for() {
     open_subscriber(&control, "t").unwrap();
     assert!(control.arena(0, 1).is_some());
     slow_coordinator.join().unwrap();
+}
+
+#[test]
+fn who_waits_no_longer_to_be_let_in_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = Place::find("test", Some(directory.path())).unwrap();
+    let (theirs, ours) = socket::pair().unwrap();
+    let refused = Control::introduce(place, 1, theirs, None, Instant::now());
+    assert!(matches!(refused, Err(IntroduceError::Failed(ConnectError::Timeout { .. }))));
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    let mut said = std::iter::from_fn(|| {
+        let packet = socket::recv(ours.as_fd(), &mut buffer, 0).unwrap();
+        (packet.len > 0).then(|| Request::from_packet(&buffer[..packet.len]).unwrap().0)
+    });
+    assert!(matches!(said.next(), Some(Request::Hello { .. })));
+    assert!(matches!(said.next(), Some(Request::Goodbye)));
+    assert!(said.next().is_none());
 }
 
 #[test]

@@ -62,6 +62,12 @@ impl Inner {
         false
     }
 
+    /// Says good-bye on this connection, whether it is heard or not.
+    pub(super) fn leave_at_once(&mut self) {
+        self.is_leaving = true;
+        self.say_goodbye();
+    }
+
     /// Whether we leave, and have not said so on this connection.
     pub(super) fn has_to_say_goodbye(&self) -> bool {
         self.is_leaving && self.goodbye_on != Some(self.generation)

@@ -154,6 +154,8 @@ impl Control {
                 (None, Some(socket)) => wait(socket, deadline).map_err(IntroduceError::Failed)?,
             }
             if Instant::now() >= deadline {
+                // We may have been let in at this very moment.
+                inner.leave_at_once();
                 return Err(IntroduceError::Failed(ConnectError::Timeout { bus: place.bus, waited_ms: 5_000 }));
             }
         }
