@@ -11,7 +11,10 @@ use common::{
     say, seed,
 };
 use nix::sys::signal::{Signal, kill};
-use shmbus::{Bus, Full, GoneReason, Mode, PublishError, Publisher, RecvError, Start, Subscriber, Topic};
+use nix::unistd::Pid;
+use shmbus::{
+    Bus, Full, GoneReason, Mode, OpenError, PublishError, Publisher, RecvError, Refusal, Start, Subscriber, Topic,
+};
 
 /// Publishers killed on each kind of ring.
 const KILLS: u64 = 100;
@@ -21,6 +24,10 @@ const LAST: u64 = u64::MAX;
 
 /// What one calls itself that lives through it all.
 const SURVIVOR: u64 = u64::MAX - 1;
+
+/// Processes killed while memory is reserved for them, and for how much.
+const HOARDS: u64 = 12;
+const HOARD_BYTES: u64 = 256 << 20;
 
 /// How long repair may take after a death: 10 ms by contract, and then what a busy machine adds.
 const REPAIR: Duration = Duration::from_secs(5);
@@ -34,6 +41,7 @@ fn role() {
         "publish" => publish_for_ever(&bus, &arguments),
         "subscribe" => subscribe_and_stop(&bus, &arguments),
         "publish when told" => publish_when_told(&bus, &arguments),
+        "hoard" => hoard(&bus),
         _ => panic!("no role {role}"),
     }
 }
@@ -444,4 +452,48 @@ fn readers_that_hold_nothing_meet_whole_messages_or_an_exact_loss() {
             }
         }
     }
+}
+
+/// Not a test: asks for much.
+fn hoard(bus: &Bus) {
+    end_with_the_test();
+    say("asks");
+    bus.create(&Topic::<[u8]>::new("hoard").bytes(HOARD_BYTES)).unwrap();
+    say("done");
+    thread::sleep(LIMIT);
+}
+
+/// How many segments of topic `hoard` a process has.
+fn hoarded(pid: Pid) -> usize {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    links.filter(|link| link.to_string_lossy().starts_with("/memfd:shmbus:hoard:")).count()
+}
+
+/// Memory is reserved a piece at a time (SPEC §7.4): a topic is whole or was never there, and what was reserved is given back.
+#[test]
+fn who_dies_while_memory_is_reserved_for_it_leaves_none_of_it() {
+    let scene = Scene::new("hoards");
+    let bus = scene.open();
+    let (mut random, mut given_back) = (Random::new(seed()), 0);
+    for _ in 0..HOARDS {
+        let [coordinator, keeper] = ["coordinator", "keeper"].map(|role| scene.server(role));
+        let mut victim = scene.start("hoard", "");
+        victim.expect("asks");
+        await_that("the first segment", || hoarded(coordinator) > 0);
+        thread::sleep(Duration::from_millis(random.below(40)));
+        victim.kill();
+        await_that("the end of what was begun", || {
+            let is_whole = bus.topics().unwrap().iter().any(|topic| topic.name == "hoard");
+            is_whole || hoarded(coordinator) == 0
+        });
+        match bus.remove_topic("hoard", false) {
+            Ok(()) => {}
+            Err(OpenError::Refused(Refusal::UnknownTopic { .. })) => given_back += 1,
+            Err(error) => panic!("{error}"),
+        }
+        await_that("the memory", || hoarded(coordinator) == 0 && hoarded(keeper) == 0);
+    }
+    println!("{given_back} of {HOARDS} victims died before they had their topic");
+    assert!(given_back > 0, "no victim died while its memory was reserved");
 }
