@@ -114,6 +114,21 @@ fn a_ringer_that_is_stopped_delays_nobody() {
     });
 }
 
+/// A sleeper that arms between the epoch and the waking, and is about to sleep when the bell has been cleared: another one who arms then
+/// does not make it look as if nobody had rung. The bell is armed to begin with, as by who has died.
+#[test]
+fn who_arms_while_the_bell_is_rung_does_not_sleep_because_another_arms_after_it() {
+    explore(PREEMPTIONS, || {
+        let door = Door::new();
+        drop(door.bell.arm());
+        let [ringer, sleeper, other] = std::array::from_fn(|_| door.clone());
+        let ringing = thread::spawn(move || (ringer.store_and_ring(), ringer.store_and_ring()));
+        let sleeping = thread::spawn(move || sleeper.sleep_until(|door| door.has(2)));
+        let arming = thread::spawn(move || drop(other.bell.arm()));
+        (ringing.join().unwrap(), sleeping.join().unwrap(), arming.join().unwrap());
+    });
+}
+
 /// One sleeper at two doorbells, which are rung by two threads: whichever rings last, it does not sleep through it.
 #[test]
 fn a_sleeper_at_two_doorbells_is_woken_by_either() {

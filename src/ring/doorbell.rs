@@ -16,8 +16,9 @@
 //! the next ringer clears it with one needless wake.
 //!
 //! WAITING is cleared by the kernel, in one step with the wake: a ringer that is stopped, or loses its processor, anywhere before
-//! that leaves it set, and the next one rings in its place. The epoch comes first, for who is armed and not asleep: cleared
-//! and set again by another sleeper, WAITING alone would be the old word.
+//! that leaves it set, and the next one rings in its place. The epoch comes first, for who is armed and not asleep. Who arms between
+//! the two has the new epoch and loses WAITING all the same, and nobody rings for him any more; so whoever sets WAITING where it was
+//! cleared begins a new epoch, too: set again by another sleeper, WAITING alone would be the old word, and he would sleep on it.
 //!
 //! One sleeper may wait at several doorbells: it sets WAITING on all of them, needs one barrier behind the last, looks
 //! again at everything, and sleeps on all words at once. For each of the ringers that is the protocol above: between the
@@ -187,8 +188,8 @@ impl Doorbell {
     /// Asks the other side to look sooner than it otherwise would, without sleeping.
     #[cfg(not(loom))]
     pub(crate) fn urge(&self) {
-        // Relaxed: a hint.
-        self.futex.word().fetch_or(WAITING, Ordering::Relaxed);
+        // As a sleeper would: others may be armed.
+        self.announce();
     }
 
     /// Whether it was rung since its word had this value.
@@ -203,9 +204,19 @@ impl Doorbell {
         Armed { value, longest: longest_sleep(heavy_barrier()) }
     }
 
-    /// Sets WAITING; says what to sleep on. A heavy barrier must follow.
+    /// Sets WAITING, with the next epoch where it was not set; says what to sleep on. Before a sleep, a heavy barrier must follow.
     fn announce(&self) -> u32 {
-        self.futex.word().fetch_or(WAITING, Ordering::Relaxed) | WAITING
+        let word = self.futex.word();
+        let mut seen = word.load(Ordering::Relaxed);
+        loop {
+            let epoch = if seen & WAITING == 0 { EPOCH } else { 0 };
+            let armed = seen.wrapping_add(epoch) | WAITING;
+            // Relaxed: the barriers of I-7 do the ordering.
+            match word.compare_exchange_weak(seen, armed, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return armed,
+                Err(now) => seen = now,
+            }
+        }
     }
 
     /// Sleeps until rung, for at most `limit`. May return for no reason.

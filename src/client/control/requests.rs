@@ -100,10 +100,12 @@ impl Control {
             }
             inner.connect()?;
             let absent = inner.absent;
-            if sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, once, true)? {
+            // Who got the turn when its time was over is told so, and that holds.
+            let is_late = Instant::now() >= deadline;
+            if !is_late && sent_on != Some(inner.generation) && inner.welcomed && inner.send(request, once, true)? {
                 sent_on = Some(inner.generation);
             }
-            if Instant::now() >= deadline {
+            if is_late {
                 // The answer may come yet; what it opens is given back then.
                 inner.expected.iter_mut().for_each(|waited_for| *waited_for = false);
                 return Err(ConnectError::Timeout {
@@ -151,5 +153,33 @@ impl Inner {
                 Ok(false)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::{Arc, Mutex};
+
+    use super::super::Line;
+    use super::*;
+    use crate::coordinator::directory::Place;
+    use crate::os::home::Home;
+
+    #[test]
+    fn what_is_told_to_be_late_before_it_was_asked_is_not_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = Place::find("control", Some(directory.path())).unwrap();
+        let (ours, coordinator) = socket::pair().unwrap();
+        let mut inner = Inner::new(place.clone(), 1);
+        (inner.socket, inner.welcomed) = (Some(Arc::new(ours)), true);
+        let line = Arc::new(Line { starter: None, inner: Mutex::new(inner), given_up: Mutex::default() });
+        let control = Control { place, home: Home::here().unwrap(), turn: Mutex::new(0), line };
+        let request = Request::RemoveTopic { topic: "t".to_owned(), force: true };
+        // Who got its turn when its time was over.
+        let answer = control.exchange(&request, 1, Instant::now());
+        assert!(matches!(answer, Err(ConnectError::Timeout { .. })));
+        let asked = socket::recv(coordinator.as_fd(), &mut [0; 256], 0).map(|packet| packet.len);
+        assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }
