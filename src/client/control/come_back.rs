@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::unistd::Uid;
 
@@ -45,9 +46,9 @@ impl Line {
                 drop(inner);
                 // If it cannot be started now, perhaps somebody else does, or the next look.
                 let _ = self.revive();
-                Look::Away
+                Look::Away { is_leaving: false }
             }
-            None => Look::Away,
+            None => Look::Away { is_leaving: inner.is_leaving },
         }
     }
 
@@ -68,10 +69,10 @@ impl Inner {
         if self.socket.is_some() {
             return Ok(());
         }
-        // The next attempt comes after a pause.
-        if std::mem::take(&mut self.turned_away) {
+        if self.again_at.is_some_and(|at| Instant::now() < at) {
             return Ok(());
         }
+        self.again_at = None;
         // Before we knock: what listens after the end is another bus, or a service manager that would start one.
         if !self.is_left_behind() {
             self.end = Some(End::Ended);

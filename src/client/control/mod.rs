@@ -81,8 +81,8 @@ struct Inner {
     welcomed: bool,
     /// Whether nobody listened when we tried to connect, though the bus has not ended.
     absent: bool,
-    /// Whether a coordinator to which we came back could not have us just now.
-    turned_away: bool,
+    /// When to knock again at a coordinator that could not have us back just now.
+    again_at: Option<Instant>,
     /// Who we are, once we have been told.
     identity: Option<Identity>,
     /// Why nothing can be asked any more.
@@ -202,7 +202,7 @@ impl Inner {
             generation: 0,
             welcomed: false,
             absent: false,
-            turned_away: false,
+            again_at: None,
             identity: None,
             end: None,
             is_leaving: false,

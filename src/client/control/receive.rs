@@ -14,6 +14,9 @@ use crate::os::socket;
 /// is being restarted.
 const ARENA_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Before knocking again at a coordinator that lacks something to have us back with: many may knock.
+const TURNED_AWAY_PAUSE: Duration = Duration::from_millis(10);
+
 impl Control {
     /// The descriptor of an arena that came into being after the subscriber was opened. It was sent before anything
     /// was written there, so it waits in our socket, also when the coordinator has died since. If our socket was full it
@@ -142,7 +145,7 @@ impl Inner {
             Answer::Refused(Refusal::System { .. } | Refusal::Limit { .. })
                 if !self.welcomed && self.identity.is_some() =>
             {
-                (self.socket, self.turned_away) = (None, true);
+                (self.socket, self.again_at) = (None, Some(Instant::now() + TURNED_AWAY_PAUSE));
             }
             Answer::Refused(refusal) if !self.welcomed => {
                 self.end = Some(match refusal {

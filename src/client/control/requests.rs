@@ -149,7 +149,7 @@ impl Inner {
             Err(_) => {
                 // What the dead coordinator had sent is still to be read; the hang-up comes behind it.
                 self.receive_all();
-                self.socket = None;
+                self.hang_up();
                 Ok(false)
             }
         }

@@ -18,6 +18,9 @@ use crate::os::{process, socket};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
+/// The longest for who only wants to say good-bye: perhaps nobody will ever hear it.
+const LONGEST_PAUSE_TO_LEAVE: Duration = Duration::from_secs(1);
+
 /// What there is to wait for.
 pub(crate) enum Look {
     /// Connected and welcomed: nothing but the end of this connection.
@@ -27,7 +30,7 @@ pub(crate) enum Look {
     /// There is something to send for which there was no room.
     Sending,
     /// Nobody is there.
-    Away,
+    Away { is_leaving: bool },
     /// The bus has ended.
     Ended,
 }
@@ -57,8 +60,8 @@ fn watch(line: &Weak<Line>) {
                 socket::wait(socket.as_fd(), PollFlags::POLLIN, Some(Instant::now() + LONGEST_PAUSE))
             }
             Look::Sending => Ok(sleep(FIRST_PAUSE)),
-            Look::Away => {
-                pause = (pause * 2).min(LONGEST_PAUSE);
+            Look::Away { is_leaving } => {
+                pause = (pause * 2).min(if is_leaving { LONGEST_PAUSE_TO_LEAVE } else { LONGEST_PAUSE });
                 Ok(sleep(pause))
             }
             Look::Ended => return,
