@@ -464,6 +464,46 @@ fn a_topic_full_of_publishers_loses_the_arena_of_a_dead_one_only() {
 }
 
 #[test]
+fn what_the_dead_have_left_unread_is_given_up_with_their_arenas() {
+    let scene = Scene::new("dead-together");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let reader = start(&scene, "read", "", "reading");
+    let dying = start(&scene, "publish few", "", "published");
+    let killed = kill_both(&scene);
+    // Nobody else has its arena, and nobody holds what lies there but who dies as well.
+    dying.kill();
+    reader.kill();
+    await_successors(&scene, killed);
+    let mut subscriber = bus.subscriber(many.clone()).start(Start::Oldest).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+}
+
+#[test]
+fn what_a_reader_leaves_unread_that_dies_while_they_gather_is_given_up() {
+    let scene = Scene::new("dies-later");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let reader = start(&scene, "read", "", "reading");
+    let dying = start(&scene, "publish few", "", "published");
+    reader.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, reader.pid()))
+    });
+    reader.kill();
+    await_successors(&scene, killed);
+    let mut subscriber = bus.subscriber(many.clone()).start(Start::Oldest).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+}
+
+#[test]
 fn leases_survive_and_those_of_the_dead_return() {
     let scene = Scene::new("leases");
     let bus = scene.open();

@@ -60,17 +60,17 @@ impl Estate {
 
     /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
     /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Where a reader that
-    /// is stopped may have them yet, nobody gets their slots any more. Returns what cannot go on.
-    pub(super) fn replace_lost_arenas(&mut self, gathered: &Gathered) -> Vec<Event> {
-        let mut losses = Vec::new();
+    /// is stopped may have them yet, nobody gets their slots any more. After the dead have been released: what they held nobody holds.
+    pub(super) fn replace_lost_arenas(&mut self, gathered: &Gathered) {
         let topics: Vec<u64> = self.memories.keys().copied().collect();
         for topic in topics {
             if let Err(error) = self.replace_lost_arenas_of(topic, gathered) {
                 eprintln!("shmbus coordinator: topic {topic} is lost: {error}");
-                losses.push(Event::TopicRemoved { topic });
+                if let Err(error) = self.carry_out(Event::TopicRemoved { topic }) {
+                    eprintln!("shmbus coordinator: {error}");
+                }
             }
         }
-        losses
     }
 
     fn replace_lost_arenas_of(&mut self, topic: u64, gathered: &Gathered) -> Result<(), Refusal> {
@@ -87,18 +87,17 @@ impl Estate {
         if lost.iter().any(publishes) {
             return Err(broken("a living publisher has not presented its arena; it may be stopped"));
         }
-        let consumers = entry.groups.values().flat_map(|group| group.consumers.values());
-        let mut readers = entry.subscribers.values().map(|subscriber| &subscriber.incarnation).chain(consumers);
-        let is_read = readers.any(|incarnation| gathered.silent.contains(incarnation) && lives(incarnation));
+        let is_read = entry.readers().any(|incarnation| gathered.silent.contains(&incarnation) && lives(&incarnation));
+        // First: whoever finds another arena in the place of a lost one looks for no messages of the former. No publisher writes the
+        // checkpoint that goes with a lost arena.
+        self.memory(topic)?.give_up_all(first)?;
         if is_read {
             // It reads on in what it has, and would read there what is published to another arena in its place.
             let inodes = lost.into_iter().map(|slot| (format!("arena-{slot}"), GIVEN_UP)).collect();
-            self.carry_out(Event::SegmentsKnown { topic, inodes })?;
+            self.carry_out(Event::SegmentsKnown { topic, inodes })
         } else {
-            lost.into_iter().try_for_each(|slot| self.prepare_arena(topic, slot))?;
+            lost.into_iter().try_for_each(|slot| self.prepare_arena(topic, slot))
         }
-        // No publisher writes the checkpoint that goes with a lost arena.
-        self.memory(topic)?.give_up_all(first).map(drop)
     }
 
     /// Topics of which these handles are on what is lost or removed, the topic or a group: whoever holds them has to be told

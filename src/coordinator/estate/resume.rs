@@ -38,7 +38,7 @@ impl Estate {
         }
         let mut estate = Estate::new(state, registry, link);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
-        let mut losses = estate.adopt(&mut store, gathered);
+        let mut losses = estate.adopt(&mut store);
         estate.renew_own_cursors();
         losses.extend(estate.adopt_groups(&mut store));
         for event in losses {
@@ -46,6 +46,8 @@ impl Estate {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
+        estate.release_the_past();
+        estate.replace_lost_arenas(gathered);
         estate.record_all_segments();
         estate.finish_fencing();
         estate.repair_wildcards();
@@ -83,7 +85,7 @@ impl Estate {
     }
 
     /// Takes every descriptor that the registry names out of the store; what cannot be had any more, leaves.
-    fn adopt(&mut self, store: &mut BTreeMap<String, OwnedFd>, gathered: &Gathered) -> Vec<Event> {
+    fn adopt(&mut self, store: &mut BTreeMap<String, OwnedFd>) -> Vec<Event> {
         let mut losses = Vec::new();
         for (&topic, entry) in self.state.topics() {
             match TopicMemory::adopt(&entry.info, segments_of(entry, store)) {
@@ -115,8 +117,17 @@ impl Estate {
                 eprintln!("shmbus coordinator: the notice of wildcard subscription {wildcard}: {error}");
             }
         }
-        losses.extend(self.replace_lost_arenas(gathered));
         losses
+    }
+
+    /// Releases who has died since it was found alive: what it held would keep what nobody else does.
+    fn release_the_past(&mut self) {
+        let past: Vec<u64> = self.pidfds.keys().copied().filter(|who| self.is_past(*who)).collect();
+        for incarnation in past {
+            if let Err(error) = self.release_participant(incarnation) {
+                eprintln!("shmbus coordinator: {error}");
+            }
+        }
     }
 
     /// Cursors that one subscriber has for itself hold nobody. Where they are lost to all but it, or garbled by it, others stand in for
