@@ -395,7 +395,8 @@ impl Gathering<'_> {
                 }
                 // It does so once more, by not naming them, when it comes back to who serves.
                 (Some(incarnation), Request::Close { handles }) => {
-                    self.note_dropped(incarnation, |handle| handles.contains(handle));
+                    let closed: BTreeSet<HandleRef> = handles.into_iter().collect();
+                    self.note_dropped(incarnation, |handle| closed.contains(handle));
                     Ok(())
                 }
                 // What it has kept it has been asked for before, and presents it yet.

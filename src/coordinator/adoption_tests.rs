@@ -3,6 +3,7 @@
 use super::*;
 use crate::coordinator::estate::Estate;
 use crate::coordinator::registry::Registry;
+use crate::coordinator::state::PublisherEntry;
 use crate::os::memfd;
 use crate::topic::TopicOptions;
 
@@ -149,6 +150,28 @@ fn who_says_much_leaves_time_for_others() {
     };
     assert_eq!(said - unheard(7), PACKETS_PER_ROUND, "the rest waits for its turn");
     assert!(unheard(1000) > 0);
+}
+
+#[test]
+fn who_closes_much_leaves_time_for_others() {
+    let mut wreck = Wreck::new();
+    let who = *wreck.state.participants().keys().next().unwrap();
+    let (opening, publisher, tenancy, identity, fenced) = (1, 1, 0, None, false);
+    for slot in 0..1 << 14 {
+        let opened =
+            PublisherEntry { incarnation: who, publisher, opening, tenancy, identity: identity.clone(), fenced };
+        wreck.state.apply(&Event::PublisherOpened { topic: 0, slot, opened });
+    }
+    let mut gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
+    // As many as a packet takes, and none of them its own.
+    let handles = vec![HandleRef::Publisher { topic: 1, slot: 1 }; MAX_PACKET_BYTES / 4];
+    let packet = postcard::to_stdvec(&Request::Close { handles }).unwrap();
+    let (theirs, mut closer) = presenter(7);
+    closer.incarnation = Some(who);
+    socket::send(theirs.as_fd(), &packet, &[]).unwrap();
+    let (mut buffer, start) = (vec![0; MAX_PACKET_BYTES], Instant::now());
+    assert!(gathering.listen_to(&mut closer, &mut buffer, &mut 1) && gathering.dropped.is_empty());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }
 
 #[test]
