@@ -413,14 +413,14 @@ fn what_comes_while_the_keeper_is_stopped_is_taken_all_the_same() {
     assert_eq!(bus.topics().unwrap().len(), before + 1);
 }
 
-/// Leaves a process room for one more descriptor; the limit that it had.
-fn leave_room_for_one(process: Pid) -> libc::rlimit {
+/// Leaves a process room for so many more descriptors; the limit that it had.
+fn leave_room_for(process: Pid, more: usize) -> libc::rlimit {
     let used = |number: u64| fs::symlink_metadata(format!("/proc/{process}/fd/{number}")).is_ok();
-    let second_free = (0..).filter(|number| !used(*number)).nth(1).unwrap();
+    let first_without = (0..).filter(|number| !used(*number)).nth(more).unwrap();
     let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one rlimit there.
     assert_eq!(unsafe { libc::prlimit(process.as_raw(), libc::RLIMIT_NOFILE, std::ptr::null(), &mut before) }, 0);
-    limit_descriptors(process, libc::rlimit { rlim_cur: second_free, ..before });
+    limit_descriptors(process, libc::rlimit { rlim_cur: first_without, ..before });
     before
 }
 
@@ -439,7 +439,7 @@ fn who_comes_back_while_the_coordinator_lacks_descriptors_comes_again() {
     kill(killed, Signal::SIGKILL).unwrap();
     await_that("a successor", || bus.topics().is_ok() && scene.server("coordinator") != killed);
     let coordinator = scene.server("coordinator");
-    let before = leave_room_for_one(coordinator);
+    let before = leave_room_for(coordinator, 1);
     holder.signal(Signal::SIGCONT);
     // It comes back meanwhile, and is refused.
     thread::sleep(Duration::from_millis(300));
@@ -501,6 +501,28 @@ fn what_a_reader_leaves_unread_that_dies_while_they_gather_is_given_up() {
     let mut subscriber = bus.subscriber(many.clone()).start(Start::Oldest).open().unwrap();
     publisher.publish(b"goes on").unwrap();
     assert_eq!(receive(&mut subscriber).1, b"goes on");
+}
+
+#[test]
+fn who_presents_while_they_lack_descriptors_comes_again() {
+    let scene = Scene::new("short-gathering");
+    let _bus = scene.open();
+    let mut holder = start(&scene, "hold", "held", "held");
+    holder.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, holder.pid()))
+    });
+    let coordinator = scene.server("coordinator");
+    // Its connection, and three segments; none to open one of them anew.
+    thread::sleep(Duration::from_millis(100));
+    let before = leave_room_for(coordinator, 4);
+    holder.signal(Signal::SIGCONT);
+    thread::sleep(Duration::from_millis(300));
+    limit_descriptors(coordinator, before);
+    holder.tell("open");
+    holder.expect("opened");
 }
 
 #[test]

@@ -525,7 +525,13 @@ pub(crate) fn reopened(topic: &str, name: &str, fd: OwnedFd) -> Result<OwnedFd, 
         return Err(refused(topic, name, format!("its mode is {:04o}, expected 0600", found.st_mode & 0o7777)));
     }
     memfd::check_sealed(fd.as_fd()).map_err(|problem| refused(topic, name, problem))?;
-    memfd::read_write(fd.as_fd()).map_err(|error| refused(topic, name, format!("cannot open it for writing: {error}")))
+    memfd::read_write(fd.as_fd()).map_err(|error| match error.raw_os_error() {
+        // It is what it should be, and may come again.
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
+            Refusal::System { context: format!("opening segment {name} of {topic:?}"), problem: error.to_string() }
+        }
+        _ => refused(topic, name, format!("cannot open it for writing: {error}")),
+    })
 }
 
 fn refused(topic: &str, name: &str, problem: String) -> Refusal {
