@@ -504,6 +504,58 @@ fn what_a_reader_leaves_unread_that_dies_while_they_gather_is_given_up() {
 }
 
 #[test]
+fn a_keeper_that_was_stopped_keeps_what_came_meanwhile() {
+    let scene = Scene::new("keeper-later");
+    let bus = scene.open();
+    let holder = start(&scene, "hold many", "", "held");
+    let before = bus.topics().unwrap().len();
+    let _another = publisher(&bus, "another", b"x");
+    holder.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, holder.pid()))
+    });
+    let keeper = scene.server("keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    holder.signal(Signal::SIGCONT);
+    await_that("the others to be served", || bus.topics().is_ok());
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+    kill(keeper, Signal::SIGCONT).unwrap();
+    let kept = || fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().count();
+    await_that("the keeper to have all", || kept() > 3 * before);
+    // Nobody else has them any more.
+    holder.kill();
+    let published = || bus.topics().unwrap().iter().filter(|topic| !topic.publishers.is_empty()).count();
+    await_that("its places to be free", || published() == 1);
+    kill(scene.server("coordinator"), Signal::SIGKILL).unwrap();
+    assert_eq!(bus.topics().unwrap().len(), before + 1);
+}
+
+#[test]
+fn an_arena_is_replaced_while_the_keeper_is_stopped() {
+    let scene = Scene::new("stopped-replace");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let holder = start(&scene, "hold many", "", "held");
+    let dying = start(&scene, "publish few", "", "published");
+    holder.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_that("those who gather to have found it alive", || {
+        let successors = scene.servers(Some("coordinator"));
+        successors.iter().any(|pid| !killed.contains(pid) && has_pidfd_of(*pid, holder.pid()))
+    });
+    kill(scene.server("keeper"), Signal::SIGSTOP).unwrap();
+    holder.signal(Signal::SIGCONT);
+    await_that("the others to be served", || bus.topics().is_ok());
+    let mut subscriber = bus.subscriber(many.clone()).open().unwrap();
+    publisher.publish(b"goes on").unwrap();
+    assert_eq!(receive(&mut subscriber).1, b"goes on");
+}
+
+#[test]
 fn who_presents_while_they_lack_descriptors_comes_again() {
     let scene = Scene::new("short-gathering");
     let _bus = scene.open();

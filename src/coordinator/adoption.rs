@@ -135,6 +135,8 @@ pub(crate) struct Gathered {
     pub(crate) dropped: BTreeSet<HandleRef>,
     /// Participants that have not said that what they presented was all, though they may have what is missing.
     pub(crate) silent: BTreeSet<u64>,
+    /// What the keeper did not take, being stopped, by name.
+    pub(crate) unkept: BTreeSet<String>,
 }
 
 /// Fills `store` with what the registry names and the keeper, being new itself, does not have. Returns at once where
@@ -159,15 +161,15 @@ pub(crate) fn gather(
     let connections = gathering.run(listener)?;
     gathering.give_up_unproven();
     gathering.forget_the_leaving();
-    if gathering.unkept > 0 {
+    if !gathering.unkept.is_empty() {
         eprintln!(
             "shmbus coordinator: the keeper process did not take {} descriptors; is it stopped?",
-            gathering.unkept
+            gathering.unkept.len()
         );
     }
     // Those who made them come back to the coordinator that serves.
     drop(connections);
-    Ok(Gathered { silent: gathering.silent(), dropped: gathering.dropped })
+    Ok(Gathered { silent: gathering.silent(), dropped: gathering.dropped, unkept: gathering.unkept })
 }
 
 /// The segments that are not in the store, by topic.
@@ -204,25 +206,25 @@ struct Gathering<'a> {
     heard: BTreeSet<u64>,
     /// Publishers that their owners have dropped.
     dropped: BTreeSet<HandleRef>,
-    /// How many descriptors the keeper did not take.
-    unkept: usize,
+    /// What the keeper did not take.
+    unkept: BTreeSet<String>,
 }
 
 impl<'a> Gathering<'a> {
     fn new(state: State, store: &'a mut BTreeMap<String, OwnedFd>, link: Option<&'a mut Link>) -> Gathering<'a> {
         let (missing, missing_notices) = (missing(&state, store), missing_notices(&state, store));
         let (expected, unseen, leaving) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        let (heard, dropped) = (BTreeSet::new(), BTreeSet::new());
-        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped, unkept: 0 }
+        let (heard, dropped, unkept) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        Gathering { state, store, link, missing, missing_notices, expected, unseen, leaving, heard, dropped, unkept }
     }
 }
 
 impl Gathering<'_> {
-    /// Has the keeper keep something. One that is stopped takes nothing: a successor that misses it with the keeper gathers it from
-    /// the participants as we do.
+    /// Has the keeper keep something. One that is stopped takes nothing: it is told when it goes on, and a successor that misses it with
+    /// the keeper until then gathers it from the participants as we do.
     fn keep(&mut self, name: String, fd: OwnedFd) {
         if let Some(Err(_)) = self.link.as_mut().map(|link| link.store(&name, fd.as_fd())) {
-            self.unkept += 1;
+            self.unkept.insert(name.clone());
         }
         self.store.insert(name, fd);
     }

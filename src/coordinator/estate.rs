@@ -76,6 +76,8 @@ pub(crate) struct Estate {
     spaces: BTreeMap<u64, OwnedFd>,
     /// The keeper; `None` where the bus is hosted on a thread, or while the keeper is dead.
     link: Option<Link>,
+    /// What the keeper has yet to be told to keep, by name: it was stopped.
+    unkept: BTreeSet<String>,
     /// Topics whose messages are given up by age.
     ageing: Vec<u64>,
     /// Groups on topics whose messages may have a time-to-live, with some that are gone.
@@ -137,6 +139,7 @@ impl Estate {
             pidfds: BTreeMap::new(),
             spaces: BTreeMap::new(),
             link,
+            unkept: BTreeSet::new(),
             joined: None,
             announcements: Vec::new(),
             notices: Notices::default(),
@@ -162,8 +165,24 @@ impl Estate {
         self.link.as_ref()
     }
 
-    /// Puts another keeper, or none, in the place of the present one.
+    /// Whether the keeper has yet to be told to keep something.
+    pub(crate) fn has_unkept(&self) -> bool {
+        !self.unkept.is_empty()
+    }
+
+    /// Has the keeper keep what it did not take while it was stopped, as far as it takes it now.
+    pub(crate) fn keep_again(&mut self) {
+        let Some(mut link) = self.link.take() else { return };
+        let mut unkept = std::mem::take(&mut self.unkept);
+        // What is not there any more need not be kept.
+        let left = self.stored().into_iter().filter(|(name, _)| unkept.remove(name));
+        let left = left.skip_while(|(name, fd)| link.store(name, *fd).is_ok()).map(|(name, _)| name).collect();
+        (self.link, self.unkept) = (Some(link), left);
+    }
+
+    /// Puts another keeper, or none, in the place of the present one. It is handed everything.
     pub(crate) fn replace_link(&mut self, link: Option<Link>) -> Option<Link> {
+        self.unkept.clear();
         std::mem::replace(&mut self.link, link)
     }
 

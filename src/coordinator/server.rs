@@ -74,6 +74,8 @@ pub(crate) struct Server {
     renew_at: Instant,
     /// When to start a keeper again; never where the bus is hosted on a thread.
     keeper_at: Option<Instant>,
+    /// When to tell the keeper once more what it did not take, if there is any.
+    keep_at: Instant,
     /// When to look for messages that have grown too old; never while no topic gives them up by age.
     age_at: Option<Instant>,
     /// When to look for messages that have expired; never while no group may have such.
@@ -168,6 +170,7 @@ impl Server {
             leave_at: Some(Instant::now() + FIRST_LINGER),
             renew_at: Instant::now(),
             keeper_at: None,
+            keep_at: Instant::now(),
             age_at,
             expiry_at: None,
             burial: Burial::default(),

@@ -8,6 +8,7 @@ use nix::sys::stat::fstat;
 
 use super::{Estate, broken, system};
 use crate::coordinator::adoption::{Gathered, check_inode, reopened};
+use crate::coordinator::link::segment_name;
 use crate::coordinator::memory::{TopicMemory, ledger_name};
 use crate::coordinator::notices::notice_name;
 use crate::coordinator::protocol::{HandleRef, TopicInfo};
@@ -96,8 +97,18 @@ impl Estate {
             let inodes = lost.into_iter().map(|slot| (format!("arena-{slot}"), GIVEN_UP)).collect();
             self.carry_out(Event::SegmentsKnown { topic, inodes })
         } else {
-            lost.into_iter().try_for_each(|slot| self.prepare_arena(topic, slot))
+            lost.into_iter().try_for_each(|slot| self.replace_arena(topic, slot))
         }
+    }
+
+    /// A keeper that is stopped takes no topic along.
+    fn replace_arena(&mut self, topic: u64, slot: u32) -> Result<(), Refusal> {
+        let prepared = self.prepare_arena(topic, slot);
+        if prepared.is_err() && self.memory(topic)?.has_arena(slot) {
+            self.unkept.insert(segment_name(topic, &format!("arena-{slot}")));
+            return Ok(());
+        }
+        prepared
     }
 
     /// Topics of which these handles are on what is lost or removed, the topic or a group: whoever holds them has to be told

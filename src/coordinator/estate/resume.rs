@@ -37,6 +37,7 @@ impl Estate {
             state.apply(event);
         }
         let mut estate = Estate::new(state, registry, link);
+        estate.unkept.clone_from(&gathered.unkept);
         removed.iter().for_each(|entry| estate.finish_removal(entry, &mut store));
         let mut losses = estate.adopt(&mut store);
         estate.renew_own_cursors();

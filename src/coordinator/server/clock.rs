@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollTimeout;
 
 use super::Server;
+use super::keeper::KEEPER_RETRY;
 use crate::coordinator::estate::Expired;
 use crate::coordinator::limits::{LINGER, LOOK, RENEW_DUE};
 use crate::os::socket;
@@ -27,6 +28,7 @@ impl Server {
         let sometimes =
             self.leave_at.into_iter().chain(self.keeper_at).chain(self.age_at).chain(self.expiry_at).chain(look_at);
         let sometimes = sometimes.chain(self.retry_at).chain(self.estate.reclaim_at());
+        let sometimes = sometimes.chain(self.estate.has_unkept().then_some(self.keep_at));
         let sometimes = sometimes.chain((!self.counting.is_empty()).then(Instant::now));
         let next = sometimes.fold(self.renew_at, Instant::min);
         let wait = socket::round_up(next.saturating_duration_since(Instant::now())).as_millis();
@@ -66,6 +68,10 @@ impl Server {
         }
         if self.keeper_at.is_some_and(|at| at <= now) {
             self.start_keeper()?;
+        }
+        if self.estate.has_unkept() && self.keep_at <= now {
+            self.estate.keep_again();
+            self.keep_at = now + KEEPER_RETRY;
         }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_the_short()?;

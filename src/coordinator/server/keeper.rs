@@ -8,8 +8,8 @@ use super::{KIND_KEEPER, Server, token};
 use crate::coordinator::link::{self, GIVEN_LISTENER, Incoming, LISTENER, LOCK, Link, Message};
 use crate::coordinator::roles::{self, Role};
 
-/// After a keeper could not be started, the next attempt waits so long.
-const KEEPER_RETRY: Duration = Duration::from_secs(1);
+/// After a keeper could not be started, or takes nothing, the next attempt waits so long.
+pub(super) const KEEPER_RETRY: Duration = Duration::from_secs(1);
 
 impl Server {
     pub(super) fn listen_to_keeper(&mut self) -> io::Result<()> {
