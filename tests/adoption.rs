@@ -43,8 +43,8 @@ fn role() {
         "hold" => hold_for_ever(&bus, &arguments),
         "consume" => consume_when_told(&bus),
         "park" => park_for_ever(&bus, &arguments),
-        "publish few" => publish_few(&bus),
-        "read" => read_when_told(&bus),
+        "publish few" => publish_few(&bus, topic_that(&arguments)),
+        "read" => read_when_told(&bus, topic_that(&arguments)),
         "hold many" => hold_many_topics(&bus),
         "exhaust" => hold_without_descriptors(&bus),
         _ => panic!("no role {role}"),
@@ -73,17 +73,23 @@ fn publish_for_ever(bus: &Bus, mode: &str) {
     }
 }
 
+/// A topic for many whose messages grow old, or not.
+fn topic_that(arguments: &str) -> Topic<[u8]> {
+    let many = topic(Mode::Many);
+    if arguments == "ageing" { many.envelope().max_age(Duration::from_millis(100)) } else { many }
+}
+
 /// Role: publishes 0, 1 and 2, and keeps its place.
-fn publish_few(bus: &Bus) {
-    let mut publisher = bus.publisher(topic(Mode::Many)).unwrap();
+fn publish_few(bus: &Bus, topic: Topic<[u8]>) {
+    let mut publisher = bus.publisher(topic).unwrap();
     (0..3u64).for_each(|number| assert!(publisher.publish(&number.to_le_bytes()).is_ok()));
     say("published");
     hear();
 }
 
 /// Role: reads as it is told.
-fn read_when_told(bus: &Bus) {
-    let mut subscriber = bus.subscriber(topic(Mode::Many)).open().unwrap();
+fn read_when_told(bus: &Bus, topic: Topic<[u8]>) {
+    let mut subscriber = bus.subscriber(topic).open().unwrap();
     say("reading");
     loop {
         hear();
@@ -387,6 +393,27 @@ fn a_reader_that_was_stopped_reads_on_in_a_dead_publishers_arena() {
     second.publish(&5u64.to_le_bytes()).unwrap();
     bus.publisher(many.clone()).unwrap().publish(&6u64.to_le_bytes()).unwrap();
     read(&mut reader, 5..7);
+}
+
+#[test]
+fn what_lies_in_an_arena_that_was_given_up_grows_too_old_like_the_rest() {
+    let scene = Scene::new("ageing");
+    let bus = scene.open();
+    let many = topic(Mode::Many).envelope().max_age(Duration::from_millis(100));
+    let mut publisher = bus.publisher(many.clone()).unwrap();
+    let reader = start(&scene, "read", "ageing", "reading");
+    let dying = start(&scene, "publish few", "ageing", "published");
+    reader.signal(Signal::SIGSTOP);
+    let killed = kill_both(&scene);
+    dying.kill();
+    await_successors(&scene, killed);
+    await_that("the others to be served without it", || bus.topics().is_ok());
+    publisher.publish(b"beside them").unwrap();
+    reader.kill();
+    await_that("all to be given up", || {
+        let status = bus.topic(many.name()).unwrap();
+        status.oldest_sequence == status.tail_sequence
+    });
 }
 
 #[test]
