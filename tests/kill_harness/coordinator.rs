@@ -142,6 +142,21 @@ fn find_adopted(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
     Ok(())
 }
 
+/// What the dead publisher alone had is not there, and nothing is in its place.
+fn find_without_the_dead(bus: &Bus, process: Option<Process>) -> Result<(), Violation> {
+    let process = process.ok_or("no process")?;
+    process.signal(Signal::SIGCONT);
+    let mut reader = text(bus.subscriber(subject_of_many()).start(Start::Oldest).open())?;
+    let mut publisher = text(bus.publisher(subject_of_many()))?;
+    publisher.publish(b"after").map_err(|error| error.to_string())?;
+    let found = reader.recv_timeout(DEADLINE).map_err(|error| error.to_string())?;
+    if found[..] != *b"after" {
+        return Err(format!("sequence {} is a message that nobody has: {:?}", found.sequence(), &found[..]));
+    }
+    process.kill();
+    Ok(())
+}
+
 fn traffic() -> Topic<[u8]> {
     Topic::new("traffic").messages(64).bytes(64 << 10)
 }
@@ -179,6 +194,26 @@ fn prepare_participant(scene: &Scene, bus: &Bus, what: &str) -> Result<Option<Pr
     Ok(Some(process))
 }
 
+/// A process on a topic on which another one has published that dies as soon as the coordinator is stopped.
+fn prepare_survivor(scene: &Scene, _: &Bus) -> Result<Option<Process>, Violation> {
+    let mut survivor = scene.start("hold", "beside the dead");
+    survivor.expect("holding");
+    let mut dying = scene.start("hold", "to die");
+    dying.expect("holding");
+    let coordinator = scene.server("coordinator");
+    let stands = move || {
+        let stat = fs::read_to_string(format!("/proc/{coordinator}/stat")).unwrap_or_default();
+        !stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with(['R', 'S', 'D']))
+    };
+    thread::spawn(move || {
+        while !stands() {
+            thread::sleep(Duration::from_micros(100));
+        }
+        dying.kill();
+    });
+    Ok(Some(survivor))
+}
+
 fn prepare_newcomer(scene: &Scene, _: &Bus) -> Result<Option<Process>, Violation> {
     let mut process = scene.start("join", "all");
     process.expect("here");
@@ -198,6 +233,13 @@ pub(crate) fn join() {
 
 /// Role: holds a publisher and a subscriber until it is killed; or a publisher that has written half a batch.
 pub(crate) fn hold(bus: &Bus, what: &str) {
+    if matches!(what, "beside the dead" | "to die") {
+        let mut publisher = bus.publisher(subject_of_many()).unwrap();
+        (0..if what == "to die" { 3 } else { 0 }).for_each(|_| assert!(publisher.publish(b"dead").is_ok()));
+        crate::common::say("holding");
+        crate::common::hear();
+        return;
+    }
     let mut publisher = bus.publisher(subject()).unwrap();
     let subscriber = (what == "all").then(|| bus.subscriber(subject()).start(Start::Oldest).open().unwrap());
     let held = publisher.publish(b"held").unwrap().get();
@@ -517,10 +559,14 @@ pub(crate) fn run_successor(deed: &Deed, seed: u64) -> io::Result<Vec<Report>> {
     firsts.into_iter().map(run).collect()
 }
 
-/// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on.
-pub(crate) fn run_adopter(seed: u64) -> io::Result<Report> {
-    let deed = Deed { name: ADOPTION, prepare: |scene, bus| prepare_participant(scene, bus, "all"), act: find_adopted };
-    run_as(&deed, ADOPTION, &Victim::Adopter, seed)
+/// Kills whoever adopts a bus of which coordinator and keeper have died, from its start on; and where a publisher has died with them
+/// whose arena nobody else has.
+pub(crate) fn run_adopter(seed: u64) -> io::Result<[Report; 2]> {
+    let prepare = |scene: &Scene, bus: &Bus| prepare_participant(scene, bus, "all");
+    let all = Deed { name: ADOPTION, prepare, act: find_adopted };
+    let left = Deed { name: ADOPTION, prepare: prepare_survivor, act: find_without_the_dead };
+    let run = |name: &str, deed: &Deed| run_as(deed, name, &Victim::Adopter, seed);
+    Ok([run(ADOPTION, &all)?, run("adopt what the dead left", &left)?])
 }
 
 fn run_as(deed: &Deed, name: &str, victim: &Victim, seed: u64) -> io::Result<Report> {
