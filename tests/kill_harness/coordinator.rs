@@ -200,6 +200,8 @@ fn prepare_survivor(scene: &Scene, _: &Bus) -> Result<Option<Process>, Violation
     survivor.expect("holding");
     let mut dying = scene.start("hold", "to die");
     dying.expect("holding");
+    // Or it would present its arena, if it does not die soon enough.
+    dying.signal(Signal::SIGSTOP);
     let coordinator = scene.server("coordinator");
     let stands = move || {
         let stat = fs::read_to_string(format!("/proc/{coordinator}/stat")).unwrap_or_default();
