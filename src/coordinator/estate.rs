@@ -34,7 +34,7 @@ use crate::coordinator::estate::groups::Reclaims;
 pub(crate) use crate::coordinator::estate::rounds::Progress;
 use crate::coordinator::estate::rounds::{Others, aside_of};
 pub(crate) use crate::coordinator::estate::wildcards::News;
-use crate::coordinator::limits::Limits;
+use crate::coordinator::limits::{LOOK, Limits};
 use crate::coordinator::link::{self, Link, participant_name, segment_name, space_name};
 use crate::coordinator::memory::{Joined, LedgerCount, Reservation, TopicMemory};
 use crate::coordinator::notices::Notices;
@@ -170,14 +170,17 @@ impl Estate {
         !self.unkept.is_empty()
     }
 
-    /// Has the keeper keep what it did not take while it was stopped, as far as it takes it now.
-    pub(crate) fn keep_again(&mut self) {
-        let Some(mut link) = self.link.take() else { return };
-        let mut unkept = std::mem::take(&mut self.unkept);
+    /// Has the keeper keep what it did not take while it was stopped, as far as it takes it now, for `LOOK`. Whether it took any.
+    pub(crate) fn keep_again(&mut self) -> bool {
+        let Some(mut link) = self.link.take() else { return false };
+        let (mut unkept, until) = (std::mem::take(&mut self.unkept), Instant::now() + LOOK);
+        let before = unkept.len();
         // What is not there any more need not be kept.
         let left = self.stored().into_iter().filter(|(name, _)| unkept.remove(name));
-        let left = left.skip_while(|(name, fd)| link.store(name, *fd).is_ok()).map(|(name, _)| name).collect();
+        let left = left.skip_while(|(name, fd)| Instant::now() < until && link.store(name, *fd).is_ok());
+        let left: BTreeSet<String> = left.map(|(name, _)| name).collect();
         (self.link, self.unkept) = (Some(link), left);
+        self.unkept.len() < before
     }
 
     /// Puts another keeper, or none, in the place of the present one. It is handed everything.

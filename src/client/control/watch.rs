@@ -19,7 +19,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// The longest for who only wants to say good-bye: perhaps nobody will ever hear it.
-const LONGEST_PAUSE_TO_LEAVE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE_TO_LEAVE: Duration = Duration::from_millis(250);
 
 /// What there is to wait for.
 pub(crate) enum Look {

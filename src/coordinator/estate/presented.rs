@@ -1,7 +1,7 @@
 //! What a coordinator does about segments that came back from participants, or did not, after coordinator and keeper had
 //! died together (`coordinator/adoption.rs`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::stat::fstat;
@@ -61,7 +61,7 @@ impl Estate {
 
     /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
     /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Where a reader that
-    /// is stopped may have them yet, nobody gets their slots any more. After the dead have been released: what they held nobody holds.
+    /// is stopped may have them yet, nobody gets their slots any more.
     pub(super) fn replace_lost_arenas(&mut self, gathered: &Gathered) {
         let topics: Vec<u64> = self.memories.keys().copied().collect();
         for topic in topics {
@@ -75,19 +75,22 @@ impl Estate {
     }
 
     fn replace_lost_arenas_of(&mut self, topic: u64, gathered: &Gathered) -> Result<(), Refusal> {
-        let (entry, memory) = (self.entry(topic)?, self.memory(topic)?);
-        let is_lost = |slot: &u32| !memory.has_arena(*slot) && !entry.is_given_up(*slot);
-        let lost: Vec<u32> = entry.arenas.iter().copied().filter(is_lost).collect();
+        let lost = self.lost_arenas(topic);
         let Some(&first) = lost.first() else { return Ok(()) };
+        self.release_past_readers(topic)?;
+        // It may have gone with its owner.
+        let Ok(entry) = self.entry(topic) else { return Ok(()) };
         // Who has died since it was found alive has its pidfd here until its death is looked at.
-        let lives = |incarnation: &u64| self.pidfds.contains_key(incarnation) && !self.is_past(*incarnation);
+        let lives = |incarnation: &u64| self.pidfds.contains_key(incarnation);
         let publishes = |slot: &u32| {
             let is_dropped = gathered.dropped.contains(&HandleRef::Publisher { topic, slot: *slot });
-            entry.publishers.get(slot).is_some_and(|publisher| !is_dropped && lives(&publisher.incarnation))
+            let withholds = |who: &u64| !is_dropped && lives(who) && !self.is_past(*who);
+            entry.publishers.get(slot).is_some_and(|publisher| withholds(&publisher.incarnation))
         };
         if lost.iter().any(publishes) {
             return Err(broken("a living publisher has not presented its arena; it may be stopped"));
         }
+        // Also who has died since it was to be released: it holds its place yet.
         let is_read = entry.readers().any(|incarnation| gathered.silent.contains(&incarnation) && lives(&incarnation));
         // First: whoever finds another arena in the place of a lost one looks for no messages of the former. No publisher writes the
         // checkpoint that goes with a lost arena.
@@ -99,6 +102,21 @@ impl Estate {
         } else {
             lost.into_iter().try_for_each(|slot| self.replace_arena(topic, slot))
         }
+    }
+
+    /// Arenas that nobody has any more.
+    fn lost_arenas(&self, topic: u64) -> Vec<u32> {
+        // As above, with another one's.
+        let (Ok(entry), Ok(memory)) = (self.entry(topic), self.memory(topic)) else { return Vec::new() };
+        let is_lost = |slot: &u32| !memory.has_arena(*slot) && !entry.is_given_up(*slot);
+        entry.arenas.iter().copied().filter(is_lost).collect()
+    }
+
+    /// Releases who read the topic and has died since it was found alive: what it held would keep what nobody else does. The other
+    /// dead are released by and by, as always.
+    fn release_past_readers(&mut self, topic: u64) -> Result<(), Refusal> {
+        let past: BTreeSet<u64> = self.entry(topic)?.readers().filter(|who| self.is_past(*who)).collect();
+        past.into_iter().try_for_each(|who| self.release_participant(who))
     }
 
     /// A keeper that is stopped takes no topic along.

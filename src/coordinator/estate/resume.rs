@@ -47,13 +47,12 @@ impl Estate {
                 eprintln!("shmbus coordinator: {error}");
             }
         }
-        estate.release_the_past();
+        // What was stored but never logged belongs to nobody; before anything else is stored under such a name.
+        store.into_keys().for_each(|name| estate.forget(name));
         estate.replace_lost_arenas(gathered);
         estate.record_all_segments();
         estate.finish_fencing();
         estate.repair_wildcards();
-        // What was stored but never logged belongs to nobody.
-        store.into_keys().for_each(|name| estate.forget(name));
         if estate.state.ending {
             estate.end_topics();
         }
@@ -119,16 +118,6 @@ impl Estate {
             }
         }
         losses
-    }
-
-    /// Releases who has died since it was found alive: what it held would keep what nobody else does.
-    fn release_the_past(&mut self) {
-        let past: Vec<u64> = self.pidfds.keys().copied().filter(|who| self.is_past(*who)).collect();
-        for incarnation in past {
-            if let Err(error) = self.release_participant(incarnation) {
-                eprintln!("shmbus coordinator: {error}");
-            }
-        }
     }
 
     /// Cursors that one subscriber has for itself hold nobody. Where they are lost to all but it, or garbled by it, others stand in for

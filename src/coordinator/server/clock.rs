@@ -70,8 +70,7 @@ impl Server {
             self.start_keeper()?;
         }
         if self.estate.has_unkept() && self.keep_at <= now {
-            self.estate.keep_again();
-            self.keep_at = now + KEEPER_RETRY;
+            self.keep_at = if self.estate.keep_again() { now } else { now + KEEPER_RETRY };
         }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_the_short()?;
