@@ -173,10 +173,13 @@ impl Estate {
     /// Has the keeper keep what it did not take while it was stopped, as far as it takes it now, for `LOOK`. Whether it took any.
     pub(crate) fn keep_again(&mut self) -> bool {
         let Some(mut link) = self.link.take() else { return false };
-        let (mut unkept, until) = (std::mem::take(&mut self.unkept), Instant::now() + LOOK);
+        let mut unkept = std::mem::take(&mut self.unkept);
         let before = unkept.len();
+        let stored = self.stored();
+        // Only now: to name all that a large bus has may take longer than that.
+        let until = Instant::now() + LOOK;
         // What is not there any more need not be kept.
-        let left = self.stored().into_iter().filter(|(name, _)| unkept.remove(name));
+        let left = stored.into_iter().filter(|(name, _)| unkept.remove(name));
         let left = left.skip_while(|(name, fd)| Instant::now() < until && link.store(name, *fd).is_ok());
         let left: BTreeSet<String> = left.map(|(name, _)| name).collect();
         (self.link, self.unkept) = (Some(link), left);
