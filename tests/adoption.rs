@@ -27,6 +27,9 @@ const KILLS: usize = 3;
 /// The longest silence between two messages that a busy machine alone explains.
 const SILENCE: Duration = Duration::from_secs(1);
 
+/// Descriptors of a process that has few.
+const FEW: u64 = 64;
+
 /// A name that a publisher has.
 const NAME: &str = "till-7";
 
@@ -37,6 +40,10 @@ fn role() {
     if role == "ignore children" {
         return open_without_children();
     }
+    if role == "read with few descriptors" {
+        // Before there is a bus, which asks how many it may keep.
+        setrlimit(Resource::RLIMIT_NOFILE, FEW, FEW).unwrap();
+    }
     let bus = Bus::open_default().unwrap();
     match role.as_str() {
         "publish" => publish_for_ever(&bus, &arguments),
@@ -45,6 +52,7 @@ fn role() {
         "park" => park_for_ever(&bus, &arguments),
         "publish few" => publish_few(&bus, topic_that(&arguments)),
         "read" => read_when_told(&bus, topic_that(&arguments)),
+        "read with few descriptors" => read_with_few_descriptors(&bus, topic_that(&arguments)),
         "hold many" => hold_many_topics(&bus),
         "exhaust" => hold_without_descriptors(&bus),
         _ => panic!("no role {role}"),
@@ -98,6 +106,18 @@ fn read_when_told(bus: &Bus, topic: Topic<[u8]>) {
             Err(error) => say(&format!("{error:?}")),
         }
     }
+}
+
+/// Role: the same, having kept no descriptor of the topic's arenas.
+fn read_with_few_descriptors(bus: &Bus, topic: Topic<[u8]>) {
+    // Log, cursors and an arena each; of half of what it may have, two are left for the topic.
+    let others = (0..(FEW / 2 - 2) / 3).map(|number| {
+        let other = small(&format!("f{number}"));
+        bus.create(&other).unwrap();
+        bus.subscriber(other).open().unwrap()
+    });
+    let _others: Vec<_> = others.collect();
+    read_when_told(bus, topic);
 }
 
 /// Role: holds more segments than a keeper that is stopped can be sent.
@@ -393,6 +413,25 @@ fn a_reader_that_was_stopped_reads_on_in_a_dead_publishers_arena() {
     second.publish(&5u64.to_le_bytes()).unwrap();
     bus.publisher(many.clone()).unwrap().publish(&6u64.to_le_bytes()).unwrap();
     read(&mut reader, 5..7);
+}
+
+#[test]
+fn who_keeps_no_descriptor_of_an_arena_reads_on_in_it() {
+    let scene = Scene::new("unkept");
+    let bus = scene.open();
+    let many = topic(Mode::Many);
+    // There is an arena, but not of anybody who lives.
+    let mut reader = {
+        let dying = start(&scene, "publish few", "", "published");
+        let reader = start(&scene, "read with few descriptors", "", "reading");
+        let killed = kill_both(&scene);
+        dying.kill();
+        await_successors(&scene, killed);
+        reader
+    };
+    bus.publisher(many.clone()).unwrap().publish(&7u64.to_le_bytes()).unwrap();
+    reader.tell("take");
+    reader.expect("7");
 }
 
 #[test]

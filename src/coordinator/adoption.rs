@@ -133,7 +133,7 @@ fn replayed(events: &[Event]) -> State {
 pub(crate) struct Gathered {
     /// Publishers that their owners have dropped: nothing comes from them any more, though nobody wrote down yet that they went.
     pub(crate) dropped: BTreeSet<HandleRef>,
-    /// Participants that have not said that what they presented was all, though they may have what is missing.
+    /// Participants that have not said that what they presented was all that they map, though they may map what is missing.
     pub(crate) silent: BTreeSet<u64>,
     /// What the keeper did not take, being stopped, by name.
     pub(crate) unkept: BTreeSet<String>,
@@ -267,7 +267,7 @@ impl Gathering<'_> {
         }
     }
 
-    /// Who may have what is missing, and has not said that this was all.
+    /// Who may map what is missing, and has not said that it maps nothing more.
     fn silent(&self) -> BTreeSet<u64> {
         let may_have = |incarnation| self.state.handles_of(incarnation).iter().any(|handle| self.is_missing(*handle));
         let participants = self.state.participants().keys().copied();
@@ -390,9 +390,9 @@ impl Gathering<'_> {
                     let notice = presenter.connection.take_fds().pop();
                     notice.map_or(Ok(()), |notice| self.accept_notice(incarnation, wildcard, notice))
                 }
-                (Some(incarnation), Request::AllPresented) => {
+                (Some(incarnation), Request::AllPresented { maps_more }) => {
                     self.expected.remove(&incarnation);
-                    self.heard.insert(incarnation);
+                    self.heard.extend((!maps_more).then_some(incarnation));
                     Ok(())
                 }
                 // It does so once more, by not naming them, when it comes back to who serves.

@@ -127,7 +127,7 @@ fn presenter(uid: u32) -> (OwnedFd, Presenter) {
 fn who_says_much_leaves_time_for_others() {
     let mut wreck = Wreck::new();
     let mut gathering = Gathering::new(wreck.state.clone(), &mut wreck.store, None);
-    let packet = postcard::to_stdvec(&Request::AllPresented).unwrap();
+    let packet = postcard::to_stdvec(&Request::AllPresented { maps_more: false }).unwrap();
     // Several connections of one user that never fall silent, and one of another.
     let (ends, mut presenters): (Vec<OwnedFd>, Vec<Presenter>) = [7, 7, 7, 1000].map(presenter).into_iter().unzip();
     presenters.iter_mut().for_each(|presenter| presenter.incarnation = Some(1));

@@ -15,7 +15,7 @@ use crate::shm::layout::Geometry;
 use crate::topic::{Schema, TopicOptions};
 
 /// Bumped with every change of this file or of anything it refers to.
-pub(crate) const PROTOCOL_VERSION: u32 = 6;
+pub(crate) const PROTOCOL_VERSION: u32 = 7;
 
 /// Largest packet in bytes, either way: room for a Hello that names every handle a process may hold.
 pub(crate) const MAX_PACKET_BYTES: usize = 128 << 10;
@@ -66,8 +66,8 @@ pub(crate) enum Request {
     Present { info: TopicInfo, names: Vec<String> },
     /// To `Present`: a wildcard subscription's notice; its descriptor rides along.
     PresentNotice { wildcard: u64 },
-    /// To `Present`: that was all.
-    AllPresented,
+    /// To `Present`: that was all. `maps_more`: it maps segments of these topics of which it has kept no descriptor.
+    AllPresented { maps_more: bool },
     /// Ends the bus.
     Stop,
     /// Who serves the bus, who is on it and who holds whom up.

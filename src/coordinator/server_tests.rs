@@ -423,7 +423,7 @@ fn the_end_of_a_lost_topic_is_told_once_and_only_where_it_was_asked_for() {
     assert_eq!(present(&lost, &lost_fds), 1);
     revive(&lost_fds);
     assert_eq!(present(&lost, &lost_fds), 0, "it was told");
-    say(&second, &Request::AllPresented).unwrap();
+    say(&second, &Request::AllPresented { maps_more: false }).unwrap();
     let request = postcard::to_stdvec(&Request::Present { info: lost, names: vec!["log".to_owned()] }).unwrap();
     socket::send(second.as_fd(), &request, &[lost_fds[0].as_fd()]).unwrap();
     assert!(hears_hang_up(&second), "that was all, it said");

@@ -307,7 +307,7 @@ impl State {
             Request::Purge { topic } => decider.purge(topic),
             Request::Status { topic, after } => decider.status(topic.as_deref(), after.as_deref()),
             Request::Names { topic, after } => decider.names(topic, after.clone()),
-            Request::Present { .. } | Request::PresentNotice { .. } | Request::AllPresented => {
+            Request::Present { .. } | Request::PresentNotice { .. } | Request::AllPresented { .. } => {
                 Err(Refusal::Protocol { problem: "presented what was not asked for".to_owned() })
             }
             Request::Stop => Ok(Plan { events: Vec::new(), reply: Reply::Stop }),

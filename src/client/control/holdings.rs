@@ -35,6 +35,8 @@ struct Holding {
     handles: usize,
     /// By the names that the keeper gives them.
     segments: HashMap<String, Arc<OwnedFd>>,
+    /// Whether there are others, which could not be kept.
+    maps_more: bool,
 }
 
 impl Holdings {
@@ -58,7 +60,7 @@ impl Holdings {
             }
             _ => return,
         };
-        let new = || Holding { info: info.clone(), handles: 0, segments: HashMap::new() };
+        let new = || Holding { info: info.clone(), handles: 0, segments: HashMap::new(), maps_more: false };
         self.topics.entry(info.id).or_insert_with(new).handles += 1;
         for (segment, fd) in segments.iter().zip(fds) {
             self.keep(info.id, name_of(*segment, number), fd);
@@ -68,12 +70,16 @@ impl Holdings {
     /// Keeps one descriptor of a topic on which there are handles.
     pub(crate) fn keep(&mut self, topic: u64, name: String, fd: &OwnedFd) {
         let Some(holding) = self.topics.get_mut(&topic) else { return };
-        if self.kept < self.limit
-            && !holding.segments.contains_key(&name)
-            && let Ok(copy) = fd.try_clone()
-        {
-            self.kept += 1;
-            holding.segments.insert(name, Arc::new(copy));
+        if holding.segments.contains_key(&name) {
+            return;
+        }
+        let copy = if self.kept < self.limit { fd.try_clone().ok() } else { None };
+        match copy {
+            Some(copy) => {
+                self.kept += 1;
+                holding.segments.insert(name, Arc::new(copy));
+            }
+            None => holding.maps_more = true,
         }
     }
 
@@ -110,7 +116,9 @@ impl Holdings {
         let notices = wildcards.iter().filter_map(|wildcard| Some((*wildcard, self.notices.get(wildcard)?)));
         let notices = notices.map(|(wildcard, fd)| (Request::PresentNotice { wildcard }, vec![fd.clone()]));
         self.packets.extend(notices);
+        let mut maps_more = false;
         for holding in topics.iter().filter_map(|topic| self.topics.get(topic)) {
+            maps_more |= holding.maps_more;
             let mut segments: Vec<_> = holding.segments.iter().map(|(name, fd)| (name.clone(), fd.clone())).collect();
             // Those that a topic has one of go together, and first: who is too late is told of its end through all of them.
             segments.sort_by_key(|(name, _)| !name.contains('-'));
@@ -120,7 +128,7 @@ impl Holdings {
                 self.packets.push_back((Request::Present { info: holding.info.clone(), names }, fds));
             }
         }
-        self.packets.push_back((Request::AllPresented, Vec::new()));
+        self.packets.push_back((Request::AllPresented { maps_more }, Vec::new()));
     }
 
     /// Who asked is gone.

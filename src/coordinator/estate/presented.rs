@@ -61,7 +61,7 @@ impl Estate {
 
     /// Puts empty arenas in the place of those that nobody has any more. Their publishers are dead or have left, and nobody
     /// reads the topic, or he would have them; so what lay in them is given up, with all that nobody holds. Where a reader that
-    /// is stopped may have them yet, nobody gets their slots any more.
+    /// is stopped, or kept too few descriptors, may map them yet, nobody gets their slots any more.
     pub(super) fn replace_lost_arenas(&mut self, gathered: &Gathered) {
         let topics: Vec<u64> = self.memories.keys().copied().collect();
         for topic in topics {

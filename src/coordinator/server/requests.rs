@@ -32,7 +32,7 @@ impl Server {
                 Ok(())
             }
             // What was lost is lost; what comes now was not asked for.
-            (Some(_), Request::AllPresented) => {
+            (Some(_), Request::AllPresented { .. }) => {
                 self.clients.get_mut(&id).into_iter().for_each(Connection::refuse_fds);
                 Ok(())
             }
