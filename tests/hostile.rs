@@ -522,7 +522,7 @@ impl Wire {
 /// The first packet of a connection: a Hello without past (coordinator/protocol.rs, in postcard), under a token of its own.
 fn hello() -> [u8; 6] {
     static TOKENS: AtomicU8 = AtomicU8::new(0);
-    let version = 6;
+    let version = 7;
     [0, version, 0x80 | TOKENS.fetch_add(1, Ordering::Relaxed), 1 + (std::process::id() % 100) as u8, 0, 0]
 }
 
